@@ -1,0 +1,52 @@
+# make demo         a prompt becomes outputs/demo.mp4, from nothing but Python and pip
+# make test         install everything and run all tests but the slow ones (make test-slow runs those)
+# make lint         ruff, format, types
+# make demo-model   train the bundled model again by its recorded recipe (hours on a CPU; run it again to go on)
+# make clean        remove what was built; runs/ and outputs/ stay
+
+PYTHON ?= python3
+VENV ?= .venv
+PROMPT ?= a large red circle moving left on a white background
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+# torch goes first and by its exact version: an unpinned one may bring gigabytes of CUDA packages that a CPU can't use.
+TORCH := $(shell sed -n 's/^\(torch==[^; ]*\).*/\1/p' constraints.txt)
+
+.PHONY: demo demo-model test test-slow lint clean
+
+demo: $(VENV)/.demo
+	@mkdir -p outputs
+	$(BIN)/videodiff generate "$(PROMPT)" -o outputs/demo.mp4
+	@echo "The video: $(CURDIR)/outputs/demo.mp4; its first image and its settings lie beside it."
+
+demo-model: $(VENV)/.all
+	$(BIN)/python -m stages.demo_model --out runs/demo
+
+test: $(VENV)/.all
+	$(BIN)/python -m pytest -q
+
+test-slow: $(VENV)/.all
+	$(BIN)/python -m pytest -q -m slow
+
+lint: $(VENV)/.all
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy videodiff
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+
+$(VENV)/.torch: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install $(TORCH)
+	@touch $@
+
+# Both installs are editable, so the command always runs the code of this folder.
+$(VENV)/.demo: pyproject.toml $(VENV)/.torch
+	$(PIP) install -e . -c constraints.txt
+	@touch $@
+
+$(VENV)/.all: pyproject.toml $(VENV)/.torch
+	$(PIP) install -e '.[train,dev]' -c constraints.txt
+	@touch $@ $(VENV)/.demo

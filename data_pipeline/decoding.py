@@ -1,0 +1,197 @@
+"""Decoding in helper processes with a deadline: a clip that hangs or crashes its decoder costs that clip only.
+
+A helper is a fresh interpreter (no fork: threads of training libraries do not survive one; no re-import of the main
+script), fed over a socket. It ignores signals meant for the training process and ends when its socket closes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+from data_pipeline.clips import Clip, ClipError
+from videodiff.errors import UserError
+
+DECODER = "data_pipeline.clips:decode_clip"
+_START_SECONDS = 180.0  # importing from a busy network disk takes its time
+_MAIN = "import sys; sys.path[:] = {path!r}; from data_pipeline.decoding import serve; serve({fd}, {function!r})"
+
+
+class DecodePool:
+    """``workers`` helper processes that call ``function`` ("module:name", keyword arguments in, Clip out).
+
+    With ``workers`` = 0 the call happens in this process, without a deadline. Close it, or use it in a ``with``.
+    """
+
+    def __init__(self, workers: int, deadline_seconds: float, function: str = DECODER) -> None:
+        self._deadline, self._function = deadline_seconds, function
+        self._helpers = [_Helper(function) for _ in range(workers)]
+        self._closed = False
+
+    def __enter__(self) -> DecodePool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End all helpers; may be called from another thread than the one in :meth:`map`, which then ends at once."""
+        self._closed = True
+        for helper in self._helpers:
+            helper.kill()
+
+    def map(self, jobs: Iterable[dict[str, Any] | None]) -> Iterator[Clip | ClipError | None]:
+        """The results of all jobs in the order of the jobs; a job None gives None. A failed clip is a ClipError, not
+        raised.
+
+        Besides the decoder's own, the reasons are "deadline" (killed after deadline_seconds) and "crash" (its helper
+        died).
+        """
+        if not self._helpers:
+            function = _resolve(self._function)
+            for job in jobs:
+                if self._closed:
+                    return
+                yield None if job is None else _call(function, job)
+            return
+        source = enumerate(jobs)
+        results: dict[int, Clip | ClipError | None] = {}
+        ready: deque[tuple[int, dict[str, Any]]] = deque()
+        ahead = 4 * len(self._helpers)  # bounds the results that wait behind a slow clip
+        next_out, next_in, more = 0, 0, True
+        while more or next_out < next_in:
+            while more and next_in - next_out < ahead:
+                item = next(source, None)
+                if item is None:
+                    more = False
+                    break
+                next_in += 1
+                if item[1] is None:
+                    results[item[0]] = None
+                else:
+                    ready.append((item[0], item[1]))
+            self._work(ready, results, idle=next_out in results or next_out >= next_in)
+            if self._closed:
+                return
+            while next_out in results:
+                yield results.pop(next_out)
+                next_out += 1
+
+    def _work(self, ready: deque[tuple[int, dict[str, Any]]], results: dict[int, Any], idle: bool) -> None:
+        """Hand out what is ready, then take in what is done, waiting for something unless ``idle``."""
+        for helper in self._helpers:
+            if ready and helper.number is None:
+                helper.send(*ready.popleft(), self._deadline)
+        busy = [helper for helper in self._helpers if helper.number is not None]
+        if not busy:
+            return
+        patience = max(0.0, min(helper.until for helper in busy) - time.monotonic())
+        done = wait([helper.connection for helper in busy], 0 if idle else patience)
+        for index, helper in enumerate(self._helpers):
+            number = helper.number
+            if number is None:
+                continue
+            if helper.connection in done:
+                result = helper.receive(self._deadline)
+                if result is None:  # it has only told that it is up
+                    continue
+            elif time.monotonic() >= helper.until:
+                if not helper.up:
+                    seconds = f"{_START_SECONDS:.0f} s"
+                    raise UserError(f"a decoding helper did not start in {seconds}; try data.workers=0 to see why")
+                result = ClipError("deadline", f"not decoded in {self._deadline:g} s")
+            else:
+                continue
+            results[number], helper.number = result, None
+            if isinstance(result, ClipError) and result.reason in ("deadline", "crash"):
+                helper.kill()
+                if self._closed:
+                    return
+                self._helpers[index] = _Helper(self._function)
+
+
+class _Helper:
+    """One process, and the job it has."""
+
+    def __init__(self, function: str) -> None:
+        ours, theirs = socket.socketpair()
+        main = _MAIN.format(path=sys.path, fd=theirs.fileno(), function=function)
+        # One thread in each library: the helpers themselves are the parallelism.
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", main], pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env=environment
+        )
+        theirs.close()
+        self.connection = Connection(ours.detach())
+        self.up = False
+        self.number: int | None = None
+        self.until = 0.0
+
+    def send(self, number: int, job: dict[str, Any], deadline: float) -> None:
+        self.number = number
+        # A helper that is still starting has the time of its start besides.
+        self.until = time.monotonic() + (deadline if self.up else _START_SECONDS)
+        with contextlib.suppress(OSError):  # it died between two jobs: receive() will find its socket closed
+            self.connection.send(job)
+
+    def receive(self, deadline: float) -> Clip | ClipError | None:
+        try:
+            message = self.connection.recv()
+        except (EOFError, OSError):
+            code = self._process.wait()
+            if not self.up:
+                raise UserError(f"a decoding helper cannot start (exit status {code}); its message is above") from None
+            return ClipError("crash", f"the decoder ended with status {code}")
+        if message == "up":
+            self.up, self.until = True, time.monotonic() + deadline
+            return None
+        if isinstance(message, UserError):
+            raise message
+        assert isinstance(message, (Clip, ClipError))
+        return message
+
+    def kill(self) -> None:
+        # Its connection closes with the object: another thread may be waiting on it just now, and wakes up by this.
+        self._process.kill()
+        self._process.wait()
+
+
+def serve(descriptor: int, function_name: str) -> None:
+    """The life of a helper: one job in, one result out, until the socket closes."""
+    # Sent to the whole job at its end or preemption: the training process decides what happens, and closes the socket.
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2"):
+        signal.signal(getattr(signal, name), signal.SIG_IGN)
+    function = _resolve(function_name)
+    connection = Connection(descriptor)
+    with contextlib.suppress(EOFError, OSError):
+        connection.send("up")
+        while True:
+            job = connection.recv()
+            try:
+                result: Any = _call(function, job)
+            except UserError as error:
+                result = error
+            connection.send(result)
+
+
+def _call(function: Callable[..., Clip], job: dict[str, Any]) -> Clip | ClipError:
+    try:
+        return function(**job)
+    except ClipError as error:
+        return error
+
+
+def _resolve(name: str) -> Callable[..., Clip]:
+    module, _, attribute = name.partition(":")
+    function: Callable[..., Clip] = getattr(importlib.import_module(module), attribute)
+    return function

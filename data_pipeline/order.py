@@ -1,0 +1,56 @@
+"""The order of samples: a function of (shard sizes, number of streams, seed), and of nothing else.
+
+A run meets an endless sequence of samples: number n is position n % N of epoch n // N, and every epoch holds each of
+the N samples once, so an epoch's tail shares a batch with the next epoch's head. For an epoch the shards are permuted,
+their samples cut into equal ranges, the virtual streams, and each stream permuted; positions are dealt from the streams
+in turn. A rank that takes every W-th number therefore reads, within an epoch, only its own streams (and few shards)
+where W divides their number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from videodiff.seeding import generator
+
+
+class Order:
+    """Which sample of the data set each number of the run is. Samples count through the shards in their given order."""
+
+    def __init__(self, sizes: Sequence[int], streams: int, seed: int) -> None:
+        self._ends = np.cumsum(np.asarray(sizes, np.int64))
+        self._streams, self._seed = streams, seed
+        self._made: dict[tuple[int, int], npt.NDArray[np.int64]] = {}  # (epoch, stream), of one epoch at a time
+        self._epoch: tuple[int, list[npt.NDArray[np.int64]]] | None = None
+        self.num_samples = int(self._ends[-1])
+
+    def sample(self, number: int) -> int:
+        """The sample that number n of the run is."""
+        epoch, position = divmod(number, self.num_samples)
+        # array_split gives the first N % S streams one sample more: just those that the last, shorter round deals from.
+        return int(self._stream(epoch, position % self._streams)[position // self._streams])
+
+    def place(self, sample: int) -> tuple[int, int]:
+        """Its shard, and its number in the shard."""
+        shard = int(np.searchsorted(self._ends, sample, side="right"))
+        return shard, sample - (int(self._ends[shard - 1]) if shard else 0)
+
+    def _stream(self, epoch: int, stream: int) -> npt.NDArray[np.int64]:
+        if self._epoch is None or self._epoch[0] != epoch:
+            self._epoch = epoch, self._ranges(epoch)
+            self._made.clear()
+        if (epoch, stream) not in self._made:
+            samples = self._epoch[1][stream]
+            permutation = torch.randperm(len(samples), generator=generator(self._seed, "stream", epoch, stream))
+            self._made[epoch, stream] = samples[permutation.numpy()]
+        return self._made[epoch, stream]
+
+    def _ranges(self, epoch: int) -> list[npt.NDArray[np.int64]]:
+        starts = np.concatenate([[0], self._ends])
+        shards = torch.randperm(len(self._ends), generator=generator(self._seed, "shards", epoch)).tolist()
+        samples = np.concatenate([np.arange(starts[shard], starts[shard + 1]) for shard in shards])
+        return np.array_split(samples, self._streams)

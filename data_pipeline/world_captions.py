@@ -1,0 +1,194 @@
+"""English for the built-in world: captions in many wordings, and the attributes that a prompt asks for.
+
+A wording is a sentence with gaps; each gap takes one of several phrases. A third of the wordings serves evaluation alone,
+but each of its words also occurs in the others, so that what is measured is another sentence and not another vocabulary.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Literal
+
+import numpy as np
+
+from data_pipeline.world import ATTRIBUTES, Combination, combinations, rng, split
+from videodiff.errors import UserError
+
+# The first phrase of each row is its plain name and is drawn in half of all cases.
+COLOUR_WORDS = {
+    "red": ("red", "scarlet"),
+    "green": ("green", "emerald"),
+    "blue": ("blue", "cobalt"),
+    "yellow": ("yellow", "lemon"),
+    "purple": ("purple", "violet"),
+    "cyan": ("cyan", "turquoise"),
+}
+SHAPE_WORDS = {
+    "circle": ("circle", "disc", "round dot"),
+    "square": ("square", "box"),
+    "triangle": ("triangle",),
+    "cross": ("cross", "plus sign"),
+}
+SIZE_WORDS = {"small": ("small", "little", "tiny"), "large": ("large", "big", "huge")}
+GROUND_WORDS = {
+    "white": ("white background", "white backdrop", "plain white background"),
+    "black": ("black background", "black backdrop", "plain black background"),
+    "gradient": ("gradient background", "grey gradient backdrop", "shaded grey background"),
+    "checker": ("checkered background", "checkerboard background", "checkered grey backdrop"),
+}
+DOING_WORDS = {
+    "still": ("standing still", "staying still", "not moving", "resting"),
+    "left": ("moving left", "moving to the left", "sliding to the left", "going left", "drifting leftwards"),
+    "right": ("moving right", "moving to the right", "sliding to the right", "going right", "drifting rightwards"),
+    "up": ("moving up", "rising", "sliding upwards", "going up", "drifting upwards"),
+    "down": ("moving down", "sinking", "sliding downwards", "going down", "drifting downwards"),
+    "growing": ("growing", "getting bigger", "expanding", "growing in size"),
+    "rotating": ("rotating", "spinning", "turning around itself", "rotating in place"),
+    "circling": ("circling", "moving in a circle", "going round in a circle", "orbiting"),
+}
+DOES_WORDS = {
+    "still": ("stands still", "stays still", "does not move", "rests"),
+    "left": ("moves left", "moves to the left", "slides to the left", "goes left", "drifts leftwards"),
+    "right": ("moves right", "moves to the right", "slides to the right", "goes right", "drifts rightwards"),
+    "up": ("moves up", "rises", "slides upwards", "goes up", "drifts upwards"),
+    "down": ("moves down", "sinks", "slides downwards", "goes down", "drifts downwards"),
+    "growing": ("grows", "gets bigger", "expands", "grows in size"),
+    "rotating": ("rotates", "spins", "turns around itself", "rotates in place"),
+    "circling": ("circles", "moves in a circle", "goes round in a circle", "orbits"),
+}
+
+TRAIN_WORDINGS = (
+    "a {size} {colour} {shape} {doing} on a {ground}",
+    "a {size} {colour} {shape} {does} on a {ground}",
+    "{size} {colour} {shape} {doing}, {ground}",
+    "a {colour} {shape}, {size}, {doing} on a {ground}",
+    "a {ground} with a {size} {colour} {shape} {doing}",
+    "on a {ground}, a {size} {colour} {shape} {does}",
+    "on a {ground} there is a {size} {colour} {shape} {doing}",
+    "a {size} {shape} in {colour} {doing} in front of a {ground}",
+    "a video of a {size} {colour} {shape} {doing} on a {ground}",
+    "a short video: a {size} {colour} {shape} {does} on a {ground}",
+    "a {size} {colour} {shape} that {does} on a {ground}",
+    "a {size} {colour} {shape} that is {doing} over a {ground}",
+    "the {size} {colour} {shape} is {doing} on the {ground}",
+    "the {shape} is {size} and {colour} and it {does} on a {ground}",
+    "we see a {size} {colour} {shape} {doing} in front of a {ground}",
+    "{doing}: a {size} {colour} {shape} on a {ground}",
+    "one {size} {colour} {shape} {doing} against a {ground}",
+    "a {ground}; in front of it a {size} {colour} {shape} {does}",
+    "this clip shows a {size} {colour} {shape} {doing} on a {ground}",
+    "a simple clip of a {size} {shape} with {colour} colour, {doing}, seen against a {ground}",
+    "there is a {shape}. it is {colour} and {size}. it {does}. we see it against a {ground}",
+    "a {size} {colour} {shape} {doing}",
+    "a {colour} {shape} {doing} on a {ground}",
+    "a {size} {colour} {shape} on a {ground}",
+)
+TEST_WORDINGS = (
+    "there is a {size} {colour} {shape} {doing} on a {ground}",
+    "the {size} {colour} {shape} {does} in front of a {ground}",
+    "against a {ground} a {size} {colour} {shape} {does}",
+    "a {ground}, and on it a {size} {colour} {shape} {doing}",
+    "this video shows a {size} {colour} {shape} that {does} on a {ground}",
+    "a clip of a {colour} {shape}, {size}, {doing} over a {ground}",
+    "we see a {ground} with one {size} {colour} {shape} that is {doing}",
+    "in this clip a {size} {shape} in {colour} {does} against a {ground}",
+    "{ground}, {size} {colour} {shape}, {doing}",
+    "a {shape} that is {size} and {colour} {does} on a {ground}",
+    "a simple video of one {size} {colour} {shape} {doing} in front of the {ground}",
+    "it is a {size} {colour} {shape} and it {does} over a {ground}",
+)
+WORDINGS = {"train": TRAIN_WORDINGS, "test": TEST_WORDINGS}
+CAPTIONS_PER_CLIP = 4
+
+
+def caption(
+    combination: Combination,
+    generator: np.random.Generator,
+    wordings: Literal["train", "test"] = "train",
+    wording: int | None = None,
+) -> str:
+    """A caption of `combination`; wording number `wording` of that list, or a random one. Lower case, without a final stop."""
+    sentences = WORDINGS[wordings]
+    sentence = sentences[int(generator.integers(len(sentences))) if wording is None else wording]
+
+    def draw(phrases: tuple[str, ...]) -> str:
+        plain = generator.random() < 0.5
+        return phrases[0 if plain else int(generator.integers(len(phrases)))]
+
+    text = sentence.format(
+        size=draw(SIZE_WORDS[combination.size]),
+        colour=draw(COLOUR_WORDS[combination.colour]),
+        shape=draw(SHAPE_WORDS[combination.shape]),
+        ground=draw(GROUND_WORDS[combination.background]),
+        doing=draw(DOING_WORDS[combination.motion]),
+        does=draw(DOES_WORDS[combination.motion]),
+    )
+    return re.sub(r"\ba (?=[aeiou])", "an ", text)
+
+
+def training_captions(combination: Combination, generator: np.random.Generator) -> list[str]:
+    """CAPTIONS_PER_CLIP captions of one clip, each in another training wording."""
+    chosen = generator.permutation(len(TRAIN_WORDINGS))[:CAPTIONS_PER_CLIP]
+    return [caption(combination, generator, "train", int(number)) for number in chosen]
+
+
+def prompts(num: int, seed: int, which: Literal["train", "held_out", "held_out_pair"]) -> list[tuple[Combination, str]]:
+    """`num` evaluation prompts in test wordings, over the combinations of that split in a random order, none twice
+    before each came once. Prompt i depends on (i, seed, which) alone."""
+    if num < 1:
+        raise UserError(f"cannot make {num} prompts: ask for at least 1")
+    members = [c for c in combinations() if split(c) == which]
+    result: list[tuple[Combination, str]] = []
+    for number in range(num):
+        turn, place = divmod(number, len(members))
+        order = rng("prompt order", seed, which, turn).permutation(len(members))
+        combination = members[int(order[place])]
+        result.append((combination, caption(combination, rng("prompt", seed, which, number), "test")))
+    return result
+
+
+def _phrases() -> list[tuple[str, str, str]]:
+    """(phrase, attribute, value), longest first, so that "moving in a circle" is read before "circle"."""
+    tables = {"colour": [COLOUR_WORDS], "shape": [SHAPE_WORDS], "size": [SIZE_WORDS], "motion": [DOING_WORDS, DOES_WORDS]}
+    rows = [
+        (phrase, attribute, value)
+        for attribute, table_list in tables.items()
+        for table in table_list
+        for value, phrases in table.items()
+        for phrase in phrases
+    ]
+    rows += [(p, "background", v) for v, phrases in GROUND_WORDS.items() for p in phrases]
+    rows += [(p, a, v) for (a, v), phrases in MORE_PHRASES.items() for p in phrases]
+    return sorted(set(rows), key=lambda row: (-len(row[0]), row))
+
+
+# What people also write. Read only, never written into a caption.
+MORE_PHRASES: dict[tuple[str, str], tuple[str, ...]] = {
+    ("motion", "left"): ("to the left", "leftwards", "leftward", "left"),
+    ("motion", "right"): ("to the right", "rightwards", "rightward", "right"),
+    ("motion", "up"): ("upwards", "upward", "up"),
+    ("motion", "down"): ("downwards", "downward", "down", "falling", "falls"),
+    ("motion", "still"): ("still", "static", "motionless"),
+    ("motion", "growing"): ("growing larger", "getting larger", "becoming bigger", "becoming larger"),
+    ("motion", "rotating"): ("turning", "turns"),
+    ("background", "white"): ("on white", "over white", "white"),
+    ("background", "black"): ("on black", "over black", "black"),
+    ("background", "gradient"): ("gradient", "shaded"),
+    ("background", "checker"): ("checker", "checkered", "checkerboard", "chequered"),
+    ("shape", "circle"): ("disk", "ball", "dot"),
+    ("shape", "cross"): ("plus",),
+}
+_PHRASES = _phrases()
+
+
+def parse(text: str) -> dict[str, str]:
+    """The attributes that `text` names, a subset of ATTRIBUTES; of two values of one attribute, the first named."""
+    rest = " ".join(re.findall(r"[a-z]+", text.lower()))
+    found: dict[str, tuple[int, str]] = {}
+    for phrase, attribute, value in _PHRASES:
+        pattern = re.compile(rf"\b{phrase}\b")
+        for match in pattern.finditer(rest):
+            if attribute not in found or match.start() < found[attribute][0]:
+                found[attribute] = (match.start(), value)
+        rest = pattern.sub(lambda match: "_" * len(match.group()), rest)  # read once; places stay
+    return {name: found[name][1] for name in ATTRIBUTES if name in found}

@@ -1,0 +1,94 @@
+"""From a YAML to a running stage: configuration -> networks, loss, loader, engine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from pydantic import ConfigDict
+
+from data_pipeline.loader import ShardSource
+from data_pipeline.shards import all_captions
+from stages import image, interpolation, text, video
+from stages.autoencoder import AutoencoderStage, AutoencoderTask
+from stages.base import StageConfig
+from stages.image import ImageStage
+from stages.interpolation import InterpolationStage
+from stages.text import TextStage, TextTask
+from stages.video import VideoStage
+from videodiff import config as configs
+from videodiff.config import Config
+from videodiff.errors import UserError
+from videodiff.model import VOCABULARY, WORDS, Model
+from videodiff.networks.text import build_vocabulary
+from videodiff.training import distributed
+from videodiff.training.trainer import Task, train
+
+STAGE_CONFIGS: dict[str, type[StageConfig]] = {
+    "autoencoder": AutoencoderStage,
+    "text": TextStage,
+    "image": ImageStage,
+    "video": VideoStage,
+    "interpolation": InterpolationStage,
+}
+
+
+class _StageName(Config):
+    """The one key that tells which class reads the rest."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    stage: Literal["autoencoder", "text", "image", "video", "interpolation"]
+
+
+def load_stage(path: str | Path, overrides: Sequence[str] = ()) -> StageConfig:
+    """The configuration of a stage from its YAML and `a.b=c` overrides; raises UserError naming every problem."""
+    name = configs.load(_StageName, path, overrides).stage
+    return configs.load(STAGE_CONFIGS[name], path, overrides)
+
+
+def make_task(config: StageConfig, source: ShardSource) -> Task:
+    """The task that a stage's configuration asks for, standing on the model it names."""
+    if isinstance(config, AutoencoderStage):
+        return AutoencoderTask(config, source)
+    base = _base(config)
+    if isinstance(config, TextStage):
+        return TextTask(config, base, *_vocabulary(config))
+    if isinstance(config, ImageStage):
+        return image.task(config, base)
+    if isinstance(config, VideoStage):
+        return video.task(config, base)
+    assert isinstance(config, InterpolationStage)
+    return interpolation.task(config, base)
+
+
+def _base(config: StageConfig) -> Model:
+    if config.model is None:
+        raise UserError(f"model: this stage stands on the stage before it; name its run with model=RUN")
+    return Model.load(config.model)
+
+
+def _vocabulary(config: TextStage) -> tuple[Path, Path]:
+    """The run's vocabulary and word list, made from the captions of its shards by the first rank."""
+    folder = Path(config.run.dir)
+    vocabulary, words = folder / VOCABULARY, folder / WORDS
+    if distributed.rank() == 0 and not words.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        build_vocabulary(all_captions(config.data.shards), vocabulary, words, config.num_merges)
+    distributed.barrier()
+    return vocabulary, words
+
+
+def train_stage(path: str | Path, overrides: Sequence[str] = ()) -> None:
+    """Start a stage's run, or go on with it: `videodiff train`."""
+    config = load_stage(path, overrides)
+    if isinstance(config, TextStage) and config.network.pretrained is not None:
+        text.adopt(config, config.network.pretrained, _base(config))
+        return
+    distributed.start()
+    try:
+        source = ShardSource(config.data, config.run.seed, Path(config.run.dir) / "bad_samples.jsonl")
+        train(config.run, config.engine, config.data.batch_size, make_task(config, source), source, config)
+    finally:
+        distributed.cleanup()

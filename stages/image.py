@@ -1,0 +1,47 @@
+"""Stage image: text becomes the latents of one image."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from stages.base import DiffusionTask, Dropout, StageConfig
+from videodiff.diffusion.loss import DiffusionLoss
+from videodiff.diffusion.prediction import Prediction
+from videodiff.diffusion.schedule import NoiseSchedule
+from videodiff.model import Model, Sampling
+from videodiff.networks.unet import UNet, UNetConfig
+
+
+class ImageStage(StageConfig):
+    """`videodiff train configs/demo/image.yaml`. Its schedule and prediction are the video stage's too:
+
+    a frozen spatial network can't change what it predicts.
+    """
+
+    stage: Literal["image"]
+    network: UNetConfig
+    schedule: NoiseSchedule = NoiseSchedule(zero_terminal_snr=True)
+    prediction: Prediction = "v"
+    loss: DiffusionLoss = DiffusionLoss()
+    dropout: Dropout = Dropout(text=0.1, image=0.0, both=0.0)
+    sampling: Sampling = Sampling()
+
+
+def known_slots(frames: int) -> tuple[int, ...]:
+    """No frame is given."""
+    return ()
+
+
+def task(config: ImageStage, base: Model) -> DiffusionTask:
+    """The training task of the image stage."""
+    part = {
+        "network": config.network,
+        "schedule": config.schedule,
+        "prediction": config.prediction,
+        "size": config.data.size,
+        "frames": 1,
+        "fps": config.data.fps,
+        "sampling": config.sampling,
+    }
+    network = UNet(config.network)
+    return DiffusionTask("image", base, network, part, known_slots, lambda name: True, config.loss, config.dropout)

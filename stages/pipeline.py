@@ -1,0 +1,146 @@
+"""Prompt -> image -> video -> smooth video, in latents; decoded once, at the end.
+
+B batch, C latent channels, T frames, H W latent size. A sample's noise depends on (seed, prompt, sample index) alone,
+so another batch size or number of ranks changes its frames by rounding only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stages import interpolation as interpolation_stage
+from stages.base import with_known
+from videodiff import config as configs
+from videodiff.batch import Condition
+from videodiff.diffusion.denoiser import Denoiser
+from videodiff.errors import UserError
+from videodiff.model import DiffusionStage, Model, Sampling
+from videodiff.seeding import generator
+
+OnStep = Callable[[int, int], None] | None
+
+
+@dataclass(frozen=True)
+class SampleKey:
+    """What a sample's noise follows from."""
+
+    seed: int
+    prompt: str
+    index: int = 0
+
+    def generator(self, purpose: str) -> torch.Generator:
+        return generator(self.seed, purpose, self.prompt, self.index)
+
+
+def adjusted(
+    sampling: Sampling,
+    sampler: str | None = None,
+    steps: int | None = None,
+    text: float | None = None,
+    image: float | None = None,
+) -> Sampling:
+    """A stage's sampling with what the caller asks for in place of the model's own; UserError for impossible values."""
+    tree = configs.to_dict(sampling)
+    if sampler is not None and sampler != tree["sampler"]["kind"]:
+        tree["sampler"] = {"kind": sampler, "steps": tree["sampler"]["steps"]}
+    for part, key, value in (("sampler", "steps", steps), ("guidance", "text", text), ("guidance", "image", image)):
+        if value is not None:
+            tree[part][key] = value
+    return configs.build(Sampling, tree, "the options")
+
+
+class Pipeline:
+    """The stages of a model, ready to run. Each method takes and gives latents [B,C,T,H,W] in normalised units."""
+
+    def __init__(self, model: Model, device: torch.device | str = "cpu") -> None:
+        self.model, self.device = model, torch.device(device)
+        self._denoisers: dict[str, Denoiser] = {}
+
+    @cached_property
+    def autoencoder(self):  # type: ignore[no-untyped-def]
+        return self.model.autoencoder.to(self.device)
+
+    def denoiser(self, stage: DiffusionStage) -> Denoiser:
+        """The stage's denoiser, loaded once."""
+        if stage not in self._denoisers:
+            denoiser = self.model.denoiser(stage)
+            denoiser.network.to(self.device)  # type: ignore[attr-defined]
+            self._denoisers[stage] = denoiser
+        return self._denoisers[stage]
+
+    @torch.no_grad()
+    def condition(self, prompts: Sequence[str], fps: float) -> Condition:
+        """What the networks are told of the prompts."""
+        features = self.model.text.encode(list(prompts))
+        rate = torch.full((len(prompts),), float(fps))
+        told = Condition(text=(features.tokens,), text_mask=(features.mask,), pooled=features.pooled, fps=rate)
+        return told.to(self.device)
+
+    def image(self, keys: Sequence[SampleKey], sampling: Sampling, on_step: OnStep = None) -> Tensor:
+        """Stage 1: the first image of each prompt, [B,C,1,H,W]."""
+        condition = self.condition([key.prompt for key in keys], self.model.diffusion("image").fps)
+        return self._sample("image", condition, 1, keys, sampling, on_step)
+
+    def video(self, keys: Sequence[SampleKey], first: Tensor, fps: float, sampling: Sampling, on_step: OnStep = None) -> Tensor:
+        """Stage 2: from first images [B,C,1,H,W] to clips [B,C,T,H,W]."""
+        frames = self.model.diffusion("video").frames
+        condition = self.condition([key.prompt for key in keys], fps)
+        known = first.new_zeros(*first.shape[:2], frames, *first.shape[3:])
+        known[:, :, :1] = first
+        return self._sample("video", with_known(condition, known, (0,)), frames, keys, sampling, on_step)
+
+    def interpolation(
+        self, keys: Sequence[SampleKey], clip: Tensor, fps: float, sampling: Sampling, on_step: OnStep = None
+    ) -> Tensor:
+        """Stage 3: from T frames to (T-1)k+1, window by window; the given frames are kept as they are. `fps` is the given clip's."""
+        part = self.model.diffusion("interpolation")
+        clips, channels, count = clip.shape[:3]
+        factor = part.factor
+        if count < 2:
+            raise UserError("interpolation needs at least two frames; leave it out with --no-interpolation")
+        frames = min(part.frames, (count - 1) * factor + 1)
+        starts = interpolation_stage.windows(count, frames, factor)
+        slots = interpolation_stage.known_slots(frames, factor)
+        per_window = len(slots)
+        known = clip.new_zeros(clips, len(starts), channels, frames, *clip.shape[3:])
+        for w, start in enumerate(starts):
+            known[:, w, :, list(slots)] = clip[:, :, start : start + per_window]
+        rows = [(b, w) for b in range(clips) for w in range(len(starts))]
+        window_keys = [SampleKey(keys[b].seed, keys[b].prompt, keys[b].index * 1_000_003 + starts[w]) for b, w in rows]
+        condition = self.condition([key.prompt for key in window_keys], fps * factor)
+        condition = with_known(condition, known.flatten(0, 1), slots)
+        made = self._sample("interpolation", condition, frames, window_keys, sampling, on_step)
+        smooth = clip.new_zeros(clips, channels, (count - 1) * factor + 1, *clip.shape[3:])
+        for (b, w), window in zip(rows, made, strict=True):
+            smooth[b, :, starts[w] * factor : starts[w] * factor + frames] = window
+        smooth[:, :, ::factor] = clip
+        return smooth
+
+    @torch.no_grad()
+    def encode(self, frames: np.ndarray[Any, Any]) -> Tensor:
+        """uint8 frames [B,T,H,W,3] to the mean of their latents [B,C,T,h,w]."""
+        return self.autoencoder.encode_clip(torch.from_numpy(np.ascontiguousarray(frames)).to(self.device)).mean
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> np.ndarray[Any, Any]:
+        """Latents [B,C,T,h,w] to uint8 frames [B,T,H,W,3]."""
+        return self.autoencoder.decode_clip(latents).cpu().numpy()
+
+    @torch.no_grad()
+    def _sample(
+        self, stage: DiffusionStage, condition: Condition, frames: int, keys: Sequence[SampleKey], sampling: Sampling, on_step: OnStep
+    ) -> Tensor:
+        part = self.model.diffusion(stage)
+        side = part.size // self.autoencoder.factor
+        generators = [key.generator(stage) for key in keys]
+        shape = (part.network.channels, frames, side, side)
+        noise = torch.stack([torch.randn(shape, generator=g) for g in generators]).to(self.device)
+        denoise = sampling.guidance(self.denoiser(stage), condition)
+        return sampling.sampler(denoise, noise, part.schedule, generators, on_step)

@@ -1,0 +1,98 @@
+"""Stage text: a small CLIP of our own learns to match captions with film strips of their clips (Radford et al., 2021)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from stages.base import StageConfig, write_part
+from videodiff.batch import VideoBatch
+from videodiff.errors import UserError
+from videodiff import config as configs
+from videodiff.model import DESCRIPTION, VOCABULARY, WORDS, Model, TextPart, carry, place
+from videodiff.networks.text import ContrastiveTextModel, PretrainedText, TextConfig
+from videodiff.training.distributed import gather_rows, rank
+from videodiff.training.trainer import LossOutput
+
+
+class TextStage(StageConfig):
+    """`videodiff train configs/demo/text.yaml`. With `network.pretrained` a public tower is taken over, not trained."""
+
+    stage: Literal["text"]
+    network: TextConfig = TextConfig()
+    num_merges: int = Field(2000, ge=0, description="merges of the byte-pair vocabulary built from the captions")
+
+
+def film_strip(frames: Tensor) -> Tensor:
+    """Four frames of each clip in reading order on one picture: uint8 [B,T,H,W,3] -> float [B,3,H,W] in [-1,1].
+
+    A single frame can't show a motion; four of them, each at half size, can, and the tower stays an image tower.
+    """
+    clips, count = frames.shape[:2]
+    chosen = frames[:, [round(i * (count - 1) / 3) for i in range(4)]]
+    pictures = chosen.permute(0, 1, 4, 2, 3).flatten(0, 1).float() / 127.5 - 1
+    halves = F.avg_pool2d(pictures, 2).unflatten(0, (clips, 4))  # [B,4,3,H/2,W/2]
+    rows = [torch.cat([halves[:, 2 * i], halves[:, 2 * i + 1]], dim=-1) for i in range(2)]
+    return torch.cat(rows, dim=-2)
+
+
+class TextTask:
+    """Symmetric cross-entropy between the captions and the film strips of a global batch."""
+
+    def __init__(self, config: TextStage, base: Model, vocabulary: Path, words: Path) -> None:
+        self.config, self.base, self.vocabulary, self.words = config, base, vocabulary, words
+        files = {"vocabulary": str(vocabulary), "words": str(words)}
+        self.module = ContrastiveTextModel(config.network.model_copy(update=files))
+
+    def trains(self, name: str) -> bool:
+        return True
+
+    def loss(self, module: Callable[..., tuple[Tensor, Tensor, Tensor]], batch: VideoBatch, seed: int) -> LossOutput:
+        parameter = next(self.module.parameters())
+        images = film_strip(batch.frames).to(parameter)
+        tokens = self.module.tokenize(batch.captions).to(parameter.device)
+        image_features, text_features, scale = module(images, tokens)
+        # Every rank compares its rows with the whole global batch, so that the loss does not depend on the ranks.
+        all_images, all_texts = gather_rows(image_features.float()), gather_rows(text_features.float())
+        first = rank() * len(images)
+        target = torch.arange(first, first + len(images), device=images.device)
+        by_image = scale.float() * image_features.float() @ all_texts.T
+        by_text = scale.float() * text_features.float() @ all_images.T
+        loss = (
+            F.cross_entropy(by_image, target, reduction="none") + F.cross_entropy(by_text, target, reduction="none")
+        ) / 2
+        hits = (by_text.argmax(1) == target).float().mean()
+        return LossOutput(per_sample=loss, metrics={"retrieval": hits.detach()})
+
+    def sample(self, module: nn.Module, batch: VideoBatch, folder: Path, step: int) -> None:
+        """Nothing to look at: the retrieval rate in metrics.jsonl says how the tower does."""
+
+    def export(self, state: dict[str, Tensor], folder: Path, file: str) -> None:
+        vocabulary, words = place(self.vocabulary, folder, VOCABULARY), place(self.words, folder, WORDS)
+        network = self.config.network
+        state = {name.removeprefix("clip."): value for name, value in state.items()}  # open_clip's own names
+        write_part(
+            "text",
+            self.base,
+            folder,
+            file,
+            state,
+            lambda weights: TextPart(network=network, weights=weights, vocabulary=vocabulary, words=words),
+        )
+
+
+def adopt(config: TextStage, public: PretrainedText, base: Model) -> None:
+    """Make a public open_clip model the text tower: nothing is trained, the run's folder becomes a Model with it."""
+    folder, path = Path(config.run.dir), Path(public.path)
+    if not path.is_file():
+        raise UserError(f"network.pretrained.path={path}: no such file; give the local weights of {public.name}")
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = place(path, folder, f"text{path.suffix}")
+    model = carry(base, folder).model_copy(update={"text": TextPart(network=config.network, weights=weights)})
+    configs.save(model, folder / DESCRIPTION)

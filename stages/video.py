@@ -1,0 +1,58 @@
+"""Stage video: the image network with temporal layers, told the first image and the text (Emu Video, 2023).
+
+The spatial half is the image stage's, frozen: only the temporal layers and the convolution that brings in the given
+image and its mask are trained.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from stages.base import DiffusionTask, Dropout, StageConfig
+from videodiff.diffusion.loss import DiffusionLoss
+from videodiff.model import Model, Sampling
+from videodiff.networks.unet import TemporalConfig, UNet
+
+
+class VideoStage(StageConfig):
+    """`videodiff train configs/demo/video.yaml`; `model` names the run or model that holds the image stage."""
+
+    stage: Literal["video"]
+    temporal: TemporalConfig = TemporalConfig()
+    freeze_spatial: bool = True
+    loss: DiffusionLoss = DiffusionLoss()
+    dropout: Dropout = Dropout()
+    sampling: Sampling = Sampling()
+
+
+def known_slots(frames: int) -> tuple[int, ...]:
+    """The first frame is given."""
+    return (0,)
+
+
+def task(config: VideoStage, base: Model) -> DiffusionTask:
+    """The training task of the video stage, its spatial half loaded from the image stage of `base`."""
+    image = base.diffusion("image")
+    network_config = image.network.model_copy(update={"temporal": config.temporal, "known_channels": True})
+    network = UNet(network_config)
+    network.load_state_dict(base.state("image"), strict=False)
+    trainable = network.temporal_parameter_names()
+    part = {
+        "network": network_config,
+        "schedule": image.schedule,
+        "prediction": image.prediction,
+        "size": config.data.size,
+        "frames": config.data.frames,
+        "fps": config.data.fps,
+        "sampling": config.sampling,
+    }
+    return DiffusionTask(
+        "video",
+        base,
+        network,
+        part,
+        known_slots,
+        lambda name: not config.freeze_spatial or name in trainable,
+        config.loss,
+        config.dropout,
+    )

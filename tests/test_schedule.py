@@ -1,0 +1,116 @@
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from videodiff.config import build, to_dict
+from videodiff.diffusion.schedule import NoiseSchedule
+from videodiff.errors import UserError
+
+EMU = NoiseSchedule()
+# alpha_bar after 1000 steps of published schedules, computed apart in float64.
+PUBLISHED = [
+    (EMU, 4.660098513e-3),
+    (NoiseSchedule(kind="linear"), 1.578962931e-3),  # AnimateDiff
+    (NoiseSchedule(beta_start=0.0015, beta_end=0.0195), 1.423039752e-4),  # latent diffusion
+    (NoiseSchedule(kind="linear", beta_start=1e-4, beta_end=0.02), 4.035829765e-5),  # DDPM
+    (NoiseSchedule(kind="cosine"), 2.428766907e-9),
+]
+ALL = [s.model_copy(update={"zero_terminal_snr": zero}) for s, _ in PUBLISHED for zero in (False, True)]
+
+
+@pytest.mark.parametrize(("schedule", "terminal"), PUBLISHED)
+def test_terminal_alpha_bar_of_published_schedules(schedule: NoiseSchedule, terminal: float) -> None:
+    assert schedule.alpha_bar.dtype == torch.float64
+    assert schedule.alpha_bar[-1].item() == pytest.approx(terminal, rel=1e-9)
+
+
+@pytest.mark.parametrize("schedule", ALL, ids=str)
+def test_noise_grows_from_clean_data(schedule: NoiseSchedule) -> None:
+    t = torch.arange(schedule.num_steps + 1)
+    alpha, sigma, snr = schedule.alpha(t), schedule.sigma(t), schedule.snr(t)
+    assert (alpha[0], sigma[0], snr[0]) == (1, 0, math.inf)
+    assert (alpha.diff() < 0).all()
+    assert (sigma.diff() > 0).all()
+    assert (snr.diff() < 0).all()
+    torch.testing.assert_close(alpha**2 + sigma**2, torch.ones_like(alpha), rtol=0, atol=1e-15)
+    torch.testing.assert_close(snr[1:], (alpha / sigma)[1:] ** 2, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("plain", [s for s, _ in PUBLISHED], ids=str)
+def test_zero_terminal_snr_is_exact(plain: NoiseSchedule) -> None:
+    zero = plain.model_copy(update={"zero_terminal_snr": True})
+    assert zero.alpha_bar[-1] == 0
+    assert zero.snr(torch.tensor(1000)) == 0
+    assert zero.sigma(torch.tensor(1000)) == 1
+    assert zero.alpha_bar[1].item() == pytest.approx(plain.alpha_bar[1].item(), rel=1e-15)  # the first noisy step
+    # Lin et al., algorithm 1: an affine map of sqrt(alpha_bar), so that ratios of differences stay.
+    old, new = plain.alpha_bar[1:].sqrt(), zero.alpha_bar[1:].sqrt()
+    relative = [(x - x[-1]) / (x[0] - x[-1]) for x in (old, new)]
+    torch.testing.assert_close(relative[0], relative[1], rtol=0, atol=1e-14)
+
+
+def test_cosine_is_the_squared_cosine_where_betas_are_not_clipped() -> None:
+    schedule = NoiseSchedule(kind="cosine", num_steps=4000)
+    t = torch.arange(0, 3900, dtype=torch.float64)
+    f = torch.cos((t / 4000 + 0.008) / 1.008 * math.pi / 2) ** 2
+    torch.testing.assert_close(schedule.alpha_bar[:3900], f / f[0], rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("spacing", ["trailing", "leading", "linspace"])
+@pytest.mark.parametrize("num_steps", [2, 7, 10, 1000])
+def test_times_decrease_within_the_schedule(spacing: str, num_steps: int) -> None:
+    schedule = NoiseSchedule(num_steps=num_steps)
+    for steps in {1, 2, 3, 7, 10, 50, 333, 667, 999, 1000}:
+        if steps > num_steps:
+            continue
+        times = schedule.times(steps, spacing)  # type: ignore[arg-type]
+        assert len(times) == steps
+        assert all(a > b for a, b in pairwise(times))
+        assert num_steps >= times[0]
+        assert times[-1] >= 1
+    assert schedule.times(num_steps, spacing) == list(range(num_steps, 0, -1))  # type: ignore[arg-type]
+
+
+def test_spacings() -> None:
+    assert EMU.times(4) == [1000, 750, 500, 250]
+    assert EMU.times(4, "leading") == [751, 501, 251, 1]
+    assert EMU.times(4, "linspace") == [1000, 667, 334, 1]
+    assert EMU.times(1, "linspace") == [1000]
+
+
+@pytest.mark.parametrize("steps", [0, -1, 1001])
+def test_impossible_numbers_of_steps_are_refused(steps: int) -> None:
+    with pytest.raises(UserError, match="1 to 1000"):
+        EMU.times(steps)
+
+
+def test_unknown_spacing_is_refused() -> None:
+    with pytest.raises(UserError, match="trailing, leading or linspace"):
+        EMU.times(4, "quadratic")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("num_steps", 1), ("num_steps", 7.5), ("kind", "sigmoid"), ("beta_start", 0.5), ("beta_end", 1)]
+)
+def test_impossible_schedules_are_refused(key: str, value: object) -> None:
+    with pytest.raises(UserError, match=r"schedule\.yaml"):
+        build(NoiseSchedule, {key: value}, "schedule.yaml")
+    with pytest.raises(ValidationError):
+        NoiseSchedule(**{key: value})  # type: ignore[arg-type]
+
+
+def test_the_shared_table_does_not_remember_who_asked_first() -> None:
+    schedule, t = NoiseSchedule(num_steps=77), torch.tensor([1, 77])
+    with torch.device("meta"), torch.inference_mode():
+        assert schedule.alpha_bar.device.type == "cpu"
+    weight = torch.ones(2, dtype=torch.float64, requires_grad=True)
+    (weight * schedule.alpha(t)).sum().backward()
+    assert torch.equal(weight.grad, schedule.alpha(t))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("schedule", ALL, ids=str)
+def test_a_schedule_is_its_configuration(schedule: NoiseSchedule) -> None:
+    assert build(NoiseSchedule, to_dict(schedule), "here") == schedule

@@ -1,0 +1,218 @@
+"""Shards are written and read for real, also by plain webdataset."""
+
+import hashlib
+import io
+import json
+import pickle
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import webdataset
+
+from data_pipeline.shards import fingerprint, open_shards, read_sample, scan_shard, write_shard, write_world_shards
+from videodiff.errors import UserError
+
+WORLD: dict[str, Any] = {"num_clips": 7, "size": 32, "frames": 4, "fps": 8, "seed": 3, "samples_per_shard": 3}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_world_shards(tmp_path_factory.mktemp("world"), **WORLD).parent
+
+
+@pytest.fixture
+def copied(world: Path, tmp_path: Path) -> Path:
+    for name, content in contents(world).items():
+        (tmp_path / name).write_bytes(content)
+    return tmp_path
+
+
+def foreign(path: Path, members: list[tuple[str, bytes]]) -> Path:
+    with tarfile.open(path, "w") as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def test_equal_arguments_give_equal_bytes(world: Path, tmp_path: Path) -> None:
+    write_world_shards(tmp_path / "again", workers=1, **WORLD)
+    assert contents(tmp_path / "again") == contents(world)
+    write_world_shards(tmp_path / "other", **{**WORLD, "seed": 4})
+    assert contents(tmp_path / "other")["world-000000.tar"] != contents(world)["world-000000.tar"]
+
+
+def test_the_index_tells_the_truth(world: Path) -> None:
+    index = json.loads((world / "index.json").read_text())
+    assert {key: index[key] for key in ("clips", "size", "frames", "fps", "seed", "source")} == {
+        "clips": 7, "size": 32, "frames": 4, "fps": 8, "seed": 3, "source": "world",
+    }  # fmt: skip
+    assert [entry["samples"] for entry in index["shards"]] == [3, 3, 1]
+    for entry in index["shards"]:
+        data = (world / entry["file"]).read_bytes()
+        assert (len(data), hashlib.sha256(data).hexdigest()) == (entry["bytes"], entry["sha256"])
+        assert list(scan_shard(world / entry["file"]).offsets) == entry["offsets"]
+
+
+def test_plain_webdataset_reads_the_same_samples(world: Path) -> None:
+    urls = [str(path) for path in sorted(world.glob("*.tar"))]
+    plain = [
+        (sample["__key__"], sample["mp4"], json.loads(sample["json"]))
+        for sample in webdataset.WebDataset(urls, shardshuffle=False)
+    ]
+    shards = open_shards(str(world))
+    ours = [read_sample(shard, number) for shard in shards for number in range(len(shard.offsets))]
+    assert [(sample.key, sample.video, sample.meta) for sample in ours] == plain
+    assert len({sample.key for sample in ours}) == 7
+    assert all(sample.captions and "." not in sample.key for sample in ours)
+    assert ours[0].meta["scene"]["colour"] in " ".join(f"{sample.meta}" for sample in ours)
+
+
+def test_an_interrupted_run_continues_and_a_finished_one_is_left_alone(copied: Path) -> None:
+    finished = contents(copied)
+    stamps = {path: path.stat().st_mtime_ns for path in copied.iterdir()}
+    write_world_shards(copied, **WORLD)
+    assert {path: path.stat().st_mtime_ns for path in copied.iterdir()} == stamps
+    # As a kill in the second shard leaves the folder.
+    plan = {key: value for key, value in json.loads(finished["index.json"]).items() if key not in ("shards", "version")}
+    (copied / ".making.json").write_text(json.dumps(plan))
+    for name in ("index.json", "world-000001.tar", "world-000002.tar"):
+        (copied / name).unlink()
+    (copied / ".world-000001-abcd1234.tar").write_bytes(b"half")
+    with pytest.raises(UserError, match="never finished"):
+        open_shards(str(copied))
+    write_world_shards(copied, **WORLD)
+    assert contents(copied) == finished
+    first = copied / "world-000000.tar"
+    assert first.stat().st_mtime_ns == stamps[first], "the finished shard was kept"
+
+
+def test_other_content_is_never_overwritten(copied: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="seed 3 instead of 9"):
+        write_world_shards(copied, **{**WORLD, "seed": 9})
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "todo.txt").write_text("")
+    with pytest.raises(UserError, match=r"other files \(todo.txt\)"):
+        write_world_shards(tmp_path / "notes", **WORLD)
+    with pytest.raises(UserError, match="cannot be used as a folder"):
+        write_world_shards(tmp_path / "notes" / "todo.txt", **WORLD)
+    for wrong in ({"num_clips": 0}, {"size": 33}, {"fps": -1}, {"frames": 0}, {"samples_per_shard": 0}):
+        with pytest.raises(UserError, match="world shards"):
+            write_world_shards(tmp_path / "new", **{**WORLD, **wrong})
+    assert not (tmp_path / "new").exists()
+
+
+def test_missing_and_torn_shards_are_named_at_once(copied: Path) -> None:
+    shard = copied / "world-000001.tar"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-512])
+    with pytest.raises(UserError, match="world-000001.tar: torn, .* bytes where the index says"):
+        open_shards(str(copied))
+    shard.unlink()
+    with pytest.raises(UserError, match="world-000001.tar.*missing"):
+        open_shards(str(copied / "index.json"))
+    shard.write_bytes(bytes(len(whole)))  # of the right size, but not the file
+    torn = next(s for s in open_shards(str(copied)) if s.path == shard)
+    with pytest.raises(UserError, match="world-000001.tar: torn at byte 0"):
+        read_sample(torn, 0)
+    (copied / "index.json").write_text('{"version": 1}')
+    with pytest.raises(UserError, match="not an index"):
+        open_shards(str(copied))
+    (copied / "index.json").write_text('{"version": 99, "shards": []}')
+    with pytest.raises(UserError, match="version 99"):
+        open_shards(str(copied))
+
+
+def test_shards_of_others_need_no_index(tmp_path: Path) -> None:
+    a = foreign(tmp_path / "a-0.tar", [("x/1.json", b'{"caption": "one"}'), ("x/1.MP4", b"v1"), ("x/2.mp4", b"v2"), ("x/2.txt", b"two\n")])
+    b = foreign(tmp_path / "a-1.tar", [("README", b"?"), ("3.mp4", b"v3"), ("3.json", b'{"captions": ["three", "iii"]}')])
+    for location in (str(tmp_path), f"{tmp_path}/a-{{0..1}}.tar", f"{tmp_path}/a-*.tar", f"file:{tmp_path}"):
+        shards = open_shards(location)
+        samples = [read_sample(shard, number) for shard in shards for number in range(len(shard.offsets))]
+        assert [(s.key, s.video, s.captions) for s in samples] == [
+            ("x/1", b"v1", ("one",)),
+            ("x/2", b"v2", ("two",)),
+            ("3", b"v3", ("three", "iii")),
+        ]
+    assert fingerprint(open_shards(str(a))) != fingerprint(open_shards(str(b))) != fingerprint(open_shards(str(tmp_path)))
+    (tmp_path / "moved").mkdir()
+    assert fingerprint([scan_shard(a.rename(tmp_path / "moved" / "z.tar"))]) == fingerprint(shards[:1])
+
+
+def test_torn_and_compressed_shards_of_others_are_refused(tmp_path: Path) -> None:
+    path = foreign(tmp_path / "a.tar", [(f"{i}.mp4", bytes(700)) for i in range(40)])
+    whole = path.read_bytes()
+    third = 3 * 1536
+    flipped = whole[:third] + b"\xff" + whole[third + 1 :]
+    for content in (whole[:5000], whole[:third], whole[: third + 100], whole[:-20000], flipped, b"", b"hello" * 500):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=r"a\.tar"):
+            open_shards(str(path))
+    with tarfile.open(tmp_path / "b.tar", "w:gz") as tar:
+        tar.addfile(tarfile.TarInfo("1.mp4"))
+    for location, words in {
+        str(tmp_path / "b.tar"): "uncompressed",
+        str(tmp_path / "none.tar"): "no such shard",
+        str(tmp_path / "none-*.tar"): "no shard here",
+        "": "empty",
+    }.items():
+        with pytest.raises(UserError, match=words):
+            open_shards(location)
+    tarfile.open(tmp_path / "c.tar", "w").close()
+    with pytest.raises(UserError, match="no sample"):
+        open_shards(str(tmp_path / "c.tar"))
+
+
+@pytest.mark.parametrize(
+    ("members", "words"),
+    [
+        ([("1.mp4", b"v")], "sample 1 has no caption"),
+        ([("1.mp4", b"v"), ("1.json", b"{}")], "sample 1 has no caption"),
+        ([("1.mp4", b"v"), ("1.json", b'{"captions": ["  ", 7]}')], "sample 1 has no caption"),
+        ([("1.mp4", b"v"), ("1.json", b"{torn")], "sample 1 has no caption"),
+        ([("1.json", b'{"caption": "one"}')], "sample 1 has no video"),
+    ],
+)
+def test_half_samples_are_named(tmp_path: Path, members: list[tuple[str, bytes]], words: str) -> None:
+    shards = open_shards(str(foreign(tmp_path / "a.tar", members)))
+    with pytest.raises(UserError, match=words):
+        read_sample(shards[0], 0)
+
+
+class Bomb:
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.marker,)
+
+
+def test_nothing_in_a_shard_or_its_name_is_executed(tmp_path: Path) -> None:
+    marker = tmp_path / "marker"
+    bomb = pickle.dumps(Bomb(marker))
+    members = [(f"1.{suffix}", bomb) for suffix in ("pyd", "pkl", "pickle", "pth", "npy", "mp4")]
+    path = foreign(tmp_path / "a.tar", [*members, ("1.json", b'{"caption": "one"}')])
+    assert read_sample(open_shards(str(path))[0], 0).captions == ("one",)
+    for location in (f"pipe:touch {marker}", f"pipe:touch {marker}; cat a{{0..1}}.tar", "http://example.com/a.tar", "s3://a/b"):
+        with pytest.raises(UserError, match="not opened"):
+            open_shards(location)
+    for location in (f"{{pipe:touch {marker},b}}", f"$(touch {marker})", f"`touch {marker}`", f"| touch {marker}"):
+        with pytest.raises(UserError):
+            open_shards(location)
+    assert not marker.exists()
+    pickle.loads(bomb)
+    assert marker.exists(), "the bomb is a real one"
+
+
+def test_the_writer_refuses_keys_and_samples_that_cannot_be_read_back(tmp_path: Path) -> None:
+    for sample in [("a.b", b"v", {"captions": ["x"]}), ("", b"v", {"captions": ["x"]}), ("a", b"v", {"captions": []})]:
+        with pytest.raises(ValueError, match="key has no dots"):
+            write_shard(tmp_path / "x.tar", [sample])
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,335 @@
+"""The U-Net: identity at the start, image calls, what trains, checkpointing, split attention, the published size."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from videodiff.batch import Condition
+from videodiff.config import ConfigError, build
+from videodiff.networks import layers
+from videodiff.networks.unet import TemporalConfig, UNet, UNetConfig, temporal_parameter_names
+
+SMALL = UNetConfig(
+    channels=3,
+    model_channels=16,
+    channel_mult=(1, 2),
+    num_res_blocks=1,
+    attention_levels=(True, True),
+    head_channels=8,
+    feed_forward_factor=2.0,
+    context_dims=(6, 10),
+    pooled_dim=5,
+    known_channels=True,
+    temporal=TemporalConfig(feed_forward_factor=2.0, fps=True, known_time=True),
+)
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def fill(network: nn.Module, only_spatial: bool = False) -> None:
+    """Random values in place of every zero start, so that each part has something to say."""
+    generator = torch.Generator().manual_seed(1)
+    temporal = temporal_parameter_names(network)
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            if not parameter.any() and not (only_spatial and name in temporal):
+                parameter.normal_(std=0.1, generator=generator)
+
+
+def condition(clips: int = 2, frames: int = 3, known: bool = True) -> Condition:
+    mask = torch.arange(5)[None] < torch.tensor([3, 5, 1, 4])[:clips, None]
+    video = Condition(
+        text=(normal(clips, 5, 6, seed=2), normal(clips, 5, 10, seed=3)),
+        text_mask=(mask, mask.flip(0)),
+        pooled=normal(clips, 5, seed=4),
+        fps=torch.full((clips,), 8.0),
+        known_time=torch.zeros(clips),
+    )
+    if known:
+        first = torch.zeros(clips, 1, frames, 4, 4)
+        first[:, :, 0] = 1
+        video = replace(video, known=normal(clips, 3, frames, 4, 4, seed=5) * first, known_mask=first)
+    return video
+
+
+def frame(given: Condition) -> Condition:
+    """The same without known frames: what an image call is told."""
+    return replace(given, known=None, known_mask=None)
+
+
+TIME = torch.tensor([999.0, 3.0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_at_the_start_a_video_is_its_frames_one_by_one(dtype: torch.dtype) -> None:
+    network = UNet(SMALL)
+    fill(network, only_spatial=True)
+    network.to(dtype)
+    x = normal(2, 3, 3, 4, 4).to(dtype)
+    video = network(x, TIME, condition())
+    assert video.shape == x.shape and video.std() > 0.01
+    for index in range(3):
+        image = network(x[:, :, index : index + 1], TIME, frame(condition()))
+        torch.testing.assert_close(video[:, :, index : index + 1], image, atol=1e-6 if dtype == torch.float32 else 0.02, rtol=0)
+
+
+def test_each_new_part_alone_changes_nothing_at_the_start() -> None:
+    # The whole network may hide a difference in rounding; a block alone may not differ in a single bit.
+    network = UNet(SMALL)
+    fill(network, only_spatial=True)
+    signals = layers.Signals(
+        embedding=normal(2, 64),
+        video_embedding=normal(2, 64),
+        text=condition().text,
+        text_mask=tuple(mask[:, None, None] for mask in condition().text_mask),
+        frames=3,
+    )
+    found = 0
+    for module in network.modules():
+        if isinstance(module, layers.TemporalConv):
+            channels = module.conv.in_channels
+            x = normal(6, channels, 4, 4).contiguous(memory_format=torch.channels_last)
+            assert torch.equal(module(x, 3), x)
+            found += 1
+        elif isinstance(module, layers.TemporalTransformer):
+            x = normal(6, module.leave.out_features, 4, 4).contiguous(memory_format=torch.channels_last)
+            assert torch.equal(module(x, signals), x)
+            found += 1
+    assert found > 20
+
+
+def test_an_image_call_is_the_image_network_bit_for_bit() -> None:
+    network = UNet(SMALL)
+    fill(network)
+    image_network = UNet(SMALL.model_copy(update={"temporal": None, "known_channels": False}))
+    image_network.load_state_dict(network.spatial_state())
+    x = normal(2, 3, 1, 4, 4)
+    given = frame(condition())
+    assert torch.equal(network(x, TIME, given), image_network(x, TIME, given))
+    # With a known frame it is a clip of one frame, and the video network has its say.
+    assert not torch.equal(network(x, TIME, condition(frames=1)), image_network(x, TIME, given))
+
+
+def test_names_tell_the_two_halves_apart() -> None:
+    network = UNet(SMALL)
+    temporal = temporal_parameter_names(network)
+    spatial = set(network.spatial_state())
+    assert temporal | spatial == set(network.state_dict()) and not temporal & spatial
+    assert "known_conv.weight" in temporal
+    assert sum(network.num_parameters()) == sum(parameter.numel() for parameter in network.parameters())
+
+
+def test_the_known_frames_channel_starts_at_zero_and_trains() -> None:
+    network = UNet(SMALL)
+    fill(network, only_spatial=True)
+    x, target = normal(2, 3, 3, 4, 4), normal(2, 3, 3, 4, 4, seed=9)
+    other = replace(condition(), known=2 * condition().known)
+    assert torch.equal(network(x, TIME, condition()), network(x, TIME, other))
+    optimizer = torch.optim.AdamW([network.get_parameter("known_conv.weight")], lr=1e-2)
+    (network(x, TIME, condition()) - target).square().mean().backward()
+    gradient = network.get_parameter("known_conv.weight").grad
+    assert gradient is not None and gradient.abs().amax(dim=(0, 2, 3)).min() > 0  # latents and mask, each channel
+    optimizer.step()
+    assert not torch.equal(network(x, TIME, condition()), network(x, TIME, other))
+
+
+def gradients(network: UNet, checkpointing: bool) -> dict[str, Tensor]:
+    network.checkpointing = checkpointing
+    network.zero_grad()
+    out = network(normal(2, 3, 3, 4, 4), TIME, condition())
+    (out - normal(2, 3, 3, 4, 4, seed=9)).square().mean().backward()
+    return {name: p.grad.clone() for name, p in network.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_every_trained_parameter_gets_a_gradient_with_and_without_checkpointing(frozen: bool) -> None:
+    network = UNet(SMALL)
+    fill(network)
+    wanted = temporal_parameter_names(network) if frozen else set(dict(network.named_parameters()))
+    for name, parameter in network.named_parameters():
+        parameter.requires_grad_(name in wanted)
+    plain, saving = gradients(network, False), gradients(network, True)
+    assert set(plain) == set(saving) == wanted
+    assert not [name for name, gradient in plain.items() if not gradient.any()]
+    for name in wanted:
+        torch.testing.assert_close(saving[name], plain[name], atol=1e-6, rtol=1e-5)
+
+
+def test_checkpointing_recomputes() -> None:
+    network = UNet(SMALL)
+    calls = []
+    network.middle[0].register_forward_pre_hook(lambda *_: calls.append(1))
+    gradients(network, False)
+    assert len(calls) == 1
+    gradients(network, True)
+    assert len(calls) == 3
+
+
+@pytest.mark.parametrize("part", ["text", "second text", "pooled", "known", "known_mask", "fps", "known_time", "time"])
+def test_each_condition_changes_the_output(part: str) -> None:
+    network = UNet(SMALL)
+    fill(network)
+    given, time = condition(), TIME
+    x = normal(2, 3, 3, 4, 4)
+    before = network(x, time, given)
+    if part == "text":
+        given = replace(given, text=(given.text[0] + 1, given.text[1]))
+    elif part == "second text":
+        given = replace(given, text=(given.text[0], given.text[1] + 1))
+    elif part == "time":
+        time = TIME - 1
+    else:
+        # Not a constant: a norm over pooled text sees no difference in one.
+        change = normal(*getattr(given, part).shape, seed=8)
+        given = replace(given, **{part: getattr(given, part) + change})
+    assert (network(x, time, given) - before).abs().max() > 1e-5
+
+
+def test_masked_tokens_are_not_seen_and_samples_are_apart() -> None:
+    network = UNet(SMALL)
+    fill(network)
+    given = condition()
+    x = normal(2, 3, 3, 4, 4)
+    before = network(x, TIME, given)
+    hidden = tuple(
+        torch.where(mask[..., None], text, 1e4) for text, mask in zip(given.text, given.text_mask, strict=True)
+    )
+    torch.testing.assert_close(network(x, TIME, replace(given, text=hidden)), before, atol=1e-5, rtol=1e-5)
+    alone = network(x[1:], TIME[1:], given.select(slice(1, 2)))
+    torch.testing.assert_close(alone, before[1:], atol=1e-5, rtol=1e-4)
+
+
+def test_the_first_frame_reaches_every_place_of_every_frame() -> None:
+    # One level, so that frames meet by temporal layers alone and neighbours only by few convolutions.
+    def reach(first_frame_attention: bool) -> Tensor:
+        temporal = TemporalConfig(
+            kernel=1, text_attention=False, first_frame_attention=first_frame_attention, feed_forward_factor=2.0
+        )
+        network = layers.TemporalTransformer(
+            16, 8, 64, (), 1, 2.0, temporal.text_attention, temporal.first_frame_attention
+        )
+        torch.nn.init.normal_(network.leave.weight)
+        signals = layers.Signals(normal(1, 64), normal(1, 64), (), (), frames=3)
+        x = normal(3, 16, 8, 8).requires_grad_()
+        network(x, signals)[2, :, 7, 7].sum().backward()
+        assert x.grad is not None
+        return x.grad[0].abs().amax(dim=0)  # of frame 0, by place
+
+    assert (reach(True) > 0).all()
+    only_here = reach(False)
+    assert only_here[7, 7] > 0 and (only_here > 0).sum() == 1
+
+
+@pytest.mark.parametrize("frames", [1, 2, 5, 40])
+def test_any_number_of_frames_runs(frames: int) -> None:
+    network = UNet(SMALL)
+    fill(network)
+    out = network(normal(1, 3, frames, 4, 4), TIME[:1], condition(1, frames))
+    assert out.shape == (1, 3, frames, 4, 4) and out.isfinite().all()
+
+
+def test_the_order_of_frames_matters() -> None:
+    # Without a code of position, attention gives the reversed clip the reversed result.
+    network = layers.TemporalTransformer(16, 8, 64, (), 1, 2.0, False, False)
+    torch.nn.init.normal_(network.leave.weight)
+    signals = layers.Signals(normal(1, 64), normal(1, 64), (), (), frames=4)
+    x = normal(4, 16, 2, 2)
+    assert (network(x.flip(0), signals).flip(0) - network(x, signals)).abs().max() > 1e-2
+
+
+def test_attention_in_pieces_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = UNet(SMALL)
+    fill(network)
+    whole = network(normal(2, 3, 3, 4, 4), TIME, condition())
+    # 7 rows: less than the heads of temporal attention (16 places x 2 to 4 heads), so both axes are split.
+    monkeypatch.setattr(layers, "ATTENTION_ROWS", 7)
+    sizes = []
+    original = torch.nn.functional.scaled_dot_product_attention
+
+    def measured(query: Tensor, *rest: Tensor, **keywords: Tensor) -> Tensor:
+        sizes.append(query.shape[0] * query.shape[1])
+        return original(query, *rest, **keywords)
+
+    monkeypatch.setattr(layers.F, "scaled_dot_product_attention", measured)
+    pieces = network(normal(2, 3, 3, 4, 4), TIME, condition())
+    torch.testing.assert_close(pieces, whole, atol=1e-6, rtol=1e-5)
+    assert max(sizes) <= 7 and len(sizes) > 100
+
+
+def test_attention_by_matrices_is_attention() -> None:
+    query, key, value = normal(3, 2, 9, 8), normal(3, 2, 6, 8, seed=1), normal(3, 2, 6, 8, seed=2)
+    mask = (torch.arange(6)[None] < torch.tensor([1, 4, 6])[:, None])[:, None, None]
+    wanted = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    low = layers.attend(*(part.bfloat16() for part in (query, key, value)), mask)
+    torch.testing.assert_close(low.float(), wanted, atol=0.03, rtol=0)
+    torch.testing.assert_close(layers.attend_by_matrices(query, key, value, mask), wanted, atol=1e-6, rtol=1e-5)
+
+
+def test_time_is_told_apart_in_bf16() -> None:
+    # bf16 has no 997, 998, 999: their sines must come from float32.
+    codes = layers.sinusoid(torch.tensor([996.0, 997.0, 998.0, 999.0]), 32).bfloat16()
+    assert len({tuple(code.tolist()) for code in codes}) == 4
+
+
+@pytest.mark.parametrize(
+    ("broken", "words"),
+    [
+        ({"num_res_blocks": (1, 2, 3)}, "num_res_blocks has 3 entries"),
+        ({"attention_levels": (True,)}, "attention_levels has 1 entries"),
+        ({"head_channels": 7}, "head_channels 7 does not divide"),
+        ({"temporal": {"kernel": 2}}, "even"),
+        ({"chanels": 4}, "channels"),
+    ],
+)
+def test_impossible_shapes_are_refused(broken: dict[str, object], words: str) -> None:
+    data = {**SMALL.model_dump(exclude={"temporal"}), **broken}
+    with pytest.raises(ConfigError, match=words):
+        build(UNetConfig, data, "unet")
+
+
+def test_wrong_calls_are_refused() -> None:
+    network = UNet(SMALL)
+    image_network = UNet(SMALL.model_copy(update={"temporal": None, "known_channels": False}))
+    x = normal(2, 3, 3, 4, 4)
+    with pytest.raises(ValueError, match="takes"):
+        network(x[:, :2], TIME, condition())
+    with pytest.raises(ValueError, match="multiple of 2"):
+        network(x[..., :3], TIME, condition())
+    with pytest.raises(ValueError, match="text tokens have widths"):
+        network(x, TIME, replace(condition(), text=condition().text[:1], text_mask=condition().text_mask[:1]))
+    with pytest.raises(ValueError, match="pooled text"):
+        network(x, TIME, replace(condition(), pooled=None))
+    with pytest.raises(ValueError, match="known frames"):
+        image_network(x, TIME, condition())
+    with pytest.raises(ValueError, match="condition.fps"):
+        network(x, TIME, replace(condition(), fps=None))
+
+
+def test_the_published_network_has_the_published_size() -> None:
+    # Emu Video, appendix, table 1. It gives 2.7 B spatial, 1.7 B temporal and 4.3 to 4.4 B in all, and leaves open
+    # what is inside a block; the total is the figure that does not depend on where one draws the line.
+    config = UNetConfig(
+        channels=8,
+        model_channels=384,
+        channel_mult=(1, 2, 4, 4),
+        num_res_blocks=(3, 4, 4, 4),
+        attention_levels=(True, True, True, False),
+        head_channels=64,
+        num_transformer_layers=2,
+        context_dims=(768, 2048),
+        known_channels=True,
+        temporal=TemporalConfig(num_layers=2, text_attention=False, first_frame_attention=False),
+    )
+    with torch.device("meta"):
+        network = UNet(config)
+    spatial, temporal = network.num_parameters()
+    assert (spatial + temporal) / 4.35e9 == pytest.approx(1, abs=0.03)
+    assert spatial / 2.7e9 == pytest.approx(1, abs=0.12)
+    assert temporal / 1.7e9 == pytest.approx(1, abs=0.16)
+    known = network.get_parameter("known_conv.weight")
+    assert network.conv_in.spatial.in_channels + known.shape[1] == 17
+    assert network.conv_out.spatial.out_channels == 8

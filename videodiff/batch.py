@@ -1,0 +1,136 @@
+"""What a loader yields and what a network is told.
+
+B batch, C latent channels, T frames, H W height and width (pixels in a VideoBatch, latents in a Condition),
+L tokens, D width of a text tower, E width of the pooled text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Literal, TypeVar
+
+import torch
+from torch import Tensor
+
+OptionalTensor = TypeVar("OptionalTensor", Tensor, Tensor | None)
+
+
+@dataclass(frozen=True)
+class VideoBatch:
+    """Decoded clips in the order of the run.
+
+    `numbers` are positions in the run's endless sequence of samples: they alone decide noise, noise level and dropout
+    of a sample. `weight` is 0 for a clip that could not be decoded: it keeps its slot and adds nothing to the loss.
+    """
+
+    frames: Tensor  # uint8 [B, T, H, W, 3]
+    captions: tuple[str, ...]
+    fps: Tensor  # float32 [B], frames per second
+    numbers: Tensor  # int64 [B]
+    keys: tuple[str, ...]  # names of the samples in their shards
+    weight: Tensor  # float32 [B]
+
+    def __len__(self) -> int:
+        return self.frames.shape[0]
+
+    def select(self, rows: slice) -> VideoBatch:
+        """Some of the samples."""
+        return VideoBatch(*(getattr(self, field.name)[rows] for field in fields(self)))
+
+
+@dataclass(frozen=True)
+class Condition:
+    """All that a network is told besides the noisy latents and their noise level. Absent parts are () or None.
+
+    The null value of a part, used for dropout in training and for guidance in sampling alike: text is zeros with a
+    mask that keeps the first token (attention needs one), pooled text is zeros; the image is `known`, `known_mask`
+    and `known_time` all zeros. The frame rate is never dropped.
+    """
+
+    text: tuple[Tensor, ...] = ()  # one [B, L, D] for each text tower
+    text_mask: tuple[Tensor, ...] = ()  # bool [B, L] for each, True for tokens to attend to
+    pooled: Tensor | None = None  # [B, E]
+    known: Tensor | None = None  # [B, C, T, H, W] latents of the known frames, 0 elsewhere
+    known_mask: Tensor | None = None  # [B, 1, T, H, W], 1 on known frames
+    fps: Tensor | None = None  # [B], frames per second
+    known_time: Tensor | None = None  # [B], noise level t of the known frames, 0 = clean
+
+    @property
+    def has_text(self) -> bool:
+        return bool(self.text) or self.pooled is not None
+
+    @property
+    def has_image(self) -> bool:
+        """Whether any frame is known; looks into the mask, so it waits for the device."""
+        return self.known_mask is not None and bool(self.known_mask.any())
+
+    def without(self, *parts: Literal["text", "image"]) -> Condition:
+        """The same condition with the named parts at their null value for every sample."""
+        unknown = set(parts) - {"text", "image"}
+        if unknown:
+            raise ValueError(f"a condition has the parts 'text' and 'image', not {sorted(unknown)}")
+        everything = torch.ones(1, dtype=torch.bool)
+        return self.drop(everything & ("text" in parts), everything & ("image" in parts))
+
+    def drop(self, text: Tensor, image: Tensor) -> Condition:
+        """The parts of single samples at their null value: `text` and `image` are bool [B], True where dropped."""
+        first_token = [torch.arange(mask.shape[1], device=mask.device) == 0 for mask in self.text_mask]
+        return replace(
+            self,
+            text=tuple(_zero(tokens, text) for tokens in self.text),
+            text_mask=tuple(
+                torch.where(text.to(mask.device)[:, None], first, mask)
+                for mask, first in zip(self.text_mask, first_token, strict=True)
+            ),
+            pooled=_zero(self.pooled, text),
+            known=_zero(self.known, image),
+            known_mask=_zero(self.known_mask, image),
+            known_time=_zero(self.known_time, image),
+        )
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Condition:
+        """On another device; tokens, pooled text, known latents and their mask in `dtype`.
+
+        Masks stay bool; `fps` and `known_time` keep their own dtype, because bfloat16 cannot tell t = 257 from 256.
+        """
+        moved = self._map(lambda x: x.to(device=device))
+        return replace(
+            moved,
+            text=tuple(tokens.to(dtype=dtype) for tokens in moved.text),
+            **{n: x.to(dtype=dtype) for n in ("pooled", "known", "known_mask") if (x := getattr(moved, n)) is not None},
+        )
+
+    def select(self, index: slice | Sequence[int] | Tensor) -> Condition:
+        """Some of the samples, in the order of `index`."""
+        return self._map(lambda x: x[index])
+
+    @staticmethod
+    def stack(conditions: Sequence[Condition]) -> Condition:
+        """One condition out of several, along B. They must have the same parts in the same shapes (ValueError)."""
+        first, *_ = conditions
+
+        def joined(name: str) -> Tensor | tuple[Tensor, ...] | None:
+            values = [getattr(c, name) for c in conditions]
+            if isinstance(values[0], tuple):
+                return tuple(torch.cat(tower) for tower in zip(*values, strict=True))
+            if any((v is None) != (values[0] is None) for v in values):
+                raise ValueError(f"conditions with and without {name!r} cannot be stacked: give all of them one")
+            return None if values[0] is None else torch.cat(values)
+
+        return replace(first, **{field.name: joined(field.name) for field in fields(Condition)})  # type: ignore[arg-type]
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Condition:
+        def mapped(value: Tensor | tuple[Tensor, ...] | None) -> Tensor | tuple[Tensor, ...] | None:
+            if isinstance(value, tuple):
+                return tuple(function(x) for x in value)
+            return None if value is None else function(value)
+
+        return replace(self, **{field.name: mapped(getattr(self, field.name)) for field in fields(self)})  # type: ignore[arg-type]
+
+
+def _zero(x: OptionalTensor, dropped: Tensor) -> OptionalTensor:
+    """`x` [B, ...] with zeros where `dropped` [B] (or [1]) holds; a NaN there goes too, which a product would keep."""
+    if x is None:
+        return x
+    return torch.where(dropped.to(x.device).view(-1, *[1] * (x.dim() - 1)), torch.zeros_like(x), x)

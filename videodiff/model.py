@@ -1,0 +1,296 @@
+"""Model: a folder for inference, `model.yaml` beside safetensors. The only thing that generate and evaluate read.
+
+A folder is self-contained: each stage's weights lie in it and are named in `model.yaml` with their sha256. A
+checkpoint of a run is such a folder too, so a run, a checkpoint or a model can be named wherever a model can.
+The video and interpolation stages store only what they train; their frozen spatial half is the image stage's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Mapping
+from functools import cached_property
+from importlib import resources
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from videodiff import config as configs
+from videodiff.config import Config
+from videodiff.diffusion.denoiser import Denoiser
+from videodiff.diffusion.guidance import ClassifierFree
+from videodiff.diffusion.prediction import Prediction
+from videodiff.diffusion.samplers import DDIM, Sampler
+from videodiff.diffusion.schedule import NoiseSchedule
+from videodiff.errors import UserError
+from videodiff.networks.autoencoder import Autoencoder, AutoencoderConfig
+from videodiff.networks.text import PretrainedText, TextConfig, TextTower
+from videodiff.networks.unet import UNet, UNetConfig
+
+DESCRIPTION = "model.yaml"
+VOCABULARY, WORDS = "vocabulary.txt.gz", "words.txt"
+STAGES = ("autoencoder", "text", "image", "video", "interpolation")
+DiffusionStage = Literal["image", "video", "interpolation"]
+Weights = Literal["ema", "raw"]
+
+
+class File(Config):
+    """A file of a model folder: its name there and its sha256."""
+
+    name: str
+    sha256: str
+
+
+class AutoencoderPart(Config):
+    """The trained autoencoder."""
+
+    network: AutoencoderConfig
+    weights: File
+    raw: File | None = None
+
+
+class TextPart(Config):
+    """The text tower, its vocabulary and the words it was trained on (None for a public model, which brings its own)."""
+
+    network: TextConfig
+    weights: File
+    raw: File | None = None
+    vocabulary: File | None = None
+    words: File | None = None
+
+
+class Sampling(Config):
+    """How a stage is sampled unless the caller says otherwise."""
+
+    sampler: Sampler = DDIM()
+    guidance: ClassifierFree = ClassifierFree()
+
+
+class DiffusionPart(Config):
+    """A trained diffusion stage: `frames` x `size` x `size` at `fps`; `factor` is the gain in frame rate."""
+
+    network: UNetConfig
+    schedule: NoiseSchedule
+    prediction: Prediction
+    size: int
+    frames: int
+    fps: float
+    factor: int = 1
+    sampling: Sampling = Sampling()
+    weights: File
+    raw: File | None = None
+
+
+class ModelConfig(Config):
+    """The content of `model.yaml`."""
+
+    format: Literal[1] = 1
+    autoencoder: AutoencoderPart | None = None
+    text: TextPart | None = None
+    image: DiffusionPart | None = None
+    video: DiffusionPart | None = None
+    interpolation: DiffusionPart | None = None
+
+    def stages(self) -> list[str]:
+        """Names of the stages that the model holds, in the order of the road."""
+        return [stage for stage in STAGES if getattr(self, stage) is not None]
+
+
+class Model:
+    """An opened model folder; networks are built and loaded when first asked for, frozen and in eval mode.
+
+    `weights` chooses the averaged ("ema") or the "raw" weights of the newest stage; the stages it stands on are
+    always their averaged weights.
+    """
+
+    def __init__(self, folder: Path, config: ModelConfig, weights: Weights = "ema") -> None:
+        self.folder, self.config, self.weights = folder, config, weights
+
+    @classmethod
+    def load(cls, name: str | os.PathLike[str], weights: Weights = "ema") -> Model:
+        """Open "demo", a model folder, a run folder (its newest checkpoint) or a checkpoint.
+
+        Raises UserError when there is none, a file is missing, or a file is not the one that `model.yaml` names.
+        """
+        folder = find(name)
+        description = configs.load(ModelConfig, folder / DESCRIPTION)
+        model = cls(folder, description, weights)
+        for file in model.files():
+            model.path(file)
+        return model
+
+    def files(self) -> list[File]:
+        """Every file that the description names."""
+        parts = [getattr(self.config, stage) for stage in self.config.stages()]
+        named = [getattr(part, field, None) for part in parts for field in ("weights", "raw", "vocabulary", "words")]
+        return [file for file in named if file is not None]
+
+    def path(self, file: File) -> Path:
+        """The verified path of a file of this model."""
+        if Path(file.name).name != file.name:
+            raise UserError(f"{self.folder / DESCRIPTION}: {file.name!r} points out of the folder; use a plain file name")
+        path = self.folder / file.name
+        if not path.is_file():
+            raise UserError(f"{path}: missing, but {DESCRIPTION} names it; copy the whole model folder again")
+        if sha256(path) != file.sha256:
+            raise UserError(f"{path}: not the file that {DESCRIPTION} was written with (sha256 differs); copy it again")
+        return path
+
+    def part(self, stage: str) -> AutoencoderPart | TextPart | DiffusionPart:
+        """The description of a stage; UserError when the model has no such stage."""
+        part = getattr(self.config, stage, None)
+        if part is None:
+            has = ", ".join(self.config.stages()) or "none"
+            raise UserError(f"{self.folder}: holds no {stage} stage (it has: {has}); train it or name another model")
+        return part
+
+    def diffusion(self, stage: DiffusionStage) -> DiffusionPart:
+        """The description of one of the three diffusion stages."""
+        part = self.part(stage)
+        assert isinstance(part, DiffusionPart)
+        return part
+
+    def state(self, stage: str) -> dict[str, Tensor]:
+        """The weights of a stage, by parameter name, in float32."""
+        part = self.part(stage)
+        file = part.raw if self.weights == "raw" and stage == self.config.stages()[-1] else part.weights
+        if file is None:
+            raise UserError(f"{self.folder}: holds no raw weights, only averaged ones; leave out the choice of raw")
+        path = self.path(file)
+        try:
+            state = load_file(path)
+        except SafetensorError as error:
+            raise UserError(f"{path}: not a readable safetensors file ({error}); copy it again") from None
+        return {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
+
+    @cached_property
+    def autoencoder(self) -> Autoencoder:
+        part = self.part("autoencoder")
+        assert isinstance(part, AutoencoderPart)
+        network = Autoencoder(part.network)
+        self._fill(network, self.state("autoencoder"), "autoencoder")
+        return network.requires_grad_(False).eval()
+
+    @cached_property
+    def text(self) -> TextTower:
+        part = self.part("text")
+        assert isinstance(part, TextPart)
+        if part.network.pretrained is not None:
+            public = PretrainedText(name=part.network.pretrained.name, path=str(self.path(part.weights)))
+            return TextTower(part.network.model_copy(update={"pretrained": public}))
+        files = {name: getattr(part, name) for name in ("vocabulary", "words")}
+        paths = {name: None if file is None else str(self.path(file)) for name, file in files.items()}
+        return TextTower(part.network.model_copy(update=paths), self.state("text"))
+
+    def unet(self, stage: DiffusionStage) -> UNet:
+        """The network of a diffusion stage; the spatial half of video and interpolation is the image stage's."""
+        part = self.diffusion(stage)
+        network = UNet(part.network)
+        state = self.state(stage)
+        if stage != "image":
+            state = {**self.state("image"), **state}
+        self._fill(network, state, stage)
+        return network.requires_grad_(False).eval()
+
+    def denoiser(self, stage: DiffusionStage, dtype: torch.dtype = torch.float32) -> Denoiser:
+        """The stage's network behind the one door that samplers know."""
+        part = self.diffusion(stage)
+        network = self.unet(stage).to(dtype)
+        return Denoiser(network, part.schedule, part.prediction, dtype)
+
+    def _fill(self, network: torch.nn.Module, state: dict[str, Tensor], stage: str) -> None:
+        wanted = network.state_dict()
+        odd = sorted(set(wanted) ^ set(state)) or sorted(n for n in wanted if wanted[n].shape != state[n].shape)
+        if odd:
+            raise UserError(
+                f"{self.folder}: the weights of stage {stage} do not fit its network at {odd[0]!r} "
+                f"({len(odd)} such names); {DESCRIPTION} and the weights belong to different models"
+            )
+        network.load_state_dict(state)
+
+
+def find(name: str | os.PathLike[str]) -> Path:
+    """The folder that `name` means: "demo", a model, a run or a checkpoint; UserError when it is none of them."""
+    if str(name) == "demo":
+        folder = Path(str(resources.files("videodiff") / "assets" / "demo"))
+        if not (folder / DESCRIPTION).is_file():
+            raise UserError(f"{folder}: this installation carries no bundled model; name a model folder with --model")
+        return folder
+    folder = Path(name)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; name a model folder, a run, a checkpoint or 'demo'")
+    if (folder / DESCRIPTION).is_file():
+        return folder
+    checkpoints = sorted((folder / "checkpoints").glob(f"step-*[0-9]/{DESCRIPTION}"))
+    if checkpoints:
+        return checkpoints[-1].parent
+    raise UserError(f"{folder}: neither a model (no {DESCRIPTION}) nor a run with a finished checkpoint")
+
+
+def sha256(path: Path) -> str:
+    """Hex sha256 of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
+
+
+def _digest(file) -> str:  # type: ignore[no-untyped-def]  # Python 3.10 has no hashlib.file_digest
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def write_weights(folder: Path, name: str, state: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> File:
+    """Write a stage's weights into a model folder as safetensors; returns what `model.yaml` says of the file."""
+    tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
+    if dtype is not None:
+        tensors = {key: value.to(dtype) if value.is_floating_point() else value for key, value in tensors.items()}
+    save_file(tensors, folder / name)
+    return File(name=name, sha256=sha256(folder / name))
+
+
+def place(source: Path, folder: Path, name: str) -> File:
+    """Put a finished file into a model folder, as a hard link where the disk allows it, else as a copy."""
+    target = folder / name
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+    return File(name=name, sha256=sha256(target))
+
+
+def carry(model: Model, folder: Path) -> ModelConfig:
+    """Place all stages of `model` in `folder` under their stages' names; returns the description of what is there."""
+    parts: dict[str, Config] = {}
+    for stage in model.config.stages():
+        part = model.part(stage)
+        update: dict[str, File | None] = {"raw": None}
+        update["weights"] = place(model.path(part.weights), folder, f"{stage}{Path(part.weights.name).suffix}")
+        if isinstance(part, TextPart):
+            for field, name in (("vocabulary", VOCABULARY), ("words", WORDS)):
+                if (file := getattr(part, field)) is not None:
+                    update[field] = place(model.path(file), folder, name)
+        parts[stage] = part.model_copy(update=update)
+    return ModelConfig(**parts)  # type: ignore[arg-type]
+
+
+def export(model: Model, folder: Path, half: bool = False) -> None:
+    """Write the chosen weights of every stage into a new folder that stands alone; `half` stores them in float16."""
+    if (folder / DESCRIPTION).exists():
+        raise UserError(f"{folder}: holds a model already; name a new folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    description = carry(model, folder)
+    for stage in model.config.stages():
+        part = getattr(description, stage)
+        if part.weights.name.endswith(".safetensors"):
+            (folder / part.weights.name).unlink()  # a hard link: writing through it would change the original
+            weights = write_weights(folder, part.weights.name, model.state(stage), torch.float16 if half else None)
+            description = description.model_copy(update={stage: part.model_copy(update={"weights": weights})})
+    configs.save(description, folder / DESCRIPTION)

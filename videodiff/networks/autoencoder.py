@@ -1,0 +1,234 @@
+"""KL autoencoder for single frames, and the road of a clip through it.
+
+Shapes: N frames, B clips, T frames of a clip, C latent channels, H W picture size, h w latent size (H / factor).
+Frames are float in [-1,1] inside, uint8 [B,T,H,W,3] at `encode_clip` and `decode_clip`.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from videodiff.config import Config
+from videodiff.networks.layers import Attention, group_norm, to_map, to_tokens
+
+# Bounds of the log variance, as wide as float32 exp() comfortably takes.
+LOG_VARIANCE = (-30.0, 20.0)
+
+
+class AutoencoderConfig(Config):
+    """Each entry of `widths` is a level; each but the first halves the size: the factor is patch * 2**(levels - 1).
+
+    With `patch` 2 the network sees squares of 2x2 pixels as channels, so that nothing runs at full size, where norms
+    and activations cost more than the convolutions do.
+    """
+
+    latent_channels: int = Field(8, ge=1)
+    patch: int = Field(2, ge=1, description="side of the squares of pixels that become channels at the input")
+    widths: tuple[int, ...] = Field((64, 128, 128), min_length=1)
+    num_res_blocks: int = Field(1, ge=1, description="per level, in the encoder and in the decoder")
+    chunk: int = Field(16, ge=1, description="frames of one clip that go through together: bounds memory")
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """Diagonal Gaussian of the latent, in normalised units: mean and std of one shape."""
+
+    mean: Tensor
+    std: Tensor
+
+    def sample(self, noise: Tensor) -> Tensor:
+        """mean + std * noise; noise is standard normal of the same shape."""
+        return self.mean + self.std * noise
+
+
+class ResBlock(nn.Module):
+    def __init__(self, channels_in: int, channels_out: int) -> None:
+        super().__init__()
+        self.norm_in = group_norm(channels_in)
+        self.conv_in = nn.Conv2d(channels_in, channels_out, 3, padding=1)
+        self.norm_out = group_norm(channels_out)
+        self.conv_out = nn.Conv2d(channels_out, channels_out, 3, padding=1)
+        self.skip = nn.Conv2d(channels_in, channels_out, 1) if channels_in != channels_out else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.conv_in(F.silu(self.norm_in(x)))
+        return self.skip(x) + self.conv_out(F.silu(self.norm_out(hidden)))
+
+
+class AttentionBlock(nn.Module):
+    """One head over all positions, at the smallest size only."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = group_norm(channels)
+        self.attention = Attention(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + to_map(self.attention(to_tokens(self.norm(x))), x)
+
+
+class Upsample(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+def make_encoder(config: AutoencoderConfig) -> nn.Sequential:
+    """[N,3,H,W] -> [N,2C,h,w]."""
+    layers: list[nn.Module] = [
+        nn.PixelUnshuffle(config.patch),
+        nn.Conv2d(3 * config.patch**2, config.widths[0], 3, padding=1),
+    ]
+    channels = config.widths[0]
+    for level, width in enumerate(config.widths):
+        if level > 0:
+            layers.append(nn.Conv2d(channels, channels, 3, stride=2, padding=1))
+        for _ in range(config.num_res_blocks):
+            layers.append(ResBlock(channels, width))
+            channels = width
+    layers += [AttentionBlock(channels), ResBlock(channels, channels)]
+    layers += [group_norm(channels), nn.SiLU(), nn.Conv2d(channels, 2 * config.latent_channels, 3, padding=1)]
+    return nn.Sequential(*layers)
+
+
+def make_decoder(config: AutoencoderConfig) -> nn.Sequential:
+    """[N,C,h,w] -> [N,3,H,W]."""
+    channels = config.widths[-1]
+    layers: list[nn.Module] = [nn.Conv2d(config.latent_channels, channels, 3, padding=1)]
+    layers += [ResBlock(channels, channels), AttentionBlock(channels)]
+    for level, width in reversed(list(enumerate(config.widths))):
+        for _ in range(config.num_res_blocks):
+            layers.append(ResBlock(channels, width))
+            channels = width
+        if level > 0:
+            layers.append(Upsample(channels))
+    layers += [group_norm(channels), nn.SiLU(), nn.Conv2d(channels, 3 * config.patch**2, 3, padding=1)]
+    layers += [nn.PixelShuffle(config.patch)]
+    return nn.Sequential(*layers)
+
+
+class Autoencoder(nn.Module):
+    """A picture is a Gaussian over `latent_channels` x h x w (Rombach et al. 2022, section 3.1).
+
+    Latents outside are normalised, (raw - latent_mean) / latent_std per channel: buffers that are 0 and 1 until
+    `set_latent_statistics` gets what was measured on data, and are stored with the weights.
+    """
+
+    latent_mean: Tensor
+    latent_std: Tensor
+
+    def __init__(self, config: AutoencoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.factor = config.patch * 2 ** (len(config.widths) - 1)
+        self.encoder = make_encoder(config)
+        self.decoder = make_decoder(config)
+        self.register_buffer("latent_mean", torch.zeros(config.latent_channels))
+        self.register_buffer("latent_std", torch.ones(config.latent_channels))
+
+    @torch.no_grad()
+    def set_latent_statistics(self, mean: Tensor, std: Tensor) -> None:
+        """mean, std: [C], of raw latents over data. Raises ValueError where a channel has no spread."""
+        if not (torch.isfinite(mean).all() and torch.isfinite(std).all() and (std > 0).all()):
+            raise ValueError("latent statistics must be finite with std > 0 in each channel: was the encoder trained?")
+        self.latent_mean.copy_(mean)
+        self.latent_std.copy_(std)
+
+    def forward(self, frames: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """For training: frames [N,3,H,W] in [-1,1], noise [N,C,h,w] -> reconstruction, raw mean, raw log variance."""
+        mean, log_variance = self._moments(frames)
+        latent = mean + (0.5 * log_variance).exp() * noise.to(mean.dtype)
+        return self.decoder(_channels_last(latent)), mean, log_variance
+
+    def encode(self, frames: Tensor) -> Posterior:
+        """[N,3,H,W] in [-1,1] -> Posterior of [N,C,h,w] in normalised units, all N at once."""
+        mean, log_variance = self._moments(frames)
+        shift, scale = (buffer[:, None, None].to(mean.dtype) for buffer in (self.latent_mean, self.latent_std))
+        return Posterior((mean - shift) / scale, (0.5 * log_variance).exp() / scale)
+
+    def decode(self, latent: Tensor, chunk: int | None = None) -> Tensor:
+        """[N,C,h,w] in normalised units -> [N,3,H,W], about [-1,1]; `chunk` frames at a time, None for all."""
+        shift, scale = (buffer[:, None, None].to(latent.dtype) for buffer in (self.latent_mean, self.latent_std))
+        raw = latent * scale + shift
+        return torch.cat([self.decoder(_channels_last(piece)) for piece in raw.split(chunk or len(raw))])
+
+    @torch.no_grad()
+    def encode_clip(self, frames: Tensor) -> Posterior:
+        """uint8 [B,T,H,W,3] -> Posterior of float32 [B,C,T,h,w].
+
+        Clip by clip, `config.chunk` frames at a time: a clip's latent depends on no other clip of its batch.
+        """
+        if frames.dtype != torch.uint8 or frames.ndim != 5 or frames.shape[-1] != 3:
+            raise ValueError(f"frames are {frames.dtype} {list(frames.shape)}, not uint8 [B,T,H,W,3]")
+        dtype = next(self.parameters()).dtype
+        clips = []
+        for clip in frames:
+            parts = [self.encode(to_float(piece).to(dtype)) for piece in clip.split(self.config.chunk)]
+            clips.append((torch.cat([part.mean for part in parts]), torch.cat([part.std for part in parts])))
+        mean, std = (torch.stack(column).float().transpose(1, 2) for column in zip(*clips, strict=True))
+        return Posterior(mean, std)
+
+    @torch.no_grad()
+    def decode_clip(self, latent: Tensor) -> Tensor:
+        """[B,C,T,h,w] in normalised units -> uint8 [B,T,H,W,3]; clip by clip, as `encode_clip`."""
+        clips = []
+        for clip in latent.to(next(self.parameters()).dtype).transpose(1, 2):
+            pictures = self.decode(clip, self.config.chunk).float().permute(0, 2, 3, 1)
+            clips.append(((pictures + 1) * 127.5).round().clamp(0, 255).to(torch.uint8))
+        return torch.stack(clips)
+
+    def _moments(self, frames: Tensor) -> tuple[Tensor, Tensor]:
+        height, width = frames.shape[-2:]
+        if height % self.factor or width % self.factor:
+            raise ValueError(f"frames of {height}x{width} are no multiple of {self.factor}: resize or crop them")
+        mean, log_variance = self.encoder(_channels_last(frames)).chunk(2, dim=1)
+        return mean, log_variance.clamp(*LOG_VARIANCE)
+
+
+class AutoencoderLoss(Config):
+    """Mean absolute error, pixels near edges of the target counted up to `edge_weight` times, plus `kl_weight` times
+    the KL divergence of N(mean, exp(log_variance)) from N(0, 1), summed over the latent of a frame.
+
+    Without the edge weight an object's outline, a small share of its pixels, is learned last.
+    """
+
+    edge_weight: float = Field(7.0, ge=1)
+    kl_weight: float = Field(1e-6, ge=0)
+
+    def __call__(
+        self, reconstruction: Tensor, frames: Tensor, mean: Tensor, log_variance: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """[N,3,H,W] twice, [N,C,h,w] twice -> float32 [N], one value a frame, and the means of its two parts."""
+        weight = 1 + (self.edge_weight - 1) * edges(frames)
+        error = (reconstruction.float() - frames.float()).abs().mean(dim=1, keepdim=True)
+        # Divided by the weights' sum: a frame with many edges counts no more than a plain one.
+        weighted = (error * weight).sum(dim=(1, 2, 3)) / weight.sum(dim=(1, 2, 3))
+        mean, log_variance = mean.float(), log_variance.float()
+        kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum(dim=(1, 2, 3))
+        metrics = {"reconstruction": weighted.detach().mean(), "kl": kl.detach().mean()}
+        return weighted + self.kl_weight * kl, metrics
+
+
+def edges(frames: Tensor) -> Tensor:
+    """[N,3,H,W] in [-1,1] -> [N,1,H,W] in [0,1]: how near an edge, from the gradient widened by two pixels."""
+    frames = frames.float()
+    down = F.pad((frames[..., 1:, :] - frames[..., :-1, :]).abs().amax(dim=1, keepdim=True), (0, 0, 0, 1))
+    across = F.pad((frames[..., 1:] - frames[..., :-1]).abs().amax(dim=1, keepdim=True), (0, 1))
+    # A step of half the range is a full edge; noise of compression (a few 1/255) stays near 0.
+    gradient = (2 * torch.maximum(down, across)).clamp(max=1)
+    return F.max_pool2d(gradient, kernel_size=5, stride=1, padding=2)
+
+
+def to_float(frames: Tensor) -> Tensor:
+    """uint8 [...,H,W,3] -> float32 [N,3,H,W] in [-1,1], channels-last, leading axes folded into N."""
+    return (frames.flatten(0, -4).float() / 127.5 - 1).permute(0, 3, 1, 2)
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)

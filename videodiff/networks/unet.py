@@ -1,0 +1,306 @@
+"""One U-Net for images and clips: an image is a clip with one frame, and an image call skips the temporal layers.
+
+Shapes: B clips, T frames, N = B*T, C latent channels, H W latent size, L text tokens, D width, E embedding width.
+Architecture after Emu Video (Girdhar et al. 2023, section 3.2 and tables 1-2 of its appendix).
+"""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from videodiff.batch import Condition
+from videodiff.config import Config
+from videodiff.networks.layers import (
+    ResBlock,
+    Signals,
+    SpaceTimeConv,
+    SpatialTransformer,
+    TemporalTransformer,
+    group_norm,
+    sinusoid,
+)
+
+
+class TemporalConfig(Config):
+    """What a video network has beyond an image network."""
+
+    kernel: int = Field(3, ge=1, description="frames that a temporal convolution sees; odd")
+    num_layers: int = Field(1, ge=1, description="layers in each temporal attention block")
+    feed_forward_factor: float = Field(4.0, gt=0)
+    text_attention: bool = True
+    first_frame_attention: bool = True
+    fps: bool = Field(False, description="take condition.fps, frames per second")
+    known_time: bool = Field(False, description="take condition.known_time, the noise level of the known frames")
+
+    @model_validator(mode="after")
+    def _check(self) -> "TemporalConfig":
+        if self.kernel % 2 == 0:
+            raise ValueError(f"kernel {self.kernel} is even, so no frame is its middle; use {self.kernel + 1}")
+        return self
+
+
+class UNetConfig(Config):
+    """Shape of the network. Attention follows every residual block of the levels marked, and stands in the middle."""
+
+    channels: int = Field(8, ge=1, description="latent channels in and out")
+    model_channels: int = Field(ge=4)
+    channel_mult: tuple[int, ...] = Field((1, 2, 4, 4), min_length=1)
+    num_res_blocks: int | tuple[int, ...] = 2
+    attention_levels: tuple[bool, ...] = (True, True, True, False)
+    head_channels: int = Field(64, ge=1)
+    num_transformer_layers: int = Field(1, ge=1)
+    feed_forward_factor: float = Field(4.0, gt=0)
+    context_dims: tuple[int, ...] = Field((), description="width of the tokens of each text encoder")
+    pooled_dim: int | None = Field(None, description="width of the pooled text that joins the time embedding")
+    known_channels: bool = Field(False, description="take condition.known and its mask on C+1 further channels")
+    temporal: TemporalConfig | None = None
+
+    @property
+    def res_blocks(self) -> tuple[int, ...]:
+        if isinstance(self.num_res_blocks, int):
+            return (self.num_res_blocks,) * len(self.channel_mult)
+        return self.num_res_blocks
+
+    @property
+    def divisor(self) -> int:
+        """Latent height and width must be a multiple of this."""
+        return 2 ** (len(self.channel_mult) - 1)
+
+    @model_validator(mode="after")
+    def _check(self) -> "UNetConfig":
+        levels = len(self.channel_mult)
+        for name, given in (("num_res_blocks", len(self.res_blocks)), ("attention_levels", len(self.attention_levels))):
+            if given != levels:
+                raise ValueError(f"{name} has {given} entries, channel_mult has {levels}; give one for each level")
+        for mult, attention in zip(self.channel_mult, (*self.attention_levels[:-1], True), strict=True):
+            if attention and self.model_channels * mult % self.head_channels:
+                raise ValueError(
+                    f"head_channels {self.head_channels} does not divide model_channels x mult "
+                    f"{self.model_channels * mult}; choose one that divides every level with attention"
+                )
+        return self
+
+
+class Block(nn.Module):
+    """A residual block with the spatial and the temporal attention that follow it: what is checkpointed as one."""
+
+    def __init__(self, config: UNetConfig, channels_in: int, channels_out: int, attention: bool) -> None:
+        super().__init__()
+        temporal = config.temporal
+        embedding_dim = 4 * config.model_channels
+        self.res = ResBlock(channels_in, channels_out, embedding_dim, temporal.kernel if temporal else None)
+        self.attention = None
+        self.temporal = None
+        if attention:
+            self.attention = SpatialTransformer(
+                channels_out,
+                config.head_channels,
+                config.context_dims,
+                config.num_transformer_layers,
+                config.feed_forward_factor,
+            )
+        if attention and temporal:
+            self.temporal = TemporalTransformer(
+                channels_out,
+                config.head_channels,
+                embedding_dim,
+                config.context_dims,
+                temporal.num_layers,
+                temporal.feed_forward_factor,
+                temporal.text_attention,
+                temporal.first_frame_attention,
+            )
+
+    def forward(self, x: Tensor, signals: Signals) -> Tensor:
+        x = self.res(x, signals)
+        if self.attention is not None:
+            x = self.attention(x, signals)
+        if self.temporal is not None and signals.video_embedding is not None:
+            x = self.temporal(x, signals)
+        return x
+
+
+class Level(nn.Module):
+    """The blocks at one resolution, and the convolution that leads to the next."""
+
+    def __init__(self, blocks: list[Block], resize: SpaceTimeConv | None) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.resize = resize
+
+
+def embedding_mlp(dim_in: int, dim: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(dim_in, dim), nn.SiLU(), nn.Linear(dim, dim))
+
+
+class UNet(nn.Module):
+    """network(x [B,C,T,H,W], time [B], condition) -> [B,C,T,H,W].
+
+    time: 0..N-1, float32; its sines are taken in float32 whatever the dtype of the weights.
+    An image call (T == 1 and condition.known is None) runs the spatial layers alone: the result is that of an
+    image-only network with the same spatial weights, bit for bit. Without `temporal` the frames are independent.
+    `checkpointing` may be set at any time: activations are computed again in the backward pass instead of kept.
+    """
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.checkpointing = False
+        temporal = config.temporal
+        kernel = temporal.kernel if temporal else None
+        base = config.model_channels
+        dim = 4 * base
+
+        self.time_embedding = embedding_mlp(base, dim)
+        self.pooled_norm = nn.LayerNorm(config.pooled_dim) if config.pooled_dim else None
+        self.pooled_embedding = embedding_mlp(config.pooled_dim, dim) if config.pooled_dim else None
+        self.temporal_fps = embedding_mlp(base, dim) if temporal and temporal.fps else None
+        self.temporal_known_time = embedding_mlp(base, dim) if temporal and temporal.known_time else None
+
+        self.conv_in = SpaceTimeConv(config.channels, base, kernel)
+        self.known_conv = None
+        if config.known_channels:
+            # Without a bias: no known frames and known frames that are all 0 are the same thing.
+            self.known_conv = nn.Conv2d(config.channels + 1, base, 3, padding=1, bias=False)
+            nn.init.zeros_(self.known_conv.weight)
+
+        widths = [base * mult for mult in config.channel_mult]
+        last = len(widths) - 1
+        channels, skips = base, [base]
+        down = []
+        for level, width in enumerate(widths):
+            blocks = []
+            for _ in range(config.res_blocks[level]):
+                blocks.append(Block(config, channels, width, config.attention_levels[level]))
+                channels = width
+                skips.append(width)
+            resize = None
+            if level < last:
+                resize = SpaceTimeConv(width, width, kernel, stride=2)
+                skips.append(width)
+            down.append(Level(blocks, resize))
+        self.down = nn.ModuleList(down)
+        self.middle = nn.ModuleList([Block(config, channels, channels, True), Block(config, channels, channels, False)])
+        up = []
+        for level in reversed(range(len(widths))):
+            blocks = []
+            for _ in range(config.res_blocks[level] + 1):
+                blocks.append(Block(config, channels + skips.pop(), widths[level], config.attention_levels[level]))
+                channels = widths[level]
+            up.append(Level(blocks, SpaceTimeConv(channels, channels, kernel) if level else None))
+        self.up = nn.ModuleList(up)
+        self.norm_out = group_norm(channels)
+        self.conv_out = SpaceTimeConv(channels, config.channels, kernel, zero=True)
+
+    def forward(self, x: Tensor, time: Tensor, condition: Condition) -> Tensor:
+        self._check(x, condition)
+        clips, _, frames = x.shape[:3]
+        video = self.config.temporal is not None and not (frames == 1 and condition.known is None)
+        signals = self._signals(x, time, condition, video)
+
+        hidden = self.conv_in(self._flatten(x), signals)
+        if self.known_conv is not None and condition.known is not None and condition.known_mask is not None:
+            known = torch.cat([condition.known, condition.known_mask.to(condition.known.dtype)], dim=1).to(x.dtype)
+            hidden = hidden + self.known_conv(self._flatten(known))
+
+        skips = [hidden]
+        for level in self._levels(self.down):
+            for block in level.blocks:
+                hidden = self._run(block, hidden, signals)
+                skips.append(hidden)
+            if level.resize is not None:
+                hidden = level.resize(hidden, signals)
+                skips.append(hidden)
+        for block in self.middle:
+            hidden = self._run(block, hidden, signals)
+        for level in self._levels(self.up):
+            for block in level.blocks:
+                hidden = self._run(block, torch.cat([hidden, skips.pop()], dim=1), signals)
+            if level.resize is not None:
+                hidden = level.resize(F.interpolate(hidden, scale_factor=2.0, mode="nearest"), signals)
+        out = self.conv_out(F.silu(self.norm_out(hidden)), signals)
+        return out.unflatten(0, (clips, frames)).transpose(1, 2)
+
+    def spatial_state(self) -> dict[str, Tensor]:
+        """The state of the image network inside: loads into a UNet without `temporal` and `known_channels`."""
+        return {name: value for name, value in self.state_dict().items() if not is_temporal(name)}
+
+    def num_parameters(self) -> tuple[int, int]:
+        """(spatial, temporal) numbers of parameters."""
+        sizes = {True: 0, False: 0}
+        for name, parameter in self.named_parameters():
+            sizes[is_temporal(name)] += parameter.numel()
+        return sizes[False], sizes[True]
+
+    def _levels(self, levels: nn.ModuleList) -> Iterator[Level]:
+        for level in levels:
+            assert isinstance(level, Level)
+            yield level
+
+    def _run(self, block: nn.Module, x: Tensor, signals: Signals) -> Tensor:
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, x, signals, use_reentrant=False)
+        return block(x, signals)
+
+    @staticmethod
+    def _flatten(x: Tensor) -> Tensor:
+        """[B,C,T,H,W] -> [B*T,C,H,W] channels-last: one copy here, none further in."""
+        return x.permute(0, 2, 3, 4, 1).flatten(0, 1).contiguous().permute(0, 3, 1, 2)
+
+    def _signals(self, x: Tensor, time: Tensor, condition: Condition, video: bool) -> Signals:
+        base, dtype = self.config.model_channels, x.dtype
+        embedding = self.time_embedding(sinusoid(time, base).to(dtype))
+        if self.pooled_embedding is not None and self.pooled_norm is not None and condition.pooled is not None:
+            embedding = embedding + self.pooled_embedding(self.pooled_norm(condition.pooled.to(dtype)))
+        video_embedding = embedding if video else None
+        if video_embedding is not None and self.temporal_fps is not None and condition.fps is not None:
+            video_embedding = video_embedding + self.temporal_fps(sinusoid(condition.fps, base).to(dtype))
+        if video_embedding is not None and self.temporal_known_time is not None and condition.known_time is not None:
+            video_embedding = video_embedding + self.temporal_known_time(sinusoid(condition.known_time, base).to(dtype))
+        return Signals(
+            embedding=F.silu(embedding),
+            video_embedding=None if video_embedding is None else F.silu(video_embedding),
+            text=tuple(text.to(dtype) for text in condition.text),
+            text_mask=tuple(mask[:, None, None] for mask in condition.text_mask),
+            frames=x.shape[2],
+        )
+
+    def _check(self, x: Tensor, condition: Condition) -> None:
+        config = self.config
+        if x.ndim != 5 or x.shape[1] != config.channels:
+            raise ValueError(f"x has shape {list(x.shape)}, the network takes [B,{config.channels},T,H,W]")
+        if x.shape[3] % config.divisor or x.shape[4] % config.divisor:
+            raise ValueError(
+                f"latent size {x.shape[3]}x{x.shape[4]} is no multiple of {config.divisor}, which the "
+                f"{len(config.channel_mult)} levels of the network halve it by; choose another picture size"
+            )
+        given = tuple(text.shape[-1] for text in condition.text)
+        if given != config.context_dims:
+            raise ValueError(f"text tokens have widths {given}, the network takes {config.context_dims}")
+        if (condition.pooled is None) != (config.pooled_dim is None):
+            raise ValueError(
+                "the network takes pooled text and the condition has none"
+                if condition.pooled is None
+                else "the condition has pooled text and the network takes none; set pooled_dim"
+            )
+        if condition.known is not None and self.known_conv is None:
+            raise ValueError("known frames are given to a network without known_channels; use a video model")
+        if config.temporal and x.shape[2] > 1:
+            for name in ("fps", "known_time"):
+                if getattr(config.temporal, name) and getattr(condition, name) is None:
+                    raise ValueError(f"the network takes condition.{name}, and it is None")
+
+
+def is_temporal(name: str) -> bool:
+    """Whether a parameter of a UNet belongs to the video network alone, told from its name."""
+    return any(part == "known_conv" or part.startswith("temporal") for part in name.split("."))
+
+
+def temporal_parameter_names(network: UNet) -> set[str]:
+    """Names of the parameters that an image network has not: temporal layers and the convolution of the known frames.
+    They are what the video stage trains."""
+    return {name for name, _ in network.named_parameters() if is_temporal(name)}

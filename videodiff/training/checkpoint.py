@@ -1,0 +1,160 @@
+"""Checkpoints that a kill can't spoil: written beside, listed in a manifest, then renamed; the newest sound one counts.
+
+    checkpoints/step-00000100/   engine/ (DeepSpeed), average-*.safetensors (EMA fragments of each rank), state.json,
+                                 ema.safetensors + raw.safetensors + model.yaml (opens as a Model), manifest.json
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from videodiff.errors import UserError
+from videodiff.training.distributed import barrier, from_first, raise_from_first, rank
+
+MANIFEST = "manifest.json"
+
+
+class Checkpoints:
+    """The folder `checkpoints/` of a run. All methods are collective."""
+
+    def __init__(self, folder: Path, keep_last: int) -> None:
+        self.folder, self.keep_last = folder, keep_last
+
+    def newest(self) -> Path | None:
+        """The newest checkpoint that verifies; None when there is none. Broken ones are named in a warning.
+
+        Raises UserError when there are checkpoints but none is sound: starting anew would hide the loss.
+        """
+        chosen, problem = self._choose() if rank() == 0 else (None, None)
+        raise_from_first(problem)
+        name = from_first(chosen)
+        return self.folder / name if name is not None else None
+
+    def write(self, step: int, fill: Callable[[Path], None], num_bytes: int) -> Path:
+        """Make the checkpoint of `step`: `fill(folder)` writes its files, all ranks into one folder.
+
+        Raises UserError when the disk has not the `num_bytes` that it will take, or a file can't be written; finished
+        checkpoints stay as they are.
+        """
+        final = self.folder / f"step-{step:08d}"
+        draft = final.with_name(f"{final.name}.tmp")
+        raise_from_first(self._start(draft, num_bytes) if rank() == 0 else None)
+        try:
+            fill(draft)
+        # torch writes through a C++ stream whose failures are RuntimeErrors. No collective here: the other ranks may
+        # stand in one of DeepSpeed's; they fail when this process is gone.
+        except (OSError, RuntimeError, SafetensorError) as error:
+            shutil.rmtree(draft, ignore_errors=True)
+            raise UserError(self._failed(step, error)) from error
+        barrier()
+        raise_from_first(self._finish(draft, final, step) if rank() == 0 else None)
+        return final
+
+    def _choose(self) -> tuple[str | None, str | None]:
+        found = sorted(self.folder.glob("step-*[0-9]"), reverse=True)
+        for path in found:
+            reason = fault(path)
+            if reason is None:
+                return path.name, None
+            warnings.warn(f"{path}: skipped, {reason}", stacklevel=2)
+        if found:
+            names = ", ".join(path.name for path in found)
+            return None, f"{self.folder}: no checkpoint is sound ({names}); restore one, or remove them to start anew"
+        return None, None
+
+    def _start(self, draft: Path, num_bytes: int) -> str | None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for leftover in self.folder.glob("step-*.tmp"):
+                shutil.rmtree(leftover)
+            free = shutil.disk_usage(self.folder).free
+            if free < num_bytes:
+                return (
+                    f"{self.folder}: a checkpoint takes about {_megabytes(num_bytes)}, the disk has "
+                    f"{_megabytes(free)} free; make room or lower run.keep_last, then give the same command again"
+                )
+            draft.mkdir()
+        except OSError as error:
+            return f"{self.folder}: can't be written ({error.strerror or error}); check run.dir and its disk"
+        return None
+
+    def _finish(self, draft: Path, final: Path, step: int) -> str | None:
+        try:
+            seal(draft)
+            if final.exists():  # broken, or it would have been resumed from
+                shutil.rmtree(final)
+            draft.rename(final)
+            _sync(self.folder)
+            for old in sorted(self.folder.glob("step-*[0-9]"))[: -self.keep_last]:
+                shutil.rmtree(old)
+        except OSError as error:
+            shutil.rmtree(draft, ignore_errors=True)
+            return self._failed(step, error)
+        return None
+
+    def _failed(self, step: int, error: Exception) -> str:
+        reason = (error.strerror if isinstance(error, OSError) else None) or str(error).splitlines()[0]
+        sound = sorted(path.name for path in self.folder.glob("step-*[0-9]"))
+        last = f"{sound[-1]} is untouched" if sound else "there is none before it"
+        return (
+            f"{self.folder}: the checkpoint of step {step} could not be written ({reason}); {last}; "
+            "make room or name another run.dir, then give the same command again"
+        )
+
+
+def seal(folder: Path) -> None:
+    """Write the manifest, size and sha256 of each file, and see everything to the disk."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    entries = {}
+    for path in files:
+        _sync(path)
+        entries[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+    with open(folder / MANIFEST, "w", encoding="utf-8") as file:
+        json.dump({"files": entries}, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    for path in [folder, *(path for path in folder.rglob("*") if path.is_dir())]:
+        _sync(path)
+
+
+def fault(folder: Path) -> str | None:
+    """What is wrong with a checkpoint according to its manifest; None when it is sound."""
+    try:
+        entries = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        for name, entry in entries.items():
+            path = folder / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != entry["bytes"] or _sha256(path) != entry["sha256"]:
+                return f"{name} is not what was written"
+    except FileNotFoundError:
+        return f"it has no {MANIFEST}"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"its {MANIFEST} can't be read ({error})"
+    return None
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _megabytes(num_bytes: int) -> str:
+    return f"{num_bytes / 1e6:,.0f} MB"

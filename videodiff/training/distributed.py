@@ -1,0 +1,127 @@
+"""The processes of a run: how many, which one am I, and the few things that they tell one another.
+
+The same command works alone and under a launcher that sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT
+(torchrun does). Alone there is no network at all: the group of one lives in this process's memory and needs no port.
+"""
+
+import os
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from videodiff.errors import UserError
+
+Value = TypeVar("Value")
+
+# The others wait in a collective while rank 0 draws sample grids or hashes a checkpoint.
+PATIENCE = timedelta(hours=1)
+LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+def start() -> None:
+    """Join the process group that the environment describes, a group of one without any. Again: does nothing.
+
+    Raises UserError when the launcher's variables are there in part only.
+    """
+    if dist.is_initialized():
+        return
+    missing = [name for name in LAUNCHER_VARIABLES if name not in os.environ]
+    alone = "WORLD_SIZE" not in os.environ
+    if missing and not alone:
+        raise UserError(
+            f"environment: WORLD_SIZE is set but {', '.join(missing)} is not; start with torchrun, or unset WORLD_SIZE"
+        )
+    if torch.cuda.is_available():
+        torch.cuda.set_device(device())
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    if alone:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=PATIENCE)
+    else:
+        dist.init_process_group(backend, timeout=PATIENCE)
+
+
+def cleanup() -> None:
+    """Leave the group at the end of a program. A group of one stays: DeepSpeed holds on to it, another run may follow."""
+    if world() > 1:
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    """This process's number, 0 when it is alone."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    """The number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def device() -> torch.device:
+    """Where this process computes: its own GPU, or the CPU where there is none."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+def barrier() -> None:
+    """Wait until every process is here."""
+    if world() > 1:
+        dist.barrier()
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """The sum of `values` (any shape, equal on all ranks) over the processes; the argument is left as it is."""
+    total = values.detach().clone()
+    if world() > 1:
+        dist.all_reduce(total)
+    return total
+
+
+def gather_to_first(value: Value) -> list[Value] | None:
+    """One value of each process, in the order of ranks, on rank 0; None on the others."""
+    if world() == 1:
+        return [value]
+    gathered: list[Any] | None = [None] * world() if rank() == 0 else None
+    dist.gather_object(value, gathered)
+    return gathered
+
+
+def from_first(value: Value) -> Value:
+    """Rank 0's value, on every process."""
+    if world() == 1:
+        return value
+    box: list[Any] = [value]
+    dist.broadcast_object_list(box)
+    return box[0]
+
+
+def raise_from_first(problem: str | None) -> None:
+    """Raise UserError on every process when rank 0 found a problem, so that none is left waiting for another."""
+    if (message := from_first(problem)) is not None:
+        raise UserError(message)
+
+
+def gather_rows(rows: Tensor) -> Tensor:
+    """The rows [B, ...] of all ranks, [world * B, ...] in the order of ranks, for losses that compare samples.
+
+    Gradients flow back to the rank that a row came from, summed over the losses of all ranks.
+    """
+    return rows if world() == 1 else _GatherRows.apply(rows)
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(context: Any, rows: Tensor) -> Tensor:
+        rows = rows.contiguous()
+        parts = [torch.empty_like(rows) for _ in range(world())]
+        dist.all_gather(parts, rows)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(context: Any, *gradients: Tensor) -> Tensor:
+        total = gradients[0].contiguous().clone()
+        dist.all_reduce(total)
+        return total.chunk(world())[rank()]

@@ -1,0 +1,122 @@
+"""What a run says while it trains: metrics.jsonl, TensorBoard, and a bar on a terminal or a line now and then in a file."""
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+LINE_EVERY_SECONDS = 10.0
+
+
+def cut_back(path: Path, step: int) -> None:
+    """Keep the lines of steps 1..`step` of a metrics file; a torn last line goes too. No file: nothing to do."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):
+            continue
+    draft = path.with_name(f"{path.name}.tmp")
+    draft.write_text("".join(kept), encoding="utf-8")
+    os.replace(draft, path)
+
+
+class Report:
+    """The voice of rank 0; the other ranks hold a silent one. A context manager.
+
+    log_every: a line each so many steps where standard output is no terminal; None: one about every ten seconds.
+    """
+
+    def __init__(self, folder: Path, step: int, steps: int, log_every: int | None, silent: bool) -> None:
+        self.silent, self.steps, self.log_every = silent, steps, log_every
+        self._bar: Progress | None = None
+        self._board: Any = None
+        self._losses: list[float] = []
+        self._since = time.perf_counter()
+        if silent:
+            return
+        cut_back(folder / "metrics.jsonl", step)
+        self._file = open(folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115 - closed with the report
+        self._board = self._tensorboard(folder / "tensorboard", step)
+        console = Console(file=sys.stdout)
+        if console.is_terminal:
+            columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}"), TimeRemainingColumn())
+            self._bar = Progress(*columns, console=console)
+            self._task = self._bar.add_task("train", total=steps, completed=step, text="")
+            self._bar.start()
+
+    def __enter__(self) -> "Report":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.silent:
+            return
+        if self._bar is not None:
+            self._bar.stop()
+        if self._board is not None:
+            self._board.close()
+        self._file.close()
+
+    def say(self, text: str) -> None:
+        """One line to the reader."""
+        if self._bar is not None:
+            self._bar.console.print(text, markup=False, highlight=False)
+        elif not self.silent:
+            print(text, flush=True)
+
+    def step(self, record: Mapping[str, Any]) -> None:
+        """Write the record of a finished step. Numbers that are not finite become null: JSON has no other word."""
+        if self.silent:
+            return
+        finite = {key: None if _is_odd(value) else value for key, value in record.items()}
+        self._file.write(json.dumps(finite) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            for key, value in record.items():
+                if key != "step" and isinstance(value, (int, float)):
+                    self._board.add_scalar(key, value, record["step"])
+        self._losses.append(record["loss"])
+        if self._bar is not None:
+            self._bar.update(self._task, completed=record["step"], text=f"loss {record['loss']:.4f}")
+        elif self._is_time(record["step"]):
+            self._line(record)
+
+    def _is_time(self, step: int) -> bool:
+        if step == self.steps:
+            return True
+        if self.log_every is not None:
+            return step % self.log_every == 0
+        return time.perf_counter() - self._since >= LINE_EVERY_SECONDS
+
+    def _line(self, record: Mapping[str, Any]) -> None:
+        now = time.perf_counter()
+        pace = (now - self._since) / len(self._losses)
+        loss = sum(self._losses) / len(self._losses)
+        left = pace * (self.steps - record["step"])
+        self.say(
+            f"step {record['step']}/{self.steps}  loss {loss:.4f}  grad_norm {record['grad_norm']:.3g}  "
+            f"lr {record['lr']:.3g}  {pace:.3g} s/step  {left / 60:.0f} min left"
+        )
+        self._losses, self._since = [], now
+
+    def _tensorboard(self, folder: Path, step: int) -> Any:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            self.say("no TensorBoard events: tensorboard is not installed (pip install tensorboard)")
+            return None
+        return SummaryWriter(str(folder), purge_step=step + 1)
+
+
+def _is_odd(value: object) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
