@@ -73,13 +73,27 @@ def decode_clip(
             first, count = 0, len(grid)
         # In pieces, since the source may be much larger than its fitted frames.
         pieces = [grid[i : min(i + 32, first + count)].tolist() for i in range(first, first + count, 32)]
-        fitted = [fit(reader.get_batch(piece).asnumpy(), size) for piece in pieces]
+        fitted = [fit(_read(reader, piece), size) for piece in pieces]
     except ClipError:
         raise
     except Exception as error:  # decord's own error class exists only where decord does, and it raises others too
         detail = re.sub(r"\[[\d:]+\] \S+:\d+: ", "", str(error))  # no times and places of decord's own code
         raise ClipError("undecodable", (detail.strip().splitlines() or [type(error).__name__])[0][:200]) from None
     return Clip(np.concatenate(fitted), first, len(grid))
+
+
+def _read(reader: Any, indices: list[int]) -> npt.NDArray[np.uint8]:
+    """Frames uint8 [T,H,W,3] of a decord reader."""
+    try:
+        return np.asarray(reader.get_batch(indices).asnumpy())
+    except Exception as error:
+        if "from_size == to_size" not in str(error):
+            raise
+    # decord 0.6: where rows are padded to a multiple of a small width (12, 16, 24, 48), it takes the rest for channels.
+    padded = np.stack([reader[index].asnumpy() for index in indices])
+    count, height, width = padded.shape[:3]
+    rows = padded.reshape(count, height, -1)[:, :, : 3 * width]
+    return rows.reshape(count, height, width, 3)
 
 
 def grid_frames(times: npt.NDArray[np.float64], fps: float, frames: int) -> npt.NDArray[np.int64]:

@@ -191,9 +191,7 @@ class _BadSamples:
             self.counts[reason] += 1
 
     def take(self, number: int, key: str, shard: Path, error: ClipError | None) -> str:
-        """Count a bad clip, list it unless it is listed (error None), and return its key.
-        UserError beyond the limit.
-        """
+        """Count a bad clip, list it unless it is listed (error None), return its key. UserError beyond the limit."""
         self.seen += 1
         self._bad += 1
         if error is None:

@@ -1,8 +1,8 @@
 """The built-in world: short clips of one coloured shape that moves over a grey background.
 
 Positions are fractions of the frame side, x to the right and y downwards, so a scene has no resolution. Time is in
-seconds: a clip of 31 frames at 16 fps and one of 16 frames at 8 fps show the same, every second frame of the first being
-the second. Everything random follows from a key of integers and words, never from a global generator.
+seconds: every second frame of a clip of 31 frames at 16 fps makes the clip of 16 frames at 8 fps. Everything random
+follows from a key of integers and words, never from a global generator.
 T frames, S frame side in pixels.
 """
 
@@ -228,11 +228,12 @@ def render_background(background: str, size: int) -> np.ndarray:
 
 
 def render(scene: Scene, size: int, num_frames: int, fps: float) -> np.ndarray:
-    """Frames uint8 [T,S,S,3] of a scene. Shorter clips than FULL_MOTION_SECONDS show the beginning of the motion, longer
-    ones a slower motion: so it never leaves the frame."""
+    """Frames uint8 [T,S,S,3] of a scene. Clips shorter than FULL_MOTION_SECONDS show the beginning of the motion,
+    longer ones a slower motion: so it never leaves the frame."""
     if size < 16 or num_frames < 1 or not fps > 0:
         raise UserError(
-            f"cannot render size={size}, num_frames={num_frames}, fps={fps}: use at least 16 pixels, 1 frame and fps above 0"
+            f"cannot render size={size}, num_frames={num_frames}, fps={fps}: "
+            "use at least 16 pixels, 1 frame and fps above 0"
         )
     seconds = np.arange(num_frames) / fps
     progress = seconds / max(FULL_MOTION_SECONDS, float(seconds[-1]))
@@ -252,7 +253,7 @@ def render(scene: Scene, size: int, num_frames: int, fps: float) -> np.ndarray:
 
 def render_clip(seed: int, number: int, size: int, num_frames: int, fps: float) -> RenderedClip:
     """Training clip `number` of the world `seed`: depends on nothing else."""
-    from data_pipeline.world_captions import training_captions
+    from data_pipeline.world_captions import training_captions  # here, as that module builds on this one
 
     generator = rng("clip", seed, number)
     scene = sample_scene(draw_train(generator), seed, number)

@@ -1,7 +1,7 @@
 """English for the built-in world: captions in many wordings, and the attributes that a prompt asks for.
 
-A wording is a sentence with gaps; each gap takes one of several phrases. A third of the wordings serves evaluation alone,
-but each of its words also occurs in the others, so that what is measured is another sentence and not another vocabulary.
+A wording is a sentence with gaps; each gap takes one of several phrases. A third of the wordings serves evaluation
+alone, but each of its words also occurs in the others: what is measured is another sentence, not another vocabulary.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ import numpy as np
 from data_pipeline.world import ATTRIBUTES, Combination, combinations, rng, split
 from videodiff.errors import UserError
 
-# The first phrase of each row is its plain name and is drawn in half of all cases.
-COLOUR_WORDS = {
+Words = dict[str, tuple[str, ...]]
+
+# The first phrase of each row is its plain name: it is drawn in half of all cases, and as one of all in the others.
+COLOUR_WORDS: Words = {
     "red": ("red", "scarlet"),
     "green": ("green", "emerald"),
     "blue": ("blue", "cobalt"),
@@ -23,20 +25,20 @@ COLOUR_WORDS = {
     "purple": ("purple", "violet"),
     "cyan": ("cyan", "turquoise"),
 }
-SHAPE_WORDS = {
+SHAPE_WORDS: Words = {
     "circle": ("circle", "disc", "round dot"),
     "square": ("square", "box"),
     "triangle": ("triangle",),
     "cross": ("cross", "plus sign"),
 }
-SIZE_WORDS = {"small": ("small", "little", "tiny"), "large": ("large", "big", "huge")}
-GROUND_WORDS = {
+SIZE_WORDS: Words = {"small": ("small", "little", "tiny"), "large": ("large", "big", "huge")}
+GROUND_WORDS: Words = {
     "white": ("white background", "white backdrop", "plain white background"),
     "black": ("black background", "black backdrop", "plain black background"),
     "gradient": ("gradient background", "grey gradient backdrop", "shaded grey background"),
     "checker": ("checkered background", "checkerboard background", "checkered grey backdrop"),
 }
-DOING_WORDS = {
+DOING_WORDS: Words = {
     "still": ("standing still", "staying still", "not moving", "resting"),
     "left": ("moving left", "moving to the left", "sliding to the left", "going left", "drifting leftwards"),
     "right": ("moving right", "moving to the right", "sliding to the right", "going right", "drifting rightwards"),
@@ -46,7 +48,7 @@ DOING_WORDS = {
     "rotating": ("rotating", "spinning", "turning around itself", "rotating in place"),
     "circling": ("circling", "moving in a circle", "going round in a circle", "orbiting"),
 }
-DOES_WORDS = {
+DOES_WORDS: Words = {
     "still": ("stands still", "stays still", "does not move", "rests"),
     "left": ("moves left", "moves to the left", "slides to the left", "goes left", "drifts leftwards"),
     "right": ("moves right", "moves to the right", "slides to the right", "goes right", "drifts rightwards"),
@@ -107,7 +109,7 @@ def caption(
     wordings: Literal["train", "test"] = "train",
     wording: int | None = None,
 ) -> str:
-    """A caption of `combination`; wording number `wording` of that list, or a random one. Lower case, without a final stop."""
+    """A caption of `combination` in wording number `wording` of that list, or a random one; lower case."""
     sentences = WORDINGS[wordings]
     sentence = sentences[int(generator.integers(len(sentences))) if wording is None else wording]
 
@@ -149,15 +151,15 @@ def prompts(num: int, seed: int, which: Literal["train", "held_out", "held_out_p
 
 def _phrases() -> list[tuple[str, str, str]]:
     """(phrase, attribute, value), longest first, so that "moving in a circle" is read before "circle"."""
-    tables = {"colour": [COLOUR_WORDS], "shape": [SHAPE_WORDS], "size": [SIZE_WORDS], "motion": [DOING_WORDS, DOES_WORDS]}
-    rows = [
-        (phrase, attribute, value)
-        for attribute, table_list in tables.items()
-        for table in table_list
-        for value, phrases in table.items()
-        for phrase in phrases
-    ]
-    rows += [(p, "background", v) for v, phrases in GROUND_WORDS.items() for p in phrases]
+    tables: tuple[tuple[str, Words], ...] = (
+        ("colour", COLOUR_WORDS),
+        ("shape", SHAPE_WORDS),
+        ("size", SIZE_WORDS),
+        ("background", GROUND_WORDS),
+        ("motion", DOING_WORDS),
+        ("motion", DOES_WORDS),
+    )
+    rows = [(p, attribute, v) for attribute, table in tables for v, phrases in table.items() for p in phrases]
     rows += [(p, a, v) for (a, v), phrases in MORE_PHRASES.items() for p in phrases]
     return sorted(set(rows), key=lambda row: (-len(row[0]), row))
 
@@ -178,15 +180,14 @@ MORE_PHRASES: dict[tuple[str, str], tuple[str, ...]] = {
     ("shape", "circle"): ("disk", "ball", "dot"),
     ("shape", "cross"): ("plus",),
 }
-_PHRASES = _phrases()
+_PHRASES = [(re.compile(rf"\b{phrase}\b"), attribute, value) for phrase, attribute, value in _phrases()]
 
 
 def parse(text: str) -> dict[str, str]:
     """The attributes that `text` names, a subset of ATTRIBUTES; of two values of one attribute, the first named."""
     rest = " ".join(re.findall(r"[a-z]+", text.lower()))
     found: dict[str, tuple[int, str]] = {}
-    for phrase, attribute, value in _PHRASES:
-        pattern = re.compile(rf"\b{phrase}\b")
+    for pattern, attribute, value in _PHRASES:
         for match in pattern.finditer(rest):
             if attribute not in found or match.start() < found[attribute][0]:
                 found[attribute] = (match.start(), value)

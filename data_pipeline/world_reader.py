@@ -1,8 +1,8 @@
-"""Reads a video of the built-in world back: which attributes it shows, and how surely. Measures; never trains, never generates.
+"""Reads a video of the built-in world back: which attributes it shows, and how surely. For measuring alone.
 
-Pure image analysis, wherever the video came from. Backgrounds are grey and objects are not, so the part of a pixel without
-its grey, projected on that of the object's colour, tells how much of the pixel the object covers. Colour is that
-colour's hue; the cover, brought to a standard place and area, is compared with templates of each shape at each angle;
+Pure image analysis, wherever the video came from. Backgrounds are grey and objects are not, so the part of a pixel
+without its grey, projected on that of the object's colour, tells how much of the pixel the object covers. Colour is its
+hue; the cover, brought to a standard place and area, is compared with templates of each shape at each angle;
 its area gives the size; what it leaves free is compared with each background.
 T frames, S frame side in pixels, N templates, P patch side.
 """
@@ -29,7 +29,7 @@ SIZE_LIMIT = 0.5 * float(np.log(SIZES["large"] / SIZES["small"]))
 PATCH, PATCH_HALF = 24, 1.05  # P, and half its side in units of sqrt(area)
 ANGLE_STEP = 3.0
 SYMMETRY = {"circle": 0.0, "square": 90.0, "triangle": 120.0, "cross": 90.0}  # degrees
-SOFTNESS = (0.08, 0.2, 0.32)  # edge widths of the templates in units of sqrt(area)
+BLURS = (0.0, 0.06, 0.12)  # standard deviations of the templates' blurs in units of sqrt(area)
 
 
 @dataclass(frozen=True)
@@ -82,18 +82,22 @@ class _Templates:
 
 @lru_cache(maxsize=1)
 def _templates() -> _Templates:
-    """Cover of each shape with area 1 around its centroid, at each angle of its symmetry and each softness."""
+    """Cover of each shape with area 1 around its centroid, at each angle of its symmetry and each blur."""
     fine = (np.arange(1024) + 0.5) / 512 - 1
     area = {s: float((shape_distance(s, fine[None, :], fine[:, None], 1.0) < 0).mean() * 4) for s in SHAPES}
-    grid = ((np.arange(PATCH) + 0.5) / PATCH * 2 - 1) * PATCH_HALF
+    step = 2 * PATCH_HALF / PATCH
+    grid = (np.arange(PATCH) + 0.5) * step - PATCH_HALF
+    kernels = [np.exp(-0.5 * ((grid[:, None] - grid[None, :]) / max(blur, 1e-6)) ** 2) for blur in BLURS]
+    kernels = [kernel / kernel.sum(1).max() for kernel in kernels]
     x, y = np.broadcast_arrays(grid[None, :], grid[:, None])
     flat, shapes, angles = [], [], []
     for index, shape in enumerate(SHAPES):
         for degrees in np.arange(0.0, max(SYMMETRY[shape], 1.0), ANGLE_STEP):
             cos, sin = np.cos(np.deg2rad(degrees)), np.sin(np.deg2rad(degrees))
             distance = shape_distance(shape, cos * x + sin * y, cos * y - sin * x, 1 / np.sqrt(area[shape]))
-            for softness in SOFTNESS:
-                flat.append(np.clip(0.5 - distance / softness, 0, 1).ravel())
+            cover = np.clip(0.5 - distance / step, 0, 1)
+            for kernel in kernels:
+                flat.append((kernel @ cover @ kernel).ravel())
                 shapes.append(index)
                 angles.append(degrees)
     table = np.array(flat, np.float32)

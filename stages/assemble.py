@@ -65,7 +65,7 @@ def make_task(config: StageConfig, source: ShardSource) -> Task:
 
 def _base(config: StageConfig) -> Model:
     if config.model is None:
-        raise UserError(f"model: this stage stands on the stage before it; name its run with model=RUN")
+        raise UserError("model: this stage stands on the stage before it; name its run with model=RUN")
     return Model.load(config.model)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,13 @@ from torch import Tensor, nn
 from data_pipeline.loader import DataConfig
 from videodiff import config as configs
 from videodiff.batch import Condition, VideoBatch
-from videodiff.config import Config
+from videodiff.config import Config, operational
 from videodiff.diffusion.denoiser import Denoiser
 from videodiff.diffusion.loss import DiffusionLoss, sample_times
 from videodiff.diffusion.prediction import Prediction
 from videodiff.diffusion.schedule import NoiseSchedule
 from videodiff.model import DESCRIPTION, DiffusionPart, Model, ModelConfig, Sampling, carry, write_weights
+from videodiff.networks.autoencoder import Autoencoder
 from videodiff.networks.unet import UNet
 from videodiff.seeding import normals, uniforms
 from videodiff.training.engine import EngineConfig
@@ -56,6 +58,45 @@ class Dropout(Config):
         return text | both, image | both
 
 
+class DiffusionStageConfig(StageConfig):
+    """What the YAMLs of the three diffusion stages share."""
+
+    loss: DiffusionLoss = DiffusionLoss()
+    dropout: Dropout = Dropout()
+    sampling: Sampling = Sampling()
+    latent_cache_gib: float = operational(1.0, ge=0, description="encoded clips kept in the memory of each rank")
+
+
+class PosteriorCache:
+    """The autoencoder's posteriors of clips, encoded once each and found again by the clip's pixels.
+
+    Exact: a clip is encoded alone, so that its latents do not depend on the batch it is met in.
+    """
+
+    def __init__(self, autoencoder: Autoencoder, bytes_left: int) -> None:
+        self.autoencoder, self.bytes_left = autoencoder, bytes_left
+        self.known: dict[bytes, tuple[Tensor, Tensor]] = {}
+
+    def __call__(self, frames: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation [B,C,T,h,w] float32 of uint8 clips [B,T,H,W,3]."""
+        means, stds = zip(*(self._one(clip) for clip in frames), strict=True)
+        return torch.stack(means), torch.stack(stds)
+
+    @torch.no_grad()
+    def _one(self, clip: Tensor) -> tuple[Tensor, Tensor]:
+        key = blake2b(clip.contiguous().numpy().data, digest_size=16, key=str(tuple(clip.shape)).encode()).digest()
+        if (found := self.known.get(key)) is not None:
+            return found
+        device = next(self.autoencoder.parameters()).device
+        posterior = self.autoencoder.encode_clip(clip[None].to(device))
+        found = posterior.mean[0], posterior.std[0]
+        size = sum(part.nbytes for part in found)
+        if size <= self.bytes_left:
+            self.known[key] = found
+            self.bytes_left -= size
+        return found
+
+
 def known_mask(slots: Sequence[int], like: Tensor) -> Tensor:
     """[B,1,T,1,1] with ones at the given frames, for latents `like` [B,C,T,H,W]."""
     mask = like.new_zeros(like.shape[0], 1, like.shape[2], 1, 1)
@@ -85,31 +126,31 @@ class DiffusionTask:
         part: dict[str, Any],
         known_slots: Callable[[int], Sequence[int]],
         trainable: Callable[[str], bool],
-        loss: DiffusionLoss,
-        dropout: Dropout,
+        config: DiffusionStageConfig,
     ) -> None:
         self.stage, self.base, self.module = stage, base, network
         self.part, self.known_slots, self._trainable = part, known_slots, trainable
         self.schedule: NoiseSchedule = part["schedule"]
         self.prediction: Prediction = part["prediction"]
-        self.loss_function, self.dropout = loss, dropout
+        self.loss_function, self.dropout = config.loss, config.dropout
         self.autoencoder, self.text = base.autoencoder, base.text
+        self.posteriors = PosteriorCache(self.autoencoder, int(config.latent_cache_gib * 2**30))
 
     def trains(self, name: str) -> bool:
         return self._trainable(name)
 
     def latents(self, batch: VideoBatch, seed: int) -> Tensor:
         """A posterior sample of each clip, [B,C,T,H,W] float32, drawn by the sample's own number."""
-        with torch.no_grad():
-            posterior = self.autoencoder.encode_clip(batch.frames)
-        noise = normals(tuple(posterior.mean.shape[1:]), seed, "posterior", batch.numbers)
-        return posterior.mean + posterior.std * noise.to(posterior.mean.device)
+        mean, std = self.posteriors(batch.frames)
+        return mean + std * normals(tuple(mean.shape[1:]), seed, "posterior", batch.numbers).to(mean.device)
 
     def condition(self, batch: VideoBatch, latents: Tensor) -> Condition:
         """What the network is told of the batch, nothing dropped."""
         with torch.no_grad():
             features = self.text.encode(list(batch.captions))
-        condition = Condition(text=(features.tokens,), text_mask=(features.mask,), pooled=features.pooled, fps=batch.fps)
+        condition = Condition(
+            text=(features.tokens,), text_mask=(features.mask,), pooled=features.pooled, fps=batch.fps
+        )
         slots = self.known_slots(latents.shape[2])
         return with_known(condition, latents, slots) if slots else condition
 
@@ -145,7 +186,9 @@ class DiffusionTask:
         write_png(folder / f"step-{step:08d}.png", contact_sheet(pictures, columns=max(columns, 1), labels=labels))
 
     def export(self, state: dict[str, Tensor], folder: Path, file: str) -> None:
-        write_part(self.stage, self.base, folder, file, state, lambda weights: DiffusionPart(**self.part, weights=weights))
+        write_part(
+            self.stage, self.base, folder, file, state, lambda weights: DiffusionPart(**self.part, weights=weights)
+        )
 
 
 def write_part(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import sys
+from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -15,11 +15,11 @@ from videodiff.errors import UserError
 app = typer.Typer(
     name="videodiff",
     help="Text to image to video to smooth video: train, generate, evaluate.",
-    no_args_is_help=True,
+    rich_markup_mode=None,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-data = typer.Typer(help="Make and inspect training data.", no_args_is_help=True)
+data = typer.Typer(help="Make training data.")
 app.add_typer(data, name="data")
 
 
@@ -54,24 +54,38 @@ def train(
 @app.command()
 def generate(
     prompt: Annotated[str | None, typer.Argument(help="What the video shows")] = None,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="The mp4 to write, or a folder for several")] = None,
-    model: Annotated[str | None, typer.Option(help="A model folder, a run, a checkpoint, or 'demo'")] = None,
-    num_samples: Annotated[int | None, typer.Option(help="Videos per prompt")] = None,
-    seed: Annotated[int | None, typer.Option(help="Another seed, another video")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="The mp4 to write, or a folder [default: outputs/, by prompt]")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="A model folder, a run, a checkpoint, or 'demo' [default: demo]")
+    ] = None,
+    num_samples: Annotated[int | None, typer.Option(help="Videos per prompt [default: 1]")] = None,
+    seed: Annotated[int | None, typer.Option(help="Another seed, another video [default: 0]")] = None,
     steps: Annotated[int | None, typer.Option(help="Sampling steps of the image and video stages")] = None,
     sampler: Annotated[SamplerChoice | None, typer.Option(help="Sampler of the image and video stages")] = None,
-    text_guidance: Annotated[float | None, typer.Option(help="Scale of the text")] = None,
-    image_guidance: Annotated[float | None, typer.Option(help="Scale of the first image (video stage)")] = None,
-    frames: Annotated[int | None, typer.Option(help="Frames before interpolation")] = None,
-    fps: Annotated[float | None, typer.Option(help="Playback rate before interpolation")] = None,
-    interpolation: Annotated[bool, typer.Option(help="Raise the frame rate by the interpolation stage")] = True,
-    image: Annotated[Path | None, typer.Option(help="Animate this picture instead of generating the first image")] = None,
+    text_guidance: Annotated[float | None, typer.Option(help="How closely to follow the text; 1 is off")] = None,
+    image_guidance: Annotated[
+        float | None, typer.Option(help="How closely the video follows its first image; 1 is off")
+    ] = None,
+    frames: Annotated[int | None, typer.Option(help="Frames before interpolation; must fit the model")] = None,
+    fps: Annotated[float | None, typer.Option(help="Frames per second of the mp4")] = None,
+    interpolation: Annotated[
+        bool, typer.Option("--interpolation/--no-interpolation", help="Raise the frame rate by the last stage")
+    ] = True,
+    image: Annotated[Path | None, typer.Option(help="Animate this picture; no first image is generated")] = None,
     image_only: Annotated[bool, typer.Option("--image-only", help="Stop at the first image")] = False,
-    prompts: Annotated[Path | None, typer.Option(help=".txt (a prompt a line) or .jsonl (prompt and options)")] = None,
-    from_sidecar: Annotated[Path | None, typer.Option("--from", help="Repeat a generation from its side-car JSON")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help=".txt, a prompt a line; or .jsonl, {prompt, seed, steps, ...} a line")
+    ] = None,
+    from_sidecar: Annotated[Path | None, typer.Option("--from", help="Repeat a generation from its JSON file")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Videos computed together")] = 4,
 ) -> None:
-    """Turn a prompt into an mp4, its first image as PNG, and a JSON side-car that repeats it."""
-    from stages.generate import main
+    """Turn a prompt into an mp4, its first image as PNG, and a JSON file that repeats it.
+
+    What is not asked for is as the model's card says. To choose a first image: --image-only, then --image PICTURE.
+    """
+    from stages.generate import main as run
 
     given = {
         "model": model, "num_samples": num_samples, "seed": seed, "steps": steps,
@@ -81,7 +95,7 @@ def generate(
         "image_only": image_only or None,
     }  # fmt: skip
     options = {key: value for key, value in given.items() if value is not None}
-    main(prompt=prompt, out=out, prompts=prompts, sidecar=from_sidecar, options=options)
+    run(prompt, out, prompts, from_sidecar, options, batch_size)
 
 
 @app.command()
@@ -93,9 +107,9 @@ def evaluate(
     out: Annotated[Path, typer.Option(help="Folder of the table, the JSON and the pictures")] = Path("outputs/evaluation"),
 ) -> None:
     """Judge a model stage by stage on the built-in world; the last row tells which stage loses most."""
-    from stages.evaluate import main
+    from stages.evaluate import main as run
 
-    main(model, stage.value, num_prompts, seed, out)
+    run(model, stage.value, num_prompts, seed, out)
 
 
 @app.command()
@@ -129,20 +143,40 @@ def world(
     typer.echo(f"wrote {index}")
 
 
-def main() -> None:
-    """Entry point: a user's mistake ends in one line and status 2, Ctrl-C in status 130, a full disk in status 1."""
+# What --help must not need, and an installation without the extra `train` has not.
+TRAINING_PACKAGES = ("deepspeed", "webdataset", "decord", "braceexpand", "tensorboard")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point. A user's mistake ends in one line and status 2, a failing system in one and 1, Ctrl-C in 130."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        app()
+        status = app(given or ["--help"], prog_name="videodiff", standalone_mode=False)
+    # typer hides its usage errors; the one that it shows names the class of all.
+    except typer.BadParameter.__mro__[1] as error:  # type: ignore[misc]
+        context = getattr(error, "ctx", None)
+        where = context.command_path if context is not None else "videodiff"
+        problem = ' '.join(error.format_message().split()).rstrip('.')
+        _fail(f"{problem}; see `{where} --help`", 2)
     except UserError as error:
         _fail(str(error), 2)
-    except KeyboardInterrupt:
-        _fail("stopped by Ctrl-C; what was finished is kept, the same command goes on", 130)
-    except OSError as error:
-        if os.environ.get("VIDEODIFF_TRACEBACK"):
+    except (KeyboardInterrupt, typer.Abort):
+        status = 130
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] not in TRAINING_PACKAGES:
             raise
+        _fail(f"{error.name} is not installed; install it with pip install 'videodiff[train]'", 1)
+    except OSError as error:
         _fail(f"{error.filename or 'the system'}: {error.strerror or error}", 1)
+    if status == 130:
+        _fail("stopped by Ctrl-C; what was finished is kept, give the same command again to go on", 130)
+    sys.exit(status or 0)
 
 
 def _fail(message: str, status: int) -> None:
     print(f"videodiff: error: {message}", file=sys.stderr)
     raise SystemExit(status)
+
+
+if __name__ == "__main__":
+    main()

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from typing import Literal
 
-from stages.base import DiffusionTask, Dropout, StageConfig
-from videodiff.diffusion.loss import DiffusionLoss
+from stages.base import DiffusionStageConfig, DiffusionTask, Dropout
 from videodiff.diffusion.prediction import Prediction
 from videodiff.diffusion.schedule import NoiseSchedule
-from videodiff.model import Model, Sampling
+from videodiff.model import Model
 from videodiff.networks.unet import UNet, UNetConfig
 
 
-class ImageStage(StageConfig):
+class ImageStage(DiffusionStageConfig):
     """`videodiff train configs/demo/image.yaml`. Its schedule and prediction are the video stage's too:
 
     a frozen spatial network can't change what it predicts.
@@ -22,9 +21,7 @@ class ImageStage(StageConfig):
     network: UNetConfig
     schedule: NoiseSchedule = NoiseSchedule(zero_terminal_snr=True)
     prediction: Prediction = "v"
-    loss: DiffusionLoss = DiffusionLoss()
     dropout: Dropout = Dropout(text=0.1, image=0.0, both=0.0)
-    sampling: Sampling = Sampling()
 
 
 def known_slots(frames: int) -> tuple[int, ...]:
@@ -44,4 +41,4 @@ def task(config: ImageStage, base: Model) -> DiffusionTask:
         "sampling": config.sampling,
     }
     network = UNet(config.network)
-    return DiffusionTask("image", base, network, part, known_slots, lambda name: True, config.loss, config.dropout)
+    return DiffusionTask("image", base, network, part, known_slots, lambda name: True, config)

@@ -11,21 +11,17 @@ from typing import Literal
 
 from pydantic import Field
 
-from stages.base import DiffusionTask, Dropout, StageConfig
-from videodiff.diffusion.loss import DiffusionLoss
+from stages.base import DiffusionStageConfig, DiffusionTask
 from videodiff.errors import UserError
-from videodiff.model import Model, Sampling
+from videodiff.model import Model
 from videodiff.networks.unet import UNet
 
 
-class InterpolationStage(StageConfig):
+class InterpolationStage(DiffusionStageConfig):
     """`videodiff train configs/demo/interpolation.yaml`; `factor` is the gain in frame rate."""
 
     stage: Literal["interpolation"]
     factor: int = Field(2, ge=2)
-    loss: DiffusionLoss = DiffusionLoss()
-    dropout: Dropout = Dropout()
-    sampling: Sampling = Sampling()
 
 
 def known_slots(frames: int, factor: int) -> tuple[int, ...]:
@@ -74,6 +70,5 @@ def task(config: InterpolationStage, base: Model) -> DiffusionTask:
         part,
         partial(known_slots, factor=factor),
         lambda name: name in trainable,
-        config.loss,
-        config.dropout,
+        config,
     )

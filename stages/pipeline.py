@@ -6,7 +6,7 @@ so another batch size or number of ranks changes its frames by rounding only.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -16,15 +16,16 @@ import torch
 from torch import Tensor
 
 from stages import interpolation as interpolation_stage
+from stages import video as video_stage
 from stages.base import with_known
 from videodiff import config as configs
 from videodiff.batch import Condition
 from videodiff.diffusion.denoiser import Denoiser
+from videodiff.diffusion.samplers import OnStep
 from videodiff.errors import UserError
 from videodiff.model import DiffusionStage, Model, Sampling
+from videodiff.networks.autoencoder import Autoencoder
 from videodiff.seeding import generator
-
-OnStep = Callable[[int, int], None] | None
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,9 @@ class SampleKey:
     prompt: str
     index: int = 0
 
-    def generator(self, purpose: str) -> torch.Generator:
-        return generator(self.seed, purpose, self.prompt, self.index)
+    def generator(self, *purpose: str | int) -> torch.Generator:
+        """A CPU generator for one purpose of this sample, e.g. a stage, or a stage and a window."""
+        return generator(self.seed, self.prompt, self.index, *purpose)
 
 
 def adjusted(
@@ -64,15 +66,15 @@ class Pipeline:
         self._denoisers: dict[str, Denoiser] = {}
 
     @cached_property
-    def autoencoder(self):  # type: ignore[no-untyped-def]
+    def autoencoder(self) -> Autoencoder:
         return self.model.autoencoder.to(self.device)
 
     def denoiser(self, stage: DiffusionStage) -> Denoiser:
         """The stage's denoiser, loaded once."""
         if stage not in self._denoisers:
-            denoiser = self.model.denoiser(stage)
-            denoiser.network.to(self.device)  # type: ignore[attr-defined]
-            self._denoisers[stage] = denoiser
+            part = self.model.diffusion(stage)
+            network = self.model.unet(stage).to(self.device)
+            self._denoisers[stage] = Denoiser(network, part.schedule, part.prediction)
         return self._denoisers[stage]
 
     @torch.no_grad()
@@ -86,20 +88,23 @@ class Pipeline:
     def image(self, keys: Sequence[SampleKey], sampling: Sampling, on_step: OnStep = None) -> Tensor:
         """Stage 1: the first image of each prompt, [B,C,1,H,W]."""
         condition = self.condition([key.prompt for key in keys], self.model.diffusion("image").fps)
-        return self._sample("image", condition, 1, keys, sampling, on_step)
+        return self._sample("image", condition, 1, [key.generator("image") for key in keys], sampling, on_step)
 
-    def video(self, keys: Sequence[SampleKey], first: Tensor, fps: float, sampling: Sampling, on_step: OnStep = None) -> Tensor:
+    def video(
+        self, keys: Sequence[SampleKey], first: Tensor, fps: float, sampling: Sampling, on_step: OnStep = None
+    ) -> Tensor:
         """Stage 2: from first images [B,C,1,H,W] to clips [B,C,T,H,W]."""
         frames = self.model.diffusion("video").frames
         condition = self.condition([key.prompt for key in keys], fps)
         known = first.new_zeros(*first.shape[:2], frames, *first.shape[3:])
         known[:, :, :1] = first
-        return self._sample("video", with_known(condition, known, (0,)), frames, keys, sampling, on_step)
+        condition = with_known(condition, known, video_stage.known_slots(frames))
+        return self._sample("video", condition, frames, [key.generator("video") for key in keys], sampling, on_step)
 
     def interpolation(
         self, keys: Sequence[SampleKey], clip: Tensor, fps: float, sampling: Sampling, on_step: OnStep = None
     ) -> Tensor:
-        """Stage 3: from T frames to (T-1)k+1, window by window; the given frames are kept as they are. `fps` is the given clip's."""
+        """Stage 3: from T frames at `fps` to (T-1)k+1 at k `fps`, window by window; the given frames are kept as they are."""
         part = self.model.diffusion("interpolation")
         clips, channels, count = clip.shape[:3]
         factor = part.factor
@@ -113,10 +118,10 @@ class Pipeline:
         for w, start in enumerate(starts):
             known[:, w, :, list(slots)] = clip[:, :, start : start + per_window]
         rows = [(b, w) for b in range(clips) for w in range(len(starts))]
-        window_keys = [SampleKey(keys[b].seed, keys[b].prompt, keys[b].index * 1_000_003 + starts[w]) for b, w in rows]
-        condition = self.condition([key.prompt for key in window_keys], fps * factor)
+        generators = [keys[b].generator("interpolation", starts[w]) for b, w in rows]
+        condition = self.condition([keys[b].prompt for b, _ in rows], fps * factor)
         condition = with_known(condition, known.flatten(0, 1), slots)
-        made = self._sample("interpolation", condition, frames, window_keys, sampling, on_step)
+        made = self._sample("interpolation", condition, frames, generators, sampling, on_step)
         smooth = clip.new_zeros(clips, channels, (count - 1) * factor + 1, *clip.shape[3:])
         for (b, w), window in zip(rows, made, strict=True):
             smooth[b, :, starts[w] * factor : starts[w] * factor + frames] = window
@@ -135,11 +140,16 @@ class Pipeline:
 
     @torch.no_grad()
     def _sample(
-        self, stage: DiffusionStage, condition: Condition, frames: int, keys: Sequence[SampleKey], sampling: Sampling, on_step: OnStep
+        self,
+        stage: DiffusionStage,
+        condition: Condition,
+        frames: int,
+        generators: Sequence[torch.Generator],
+        sampling: Sampling,
+        on_step: OnStep,
     ) -> Tensor:
         part = self.model.diffusion(stage)
         side = part.size // self.autoencoder.factor
-        generators = [key.generator(stage) for key in keys]
         shape = (part.network.channels, frames, side, side)
         noise = torch.stack([torch.randn(shape, generator=g) for g in generators]).to(self.device)
         denoise = sampling.guidance(self.denoiser(stage), condition)

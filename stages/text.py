@@ -12,9 +12,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from stages.base import StageConfig, write_part
+from videodiff import config as configs
 from videodiff.batch import VideoBatch
 from videodiff.errors import UserError
-from videodiff import config as configs
 from videodiff.model import DESCRIPTION, VOCABULARY, WORDS, Model, TextPart, carry, place
 from videodiff.networks.text import ContrastiveTextModel, PretrainedText, TextConfig
 from videodiff.training.distributed import gather_rows, rank

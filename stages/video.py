@@ -8,21 +8,17 @@ from __future__ import annotations
 
 from typing import Literal
 
-from stages.base import DiffusionTask, Dropout, StageConfig
-from videodiff.diffusion.loss import DiffusionLoss
-from videodiff.model import Model, Sampling
+from stages.base import DiffusionStageConfig, DiffusionTask
+from videodiff.model import Model
 from videodiff.networks.unet import TemporalConfig, UNet
 
 
-class VideoStage(StageConfig):
+class VideoStage(DiffusionStageConfig):
     """`videodiff train configs/demo/video.yaml`; `model` names the run or model that holds the image stage."""
 
     stage: Literal["video"]
     temporal: TemporalConfig = TemporalConfig()
     freeze_spatial: bool = True
-    loss: DiffusionLoss = DiffusionLoss()
-    dropout: Dropout = Dropout()
-    sampling: Sampling = Sampling()
 
 
 def known_slots(frames: int) -> tuple[int, ...]:
@@ -53,6 +49,5 @@ def task(config: VideoStage, base: Model) -> DiffusionTask:
         part,
         known_slots,
         lambda name: not config.freeze_spatial or name in trainable,
-        config.loss,
-        config.dropout,
+        config,
     )

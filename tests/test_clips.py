@@ -76,6 +76,13 @@ def test_any_size_keeps_its_aspect(tmp_path: Path) -> None:
     assert np.abs(fit(fine, 16)[0].astype(int) - 127).max() < 12, "a fine pattern becomes grey, not another pattern"
 
 
+@pytest.mark.parametrize("width", [2, 12, 16, 24, 32, 48, 50, 64])
+def test_every_even_width_decodes(width: int) -> None:
+    clip = np.random.default_rng(width).integers(0, 256, (3, 1, 1, 3), np.uint8).repeat(16, 1).repeat(width, 2)
+    decoded = decode_clip(encode_video(clip, 8), fps=8, frames=3, size=min(16, width)).frames
+    assert np.abs(decoded.astype(int) - clip[:, : decoded.shape[1], : decoded.shape[2]]).max() <= 12
+
+
 def test_other_containers_and_codecs(tmp_path: Path) -> None:
     (tmp_path / "x.mp4").write_bytes(VIDEO)
     for name, codec in {"x.mkv": "mpeg4", "x.mov": "mjpeg", "x.webm": "libvpx"}.items():

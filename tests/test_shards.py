@@ -113,14 +113,14 @@ def test_missing_and_torn_shards_are_named_at_once(copied: Path) -> None:
     shard = copied / "world-000001.tar"
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-512])
-    with pytest.raises(UserError, match="world-000001.tar: torn, .* bytes where the index says"):
+    with pytest.raises(UserError, match=r"world-000001\.tar: torn, .* bytes where the index says"):
         open_shards(str(copied))
     shard.unlink()
-    with pytest.raises(UserError, match="world-000001.tar.*missing"):
+    with pytest.raises(UserError, match=r"world-000001\.tar.*missing"):
         open_shards(str(copied / "index.json"))
     shard.write_bytes(bytes(len(whole)))  # of the right size, but not the file
     torn = next(s for s in open_shards(str(copied)) if s.path == shard)
-    with pytest.raises(UserError, match="world-000001.tar: torn at byte 0"):
+    with pytest.raises(UserError, match=r"world-000001\.tar: torn at byte 0"):
         read_sample(torn, 0)
     (copied / "index.json").write_text('{"version": 1}')
     with pytest.raises(UserError, match="not an index"):
@@ -131,8 +131,13 @@ def test_missing_and_torn_shards_are_named_at_once(copied: Path) -> None:
 
 
 def test_shards_of_others_need_no_index(tmp_path: Path) -> None:
-    a = foreign(tmp_path / "a-0.tar", [("x/1.json", b'{"caption": "one"}'), ("x/1.MP4", b"v1"), ("x/2.mp4", b"v2"), ("x/2.txt", b"two\n")])
-    b = foreign(tmp_path / "a-1.tar", [("README", b"?"), ("3.mp4", b"v3"), ("3.json", b'{"captions": ["three", "iii"]}')])
+    a = foreign(
+        tmp_path / "a-0.tar",
+        [("x/1.json", b'{"caption": "one"}'), ("x/1.MP4", b"v1"), ("x/2.mp4", b"v2"), ("x/2.txt", b"two\n")],
+    )
+    b = foreign(
+        tmp_path / "a-1.tar", [("README", b"?"), ("3.mp4", b"v3"), ("3.json", b'{"captions": ["three", "iii"]}')]
+    )
     for location in (str(tmp_path), f"{tmp_path}/a-{{0..1}}.tar", f"{tmp_path}/a-*.tar", f"file:{tmp_path}"):
         shards = open_shards(location)
         samples = [read_sample(shard, number) for shard in shards for number in range(len(shard.offsets))]
@@ -141,7 +146,9 @@ def test_shards_of_others_need_no_index(tmp_path: Path) -> None:
             ("x/2", b"v2", ("two",)),
             ("3", b"v3", ("three", "iii")),
         ]
-    assert fingerprint(open_shards(str(a))) != fingerprint(open_shards(str(b))) != fingerprint(open_shards(str(tmp_path)))
+    assert (
+        fingerprint(open_shards(str(a))) != fingerprint(open_shards(str(b))) != fingerprint(open_shards(str(tmp_path)))
+    )
     (tmp_path / "moved").mkdir()
     assert fingerprint([scan_shard(a.rename(tmp_path / "moved" / "z.tar"))]) == fingerprint(shards[:1])
 
@@ -200,7 +207,12 @@ def test_nothing_in_a_shard_or_its_name_is_executed(tmp_path: Path) -> None:
     members = [(f"1.{suffix}", bomb) for suffix in ("pyd", "pkl", "pickle", "pth", "npy", "mp4")]
     path = foreign(tmp_path / "a.tar", [*members, ("1.json", b'{"caption": "one"}')])
     assert read_sample(open_shards(str(path))[0], 0).captions == ("one",)
-    for location in (f"pipe:touch {marker}", f"pipe:touch {marker}; cat a{{0..1}}.tar", "http://example.com/a.tar", "s3://a/b"):
+    for location in (
+        f"pipe:touch {marker}",
+        f"pipe:touch {marker}; cat a{{0..1}}.tar",
+        "http://example.com/a.tar",
+        "s3://a/b",
+    ):
         with pytest.raises(UserError, match="not opened"):
             open_shards(location)
     for location in (f"{{pipe:touch {marker},b}}", f"$(touch {marker})", f"`touch {marker}`", f"| touch {marker}"):

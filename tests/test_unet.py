@@ -71,10 +71,13 @@ def test_at_the_start_a_video_is_its_frames_one_by_one(dtype: torch.dtype) -> No
     network.to(dtype)
     x = normal(2, 3, 3, 4, 4).to(dtype)
     video = network(x, TIME, condition())
-    assert video.shape == x.shape and video.std() > 0.01
+    assert video.shape == x.shape
+    assert video.std() > 0.01
     for index in range(3):
         image = network(x[:, :, index : index + 1], TIME, frame(condition()))
-        torch.testing.assert_close(video[:, :, index : index + 1], image, atol=1e-6 if dtype == torch.float32 else 0.02, rtol=0)
+        torch.testing.assert_close(
+            video[:, :, index : index + 1], image, atol=1e-6 if dtype == torch.float32 else 0.02, rtol=0
+        )
 
 
 def test_each_new_part_alone_changes_nothing_at_the_start() -> None:
@@ -118,7 +121,8 @@ def test_names_tell_the_two_halves_apart() -> None:
     network = UNet(SMALL)
     temporal = temporal_parameter_names(network)
     spatial = set(network.spatial_state())
-    assert temporal | spatial == set(network.state_dict()) and not temporal & spatial
+    assert temporal | spatial == set(network.state_dict())
+    assert not temporal & spatial
     assert "known_conv.weight" in temporal
     assert sum(network.num_parameters()) == sum(parameter.numel() for parameter in network.parameters())
 
@@ -132,7 +136,8 @@ def test_the_known_frames_channel_starts_at_zero_and_trains() -> None:
     optimizer = torch.optim.AdamW([network.get_parameter("known_conv.weight")], lr=1e-2)
     (network(x, TIME, condition()) - target).square().mean().backward()
     gradient = network.get_parameter("known_conv.weight").grad
-    assert gradient is not None and gradient.abs().amax(dim=(0, 2, 3)).min() > 0  # latents and mask, each channel
+    assert gradient is not None
+    assert gradient.abs().amax(dim=(0, 2, 3)).min() > 0
     optimizer.step()
     assert not torch.equal(network(x, TIME, condition()), network(x, TIME, other))
 
@@ -221,7 +226,8 @@ def test_the_first_frame_reaches_every_place_of_every_frame() -> None:
 
     assert (reach(True) > 0).all()
     only_here = reach(False)
-    assert only_here[7, 7] > 0 and (only_here > 0).sum() == 1
+    assert only_here[7, 7] > 0
+    assert (only_here > 0).sum() == 1
 
 
 @pytest.mark.parametrize("frames", [1, 2, 5, 40])
@@ -229,7 +235,8 @@ def test_any_number_of_frames_runs(frames: int) -> None:
     network = UNet(SMALL)
     fill(network)
     out = network(normal(1, 3, frames, 4, 4), TIME[:1], condition(1, frames))
-    assert out.shape == (1, 3, frames, 4, 4) and out.isfinite().all()
+    assert out.shape == (1, 3, frames, 4, 4)
+    assert out.isfinite().all()
 
 
 def test_the_order_of_frames_matters() -> None:
@@ -257,7 +264,8 @@ def test_attention_in_pieces_is_the_same(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(layers.F, "scaled_dot_product_attention", measured)
     pieces = network(normal(2, 3, 3, 4, 4), TIME, condition())
     torch.testing.assert_close(pieces, whole, atol=1e-6, rtol=1e-5)
-    assert max(sizes) <= 7 and len(sizes) > 100
+    assert max(sizes) <= 7
+    assert len(sizes) > 100
 
 
 def test_attention_by_matrices_is_attention() -> None:
@@ -305,7 +313,7 @@ def test_wrong_calls_are_refused() -> None:
         network(x, TIME, replace(condition(), pooled=None))
     with pytest.raises(ValueError, match="known frames"):
         image_network(x, TIME, condition())
-    with pytest.raises(ValueError, match="condition.fps"):
+    with pytest.raises(ValueError, match=r"condition\.fps"):
         network(x, TIME, replace(condition(), fps=None))
 
 

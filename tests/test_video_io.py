@@ -28,7 +28,9 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
     return float(10 * np.log10(255**2 / np.mean((a.astype(float) - b) ** 2)))
 
 
-@pytest.mark.parametrize(("size", "fps", "frames"), [((32, 48), 8, 12), ((66, 98), 7.5, 3), ((2, 2), 29.97, 5), ((64, 64), 16, 1)])
+@pytest.mark.parametrize(
+    ("size", "fps", "frames"), [((32, 48), 8, 12), ((66, 98), 7.5, 3), ((2, 2), 29.97, 5), ((64, 64), 16, 1)]
+)
 def test_a_written_video_has_exactly_the_asked_size_rate_and_length(
     tmp_path: Path, size: tuple[int, int], fps: float, frames: int
 ) -> None:
@@ -140,7 +142,9 @@ def test_what_is_no_video_is_refused(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("suffix", ["mp4", "png"])
-@pytest.mark.parametrize("text", [None, json.dumps({"prompt": 'a=b; c#d \\ "é" \'x\'\n', "n": [1, 2]}), "two\nlines = 2"])
+@pytest.mark.parametrize(
+    "text", [None, json.dumps({"prompt": "a=b; c#d \\ \"é\" 'x'\n", "n": [1, 2]}), "two\nlines = 2"]
+)
 def test_metadata_comes_back(tmp_path: Path, suffix: str, text: str | None) -> None:
     path = tmp_path / f"file.{suffix}"
     if suffix == "mp4":

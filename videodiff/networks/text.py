@@ -5,6 +5,7 @@ open_clip is imported inside the functions that need it: it takes seconds.
 """
 
 import gzip
+import pickle
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -16,6 +17,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from pydantic import Field, model_validator
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -239,6 +241,7 @@ class ContrastiveTextModel(nn.Module):
         open_clip = _open_clip()
         self.clip = open_clip.CLIP(
             embed_dim=config.embed_dim,
+            nonscalar_logit_scale=True,  # DeepSpeed can't broadcast a parameter without an axis
             vision_cfg=open_clip.CLIPVisionCfg(
                 layers=config.image_layers,
                 width=config.image_width,
@@ -380,16 +383,13 @@ def _read_text(path: str) -> str:
 
 
 def _read_weights(path: str) -> dict[str, Tensor]:
+    where = f"text.pretrained.path {path}"
     try:
-        if path.endswith(".safetensors"):
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = load_file(path) if path.endswith(".safetensors") else torch.load(path, "cpu", weights_only=True)
     except FileNotFoundError as error:
-        raise UserError(f"text.pretrained.path {path}: no such file; download the weights there first") from error
-    except Exception as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"text.pretrained.path {path}: not a weights file ({reason}); give .safetensors or a checkpoint"
-        ) from error
+        raise UserError(f"{where}: no such file; put the weights there first, nothing is downloaded") from error
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
+        # Not torch's own words: they advise to unpickle whatever is in there.
+        raise UserError(f"{where}: no file of weights ({type(error).__name__}); give .safetensors or .pt") from error
     state = state.get("state_dict", state)
     return {name.removeprefix("module."): value for name, value in state.items()}

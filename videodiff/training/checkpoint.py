@@ -1,7 +1,7 @@
 """Checkpoints that a kill can't spoil: written beside, listed in a manifest, then renamed; the newest sound one counts.
 
-    checkpoints/step-00000100/   engine/ (DeepSpeed), average-*.safetensors (EMA fragments of each rank), state.json,
-                                 ema.safetensors + raw.safetensors + model.yaml (opens as a Model), manifest.json
+checkpoints/step-00000100/ holds engine/ (DeepSpeed's files), average-*.safetensors (each rank's fragments of the EMA),
+state.json, manifest.json, and ema.safetensors, raw.safetensors and model.yaml, by which it opens as a Model.
 """
 
 import hashlib

@@ -44,7 +44,7 @@ def start() -> None:
 
 
 def cleanup() -> None:
-    """Leave the group at the end of a program. A group of one stays: DeepSpeed holds on to it, another run may follow."""
+    """Leave the group at the end of a program. A group of one stays: DeepSpeed holds on to it for a next run."""
     if world() > 1:
         dist.destroy_process_group()
 

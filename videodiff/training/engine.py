@@ -5,8 +5,10 @@ ZeRO: Rajbhandari et al., 2020 (stage 1 shards optimizer state and master weight
 too, stage 3 parameters too).
 """
 
+import contextlib
 import copy
 import hashlib
+import io
 import logging
 import math
 import os
@@ -109,9 +111,7 @@ class Engine:
     lose `requires_grad`, are in no optimizer group and in no saved file. All collective: every rank calls alike.
     """
 
-    def __init__(
-        self, module: nn.Module, config: EngineConfig, trains: Callable[[str], bool], batch_size: int
-    ) -> None:
+    def __init__(self, module: nn.Module, config: EngineConfig, trains: Callable[[str], bool], batch_size: int) -> None:
         start()
         self.config = config
         self.micro_batch, self.accumulation = config.accumulation(batch_size, world())
@@ -219,7 +219,8 @@ class Engine:
 
         DeepSpeed's files are pickles: only ever load a folder that this run wrote.
         """
-        path, _ = self._deepspeed.load_checkpoint(str(folder), tag=FOLDER, load_module_strict=False)
+        with _quiet():
+            path, _ = self._deepspeed.load_checkpoint(str(folder), tag=FOLDER, load_module_strict=False)
         if path is None:
             raise UserError(f"{folder / FOLDER}: DeepSpeed found no checkpoint there; remove {folder.name} and go on")
 
@@ -270,21 +271,29 @@ def _wrap(module: nn.Module, config: EngineConfig, micro_batch: int, accumulatio
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("LOCAL_RANK", "0")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # DeepSpeed calls torch by a name that torch has deprecated: once a step, and nothing that a user could mend.
-    warnings.filterwarnings("ignore", message=".*reduce_scatter_tensor", category=FutureWarning)
+    # DeepSpeed calls torch by names that torch has deprecated: every step, and nothing that a user could mend.
+    warnings.filterwarnings("ignore", message=r".*torch\.distributed\..* is deprecated", category=FutureWarning)
     import deepspeed
 
     deepspeed.utils.logger.setLevel(logging.WARNING)
-    # A shared-memory op for CPU ranks that DeepSpeed would compile here for minutes, and that nothing of ours needs.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+    # On a CPU DeepSpeed would compile a shared-memory op here for minutes, and look for compilers to list what else it
+    # could build. Nothing of ours needs any of it.
+    deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
+    with _quiet():
+        deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(
         trained, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay, fused=True
     )
     settings = deepspeed_settings(config, micro_batch, accumulation)
-    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings, dist_init_required=False)
+    with _quiet():
+        engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings, dist_init_required=False)
     return engine
+
+
+def _quiet() -> contextlib.redirect_stdout[io.StringIO]:
+    """DeepSpeed prints memory statistics and traces of its loading past its own logger."""
+    return contextlib.redirect_stdout(io.StringIO())
 
 
 def deepspeed_settings(config: EngineConfig, micro_batch: int, accumulation: int) -> dict[str, Any]:
@@ -295,11 +304,11 @@ def deepspeed_settings(config: EngineConfig, micro_batch: int, accumulation: int
         "zero_optimization": {"stage": config.zero_stage, "overlap_comm": device().type == "cuda"},
         "data_types": {"grad_accum_dtype": "fp32"},  # unset, gradients add up in the module's own precision
         "communication_data_type": "fp32",
+        # At stage 0 the engine clips by itself; unset, DeepSpeed clips at 1.
+        "gradient_clipping": config.gradient_clip if config.zero_stage else 0.0,
         "steps_per_print": None,
         "wall_clock_breakdown": False,
     }
-    if config.zero_stage:
-        settings["gradient_clipping"] = config.gradient_clip
     if config.precision == "bf16":
         settings["bf16"] = {"enabled": True}
     if config.precision == "fp16":

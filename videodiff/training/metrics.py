@@ -1,4 +1,4 @@
-"""What a run says while it trains: metrics.jsonl, TensorBoard, and a bar on a terminal or a line now and then in a file."""
+"""What a run says while it trains: metrics.jsonl, TensorBoard, a bar on a terminal, a line now and then in a file."""
 
 import json
 import math
@@ -19,13 +19,8 @@ def cut_back(path: Path, step: int) -> None:
     """Keep the lines of steps 1..`step` of a metrics file; a torn last line goes too. No file: nothing to do."""
     if not path.is_file():
         return
-    kept = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except (ValueError, KeyError, TypeError):
-            continue
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    kept = [line + "\n" for line in lines if 0 < _step_of(line) <= step]
     draft = path.with_name(f"{path.name}.tmp")
     draft.write_text("".join(kept), encoding="utf-8")
     os.replace(draft, path)
@@ -116,6 +111,14 @@ class Report:
             self.say("no TensorBoard events: tensorboard is not installed (pip install tensorboard)")
             return None
         return SummaryWriter(str(folder), purge_step=step + 1)
+
+
+def _step_of(line: str) -> int:
+    """The step of a line of metrics.jsonl, 0 when it is torn."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return 0
 
 
 def _is_odd(value: object) -> bool:

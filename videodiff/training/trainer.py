@@ -117,9 +117,7 @@ def train(
 
 
 class _Trainer:
-    def __init__(
-        self, run: RunConfig, config: EngineConfig, batch_size: int, task: Task, source: BatchSource
-    ) -> None:
+    def __init__(self, run: RunConfig, config: EngineConfig, batch_size: int, task: Task, source: BatchSource) -> None:
         self.run, self.config, self.batch_size = run, config, batch_size
         self.task, self.source, self.folder = task, source, Path(run.dir)
         self.checkpoints = Checkpoints(self.folder / "checkpoints", run.keep_last)
@@ -135,9 +133,7 @@ class _Trainer:
 
     def train(self) -> None:
         progress, run = self.progress, self.run
-        batches = self.source.batches(
-            progress.step * self.batch_size, rank(), world(), self.engine.micro_batch
-        )
+        batches = self.source.batches(progress.step * self.batch_size, rank(), world(), self.engine.micro_batch)
         report = Report(self.folder, progress.step, run.steps, run.log_every, silent=rank() != 0)
         with _Signals() as signals, report:
             report.say(self._opening())
@@ -163,9 +159,11 @@ class _Trainer:
         step, engine = self.progress.step, self.engine
         rate = self.config.rate(step)
         micro_batches = [next(batches) for _ in range(engine.accumulation)]
-        weight = sum_over_ranks(torch.stack([batch.weight.double().sum() for batch in micro_batches]).sum().to(device()))
-        scale = 1.0 / max(float(weight), 1e-6)  # a step of bad samples alone has no gradient at all
-        loss, metrics = torch.zeros((), dtype=torch.float64, device=device()), list[dict[str, Tensor]]()
+        own_weight = sum(float(batch.weight.double().sum()) for batch in micro_batches)
+        weight = float(sum_over_ranks(torch.tensor(own_weight, dtype=torch.float64, device=device())))
+        scale = 1.0 / max(weight, 1e-6)  # a step of bad samples alone has no gradient at all
+        loss = torch.zeros((), dtype=torch.float64, device=device())
+        metrics: list[dict[str, Tensor]] = []
         for index, batch in enumerate(micro_batches):
             # Dropout inside networks draws from torch's own generator: keyed too, exact for an equal number of ranks.
             torch.manual_seed(generator(self.run.seed, "layers", step, rank(), index).initial_seed())
@@ -196,8 +194,9 @@ class _Trainer:
         flags = [loss.new_tensor(signals.got == number) for number in _Signals.NUMBERS]
         total = sum_over_ranks(torch.stack([*flags, loss, *parts])).tolist()
         stop = next((number for number, flag in zip(_Signals.NUMBERS, total, strict=False) if flag), 0)
-        values = total[len(flags) :]
-        return {"loss": values[0], **{name: value / world() for name, value in zip(names, values[1:], strict=True)}}, stop
+        loss_sum, *sums = total[len(flags) :]
+        means = {name: value / world() for name, value in zip(names, sums, strict=True)}
+        return {"loss": loss_sum, **means}, stop
 
     def _keys(self, micro_batches: list[VideoBatch], step: int) -> list[str]:
         """Keys of the step's global batch in the order of the run; on rank 0, else []."""
@@ -206,9 +205,9 @@ class _Trainer:
         if gathered is None:
             return []
         pairs = sorted(pair for pairs in gathered for pair in pairs)
-        first = step * self.batch_size
-        if [number for number, _ in pairs] != list(range(first, first + self.batch_size)):
-            raise RuntimeError(f"step {step + 1}: the source gave other samples than {first}..{first + self.batch_size - 1}")
+        due = list(range(step * self.batch_size, (step + 1) * self.batch_size))
+        if [number for number, _ in pairs] != due:
+            raise RuntimeError(f"step {step + 1}: the source gave other samples than {due[0]}..{due[-1]}")
         return [key for _, key in pairs]
 
     def _count(self, applied: bool, keys: list[str], report: Report) -> None:

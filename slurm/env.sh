@@ -1,0 +1,3 @@
+# Sourced by the job scripts: where the software lives on this cluster. Edit this file, not the scripts.
+#   module load cuda python
+source "${VIDEODIFF_VENV:-$SLURM_SUBMIT_DIR/.venv}/bin/activate"

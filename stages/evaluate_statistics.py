@@ -1,0 +1,142 @@
+"""Figures from finished samples: shares and PSNR with their 95 % intervals, and what each stage loses."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from data_pipeline.world import ATTRIBUTES, rng
+
+Z95 = 1.959963984540054  # the normal distribution's 97.5 % point
+RESAMPLES = 2000
+EQUAL_DB = 99.0  # PSNR of equal pictures, so that means stay finite
+SPLITS = {"train": "seen", "held_out": "held_out", "held_out_pair": "held_out_pair"}  # the world's word -> the report's
+
+ROWS = {
+    "autoencoder": "autoencoder, real clips",
+    "image": "image",
+    "video_real": "video, real first image",
+    "video_generated": "video, generated first image",
+    "interpolation": "interpolation, real clips",
+    "whole": "whole, interpolated",
+}
+# (stage, row before its work, row after it); None stands for real clips, which are right by definition.
+STEPS: tuple[tuple[str, str | None, str], ...] = (
+    ("autoencoder", None, "autoencoder"),
+    ("image", "autoencoder", "image"),
+    ("video", "image", "video_generated"),
+    ("interpolation", "video_generated", "whole"),
+)
+
+
+def wilson(right: int, n: int) -> tuple[float, float]:
+    """The 95 % score interval of a share (Wilson, 1927): honest also near 0 and 1, where the normal one is not."""
+    share, z2 = right / n, Z95**2
+    middle = (share + z2 / (2 * n)) / (1 + z2 / n)
+    half = Z95 / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
+    low, high = max(0.0, middle - half), min(1.0, middle + half)
+    return (0.0 if right == 0 else low), (1.0 if right == n else high)
+
+
+def mean_interval(values: Sequence[float], *key: str) -> dict[str, Any]:
+    """Mean and 95 % percentile bootstrap interval (Efron, 1979); the resamples follow from `key`."""
+    sample = np.asarray(values, np.float64)
+    means = sample[rng("bootstrap", *key).integers(len(sample), size=(RESAMPLES, len(sample)))].mean(1)
+    low, high = np.percentile(means, (2.5, 97.5))
+    return {"n": len(sample), "mean": float(sample.mean()), "interval": [float(low), float(high)]}
+
+
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
+    """Peak signal-to-noise ratio of two uint8 arrays of one shape, in dB; EQUAL_DB at most."""
+    error = float(np.mean((a.astype(np.float64) - b.astype(np.float64)) ** 2))
+    return EQUAL_DB if error == 0 else min(EQUAL_DB, 10 * math.log10(255**2 / error))
+
+
+def right(result: dict[str, Any], truth: dict[str, str]) -> dict[str, bool]:
+    """Attribute -> read right, and "all": every one right, and of a clip the same in every frame. None is wrong."""
+    each = {name: value == truth[name] for name, value in result["read"].items()}
+    return {**each, "all": all(each.values()) and result["consistent"]}
+
+
+def share(hits: Iterable[bool]) -> dict[str, Any]:
+    """How many of the hits are true, with its interval."""
+    given = list(hits)
+    count = sum(given)
+    return {"right": count, "n": len(given), "share": count / len(given), "interval": list(wilson(count, len(given)))}
+
+
+def summary(samples: Sequence[dict[str, Any]], rows: Sequence[str]) -> list[dict[str, Any]]:
+    """One entry for each row and split that has samples."""
+    entries = []
+    for row in rows:
+        for split, name in SPLITS.items():
+            chosen = [(s["rows"][row], s["truth"]) for s in samples if s["split"] == split]
+            if chosen:
+                entries.append(_entry(row, name, chosen))
+    return entries
+
+
+def _entry(row: str, split: str, chosen: list[tuple[dict[str, Any], dict[str, str]]]) -> dict[str, Any]:
+    verdicts = [right(result, truth) for result, truth in chosen]
+    attributes = [name for name in ATTRIBUTES if name in verdicts[0]]
+    confusions = {
+        name: {
+            value: dict(sorted(Counter(str(r["read"][name] or "none") for r, t in chosen if t[name] == value).items()))
+            for value in ATTRIBUTES[name]
+        }
+        for name in attributes
+    }
+    measures = chosen[0][0]["psnr"]
+    return {
+        "row": row,
+        "split": split,
+        "n": len(chosen),
+        "shares": {name: share(v[name] for v in verdicts) for name in (*attributes, "all")},
+        "psnr": {name: mean_interval([r["psnr"][name] for r, _ in chosen], row, split, name) for name in measures},
+        "not_finite": sum(not r["finite"] for r, _ in chosen),
+        "confusions": confusions,
+    }
+
+
+def losses(entries: Sequence[dict[str, Any]], split: str) -> dict[str, Any]:
+    """What each stage takes from "all attributes" on a split, in percentage points; needs at least two rows in a chain.
+
+    steps: stage -> drop from the row before it. video_alone: from real first images, against their reconstructions.
+    first_images: what generated first images cost the video stage. most: the stage with the greatest drop, if any.
+    """
+    got = {e["row"]: 100 * e["shares"]["all"]["share"] for e in entries if e["split"] == split}
+    steps = {
+        stage: round((100.0 if before is None else got[before]) - got[after], 6)
+        for stage, before, after in STEPS
+        if after in got and (before is None or before in got)
+    }
+    apart = {"video_alone": ("autoencoder", "video_real"), "first_images": ("video_real", "video_generated")}
+    extra = {name: round(got[a] - got[b], 6) for name, (a, b) in apart.items() if a in got and b in got}
+    if len(steps) < 2:
+        return {"all": got, "steps": steps, **extra, "most": None}
+    worst = max(steps, key=lambda stage: steps[stage])
+    return {"all": got, "steps": steps, **extra, "most": worst if steps[worst] > 0 else None}
+
+
+def in_words(told: dict[str, Any]) -> str | None:
+    """The losses as a sentence or two; None where there are too few rows to compare stages."""
+    steps = told["steps"]
+    if len(steps) < 2:
+        return None
+    listed = ", ".join(f"{stage} {points:.1f}" for stage, points in steps.items())
+    if told["most"] is None:
+        return f"No stage loses any of all attributes (points on seen combinations: {listed})."
+    before, after = next((b, a) for stage, b, a in STEPS if stage == told["most"])
+    start = 100.0 if before is None else told["all"][before]
+    text = (
+        f"Stage {told['most']} loses most: all attributes fall from {start:.1f} % to {told['all'][after]:.1f} % "
+        f"on seen combinations (points lost: {listed})."
+    )
+    if "video_alone" in told:
+        text += f" From real first images the video stage loses {told['video_alone']:.1f}"
+        text += f"; generated ones cost it {told['first_images']:.1f} more." if "first_images" in told else "."
+    return text

@@ -1,0 +1,179 @@
+"""The autoencoder: chunks, neighbours, units, its loss against closed forms, and that it learns."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from videodiff.networks.autoencoder import Autoencoder, AutoencoderConfig, AutoencoderLoss, edges, to_float
+
+CONFIG = AutoencoderConfig(latent_channels=3, patch=1, widths=(8, 16), num_res_blocks=1, chunk=3)
+
+
+def make() -> Autoencoder:
+    torch.manual_seed(0)
+    return Autoencoder(CONFIG).eval()
+
+
+def clips(*shape: int) -> Tensor:
+    return torch.randint(0, 256, (*shape, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
+
+
+def test_shapes_and_factor() -> None:
+    network = make()
+    posterior = network.encode_clip(clips(2, 5, 8, 12))
+    assert network.factor == 2
+    assert posterior.mean.shape == posterior.std.shape == (2, 3, 5, 4, 6)
+    assert (posterior.std > 0).all()
+    frames = network.decode_clip(posterior.mean)
+    assert frames.shape == (2, 5, 8, 12, 3)
+    assert frames.dtype == torch.uint8
+    patched = Autoencoder(CONFIG.model_copy(update={"patch": 2}))
+    assert patched.factor == 4
+    assert patched.encode_clip(clips(1, 1, 8, 12)).mean.shape == (1, 3, 1, 2, 3)
+    assert Autoencoder(AutoencoderConfig()).factor == 8
+
+
+def test_chunked_is_unchunked() -> None:
+    network = make()
+    frames = clips(2, 7, 8, 8)
+    whole = network.encode(to_float(frames))
+    chunked = network.encode_clip(frames)  # by 3, 3 and 1
+    torch.testing.assert_close(chunked.mean.transpose(1, 2).flatten(0, 1), whole.mean, atol=1e-5, rtol=0)
+    torch.testing.assert_close(chunked.std.transpose(1, 2).flatten(0, 1), whole.std, atol=1e-5, rtol=0)
+    for chunk in (1, 2, 5, 14):
+        torch.testing.assert_close(network.decode(whole.mean, chunk), network.decode(whole.mean), atol=1e-5, rtol=0)
+
+
+def test_a_clip_depends_on_no_neighbour() -> None:
+    network = make()
+    frames = clips(3, 4, 8, 8)
+    together = network.encode_clip(frames)
+    for index in range(3):
+        alone = network.encode_clip(frames[index : index + 1])
+        assert torch.equal(alone.mean[0], together.mean[index])
+        assert torch.equal(alone.std[0], together.std[index])
+    made = network.decode_clip(together.mean)
+    assert torch.equal(network.decode_clip(together.mean[1:2])[0], made[1])
+
+
+def test_chunks_bound_what_goes_through_at_once() -> None:
+    network = make()
+    seen = []
+    network.encoder.register_forward_pre_hook(lambda _, given: seen.append(len(given[0])))
+    network.decoder.register_forward_pre_hook(lambda _, given: seen.append(len(given[0])))
+    network.decode_clip(network.encode_clip(clips(2, 7, 8, 8)).mean)
+    assert seen == [3, 3, 1] * 4
+
+
+def test_latents_are_normalised_and_come_back() -> None:
+    network = make()
+    frames = clips(4, 3, 8, 8)
+    raw = network.encode_clip(frames)
+    pictures = network.decode_clip(raw.mean)
+    mean, std = raw.mean.mean(dim=(0, 2, 3, 4)), raw.mean.std(dim=(0, 2, 3, 4))
+    network.set_latent_statistics(mean, std)
+    normalised = network.encode_clip(frames)
+    torch.testing.assert_close(normalised.mean.mean(dim=(0, 2, 3, 4)), torch.zeros(3), atol=1e-5, rtol=0)
+    torch.testing.assert_close(normalised.mean.std(dim=(0, 2, 3, 4)), torch.ones(3), atol=1e-5, rtol=0)
+    torch.testing.assert_close(normalised.std * std[:, None, None, None], raw.std)
+    # The same pictures, up to a rounding step of uint8.
+    assert (network.decode_clip(normalised.mean).int() - pictures.int()).abs().max() <= 1
+    again = make()
+    again.load_state_dict(network.state_dict())
+    assert torch.equal(again.encode_clip(frames).mean, normalised.mean)
+
+
+@pytest.mark.parametrize("std", [[1.0, 0.0, 1.0], [1.0, math.nan, 1.0]])
+def test_statistics_without_spread_are_refused(std: list[float]) -> None:
+    with pytest.raises(ValueError, match="std > 0"):
+        make().set_latent_statistics(torch.zeros(3), torch.tensor(std))
+
+
+def test_wrong_frames_are_refused() -> None:
+    with pytest.raises(ValueError, match="no multiple of 2"):
+        make().encode_clip(clips(1, 1, 7, 8))
+    with pytest.raises(ValueError, match="uint8"):
+        make().encode_clip(torch.zeros(1, 1, 8, 8, 3))
+
+
+def test_a_sample_has_the_posteriors_mean_and_std() -> None:
+    network = make()
+    posterior = network.encode(to_float(clips(1, 1, 8, 8)))
+    noise = torch.randn(4000, *posterior.mean.shape[1:], generator=torch.Generator().manual_seed(1))
+    samples = posterior.sample(noise)
+    torch.testing.assert_close(samples.mean(0, keepdim=True), posterior.mean, atol=0.08, rtol=0)
+    torch.testing.assert_close(samples.std(0, keepdim=True), posterior.std, atol=0, rtol=0.08)
+
+
+def test_uint8_and_float_are_inverse() -> None:
+    every = torch.arange(256, dtype=torch.uint8).reshape(1, 16, 16, 1).expand(-1, -1, -1, 3)
+    frames = to_float(every)
+    assert frames.min() == -1
+    assert frames.max() == 1
+    assert torch.equal(((frames + 1) * 127.5).round().byte().permute(0, 2, 3, 1), every)
+
+
+def test_kl_is_the_closed_form() -> None:
+    mean = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(1))
+    log_variance = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(2))
+    frames = torch.zeros(2, 3, 8, 8)
+    loss, metrics = AutoencoderLoss(kl_weight=1.0)(frames, frames, mean, log_variance)
+    posterior = torch.distributions.Normal(mean, (0.5 * log_variance).exp())
+    wanted = torch.distributions.kl_divergence(posterior, torch.distributions.Normal(0.0, 1.0)).sum(dim=(1, 2, 3))
+    torch.testing.assert_close(loss, wanted)
+    torch.testing.assert_close(metrics["kl"], wanted.mean())
+    free, _ = AutoencoderLoss(kl_weight=0.0)(frames, frames, mean, log_variance)
+    assert torch.equal(free, torch.zeros(2))
+
+
+def test_the_loss_looks_at_edges() -> None:
+    target = -torch.ones(1, 3, 16, 16)
+    target[..., 8:] = 1  # one upright edge between columns 7 and 8
+    zero = torch.zeros(1, 3, 2, 2)
+    near, far = target.clone(), target.clone()
+    near[..., 7] += 0.5
+    far[..., 1] += 0.5
+    seen = edges(target)[0, 0]
+    assert seen[:, 5:10].min() == 1
+    assert seen[:, :5].max() == 0
+    assert seen[:, 10:].max() == 0
+    by_weight = {weight: AutoencoderLoss(edge_weight=weight, kl_weight=0.0) for weight in (1.0, 7.0)}
+    plain = [by_weight[1.0](picture, target, zero, zero)[0].item() for picture in (near, far)]
+    assert plain[0] == pytest.approx(plain[1]) == pytest.approx(0.5 / 16)
+    weighted = [by_weight[7.0](picture, target, zero, zero)[0].item() for picture in (near, far)]
+    assert weighted[0] / weighted[1] == pytest.approx(7)
+    # A constant error costs the same whatever the weights: frames with many edges do not count more.
+    assert by_weight[7.0](target + 0.5, target, zero, zero)[0].item() == pytest.approx(0.5)
+
+
+def test_the_loss_is_per_frame() -> None:
+    target = torch.zeros(3, 3, 8, 8)
+    made = target + torch.tensor([0.0, 0.1, 0.2])[:, None, None, None]
+    zero = torch.zeros(3, 3, 4, 4)
+    loss, _ = AutoencoderLoss()(made, target, zero, zero)
+    torch.testing.assert_close(loss, torch.tensor([0.0, 0.1, 0.2]))
+
+
+def test_every_parameter_trains_and_a_picture_is_learned() -> None:
+    network = make().train()
+    frames = to_float(clips(1, 1, 8, 8).repeat_interleave(2, 0))
+    optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(40):
+        noise = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(len(losses)))
+        loss = AutoencoderLoss()(*_arguments(network, frames, noise))[0].mean()
+        optimizer.zero_grad()
+        loss.backward()
+        if not losses:
+            still = [name for name, p in network.named_parameters() if p.grad is None or not p.grad.any()]
+            assert not still
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def _arguments(network: Autoencoder, frames: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    reconstruction, mean, log_variance = network(frames, noise)
+    return reconstruction, frames, mean, log_variance

@@ -1,0 +1,229 @@
+"""The engine against plain mathematics: AdamW and the moving average in float64, one process and two."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from videodiff.config import ConfigError, build
+from videodiff.errors import UserError
+from videodiff.training import distributed
+from videodiff.training.ema import EMA, decay_at
+from videodiff.training.engine import Engine, EngineConfig
+
+SETTINGS = {"learning_rate": 0.01, "warmup_steps": 3, "weight_decay": 0.1, "gradient_clip": 0.5, "ema_decay": 0.99}
+NUM_STEPS, BATCH = 5, 8
+
+
+def network() -> nn.Module:
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Linear(6, 17), nn.Tanh(), nn.Linear(17, 5), nn.Tanh(), nn.Linear(5, 3))
+
+
+def trains(name: str) -> bool:
+    return name != "2.weight"
+
+
+def data(step: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    return torch.randn(BATCH, 6, generator=generator), torch.randn(BATCH, 3, generator=generator) * 3
+
+
+def reference(config: EngineConfig) -> tuple[dict[str, Tensor], dict[str, Tensor], list[float]]:
+    """Weights, average and gradient norms after NUM_STEPS of AdamW (Loshchilov and Hutter, 2019), written out."""
+    module = network().double()
+    weights = {name: p for name, p in module.named_parameters() if trains(name)}
+    average = {name: p.detach().clone() for name, p in weights.items()}
+    first, second = ({name: torch.zeros_like(p) for name, p in weights.items()} for _ in range(2))
+    norms = []
+    for step in range(NUM_STEPS):
+        inputs, targets = (x.double() for x in data(step))
+        gradients = torch.autograd.grad((module(inputs) - targets).square().mean(), list(weights.values()))
+        norm = math.sqrt(sum(float(g.square().sum()) for g in gradients))
+        norms.append(norm)
+        rate, decay = config.rate(step), min(config.ema_decay, (1 + step) / (10 + step))
+        with torch.no_grad():
+            for (name, p), g in zip(weights.items(), gradients, strict=True):
+                g = g * min(1.0, config.gradient_clip / norm)
+                p.mul_(1 - rate * config.weight_decay)
+                first[name] = 0.9 * first[name] + 0.1 * g
+                second[name] = 0.999 * second[name] + 0.001 * g.square()
+                m, v = first[name] / (1 - 0.9 ** (step + 1)), second[name] / (1 - 0.999 ** (step + 1))
+                p.sub_(rate * m / (v.sqrt() + 1e-8))
+                average[name] = decay * average[name] + (1 - decay) * p
+    return {name: p.detach() for name, p in weights.items()}, average, norms
+
+
+def train_with(engine: Engine, config: EngineConfig) -> tuple[EMA, list[float]]:
+    """NUM_STEPS on this rank's share of the same data."""
+    average, norms = EMA(engine.masters()), []
+    for step in range(NUM_STEPS):
+        inputs, targets = data(step)
+        for index in range(engine.accumulation):
+            first = (index * distributed.world() + distributed.rank()) * engine.micro_batch
+            own = slice(first, first + engine.micro_batch)
+            loss = (engine(inputs[own].to(config.dtype)).float() - targets[own]).square().sum() / (BATCH * 3)
+            engine.backward(loss * distributed.world())
+        result = engine.step(config.rate(step))
+        assert result.applied
+        norms.append(result.grad_norm)
+        average.update(engine.masters(), step, config.ema_decay)
+    return average, norms
+
+
+def worker(folder: str) -> None:
+    """One of two ranks: each ZeRO stage in turn, gathered results to disk."""
+    distributed.start()
+    for stage in (0, 1, 2, 3):
+        config = EngineConfig(zero_stage=stage, precision="fp32", micro_batch=2, **SETTINGS)
+        engine = Engine(network(), config, trains, BATCH)
+        average, norms = train_with(engine, config)
+        raw, mean = engine.gather(engine.masters()), engine.gather(average.values)
+        if raw is not None and mean is not None:
+            save_file(raw, f"{folder}/raw-{stage}.safetensors")
+            save_file(mean, f"{folder}/ema-{stage}.safetensors")
+            Path(folder, f"norms-{stage}.json").write_text(json.dumps(norms))
+        rows = torch.full((2, 1), float(distributed.rank()), requires_grad=True)
+        gathered = distributed.gather_rows(rows)
+        assert gathered.flatten().tolist() == [0, 0, 1, 1]
+        (gathered * torch.arange(4.0)[:, None]).sum().backward()
+        assert rows.grad is not None
+        assert rows.grad.flatten().tolist() == [[0, 2], [4, 6]][distributed.rank()]  # both ranks' losses
+        poison(engine)
+    distributed.cleanup()
+
+
+def poison(engine: Engine) -> None:
+    """A gradient that is not finite on the last rank alone: no rank moves, and the next step is sound again."""
+    before = [master.clone() for master in engine.masters()]
+    for index in range(engine.accumulation):
+        bad = distributed.rank() == distributed.world() - 1 and index == 0
+        engine.backward(engine(torch.ones(2, 6).to(engine.config.dtype)).sum() * (math.nan if bad else 1.0))
+    result = engine.step(0.1)
+    assert not result.applied
+    assert all(torch.equal(a, b) for a, b in zip(before, engine.masters(), strict=True))
+    for _ in range(engine.accumulation):
+        engine.backward(engine(torch.ones(2, 6).to(engine.config.dtype)).sum())
+    assert engine.step(0.1).applied
+    assert all(master.isfinite().all() for master in engine.masters())
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_one_process_follows_adamw_and_the_average_in_float64(stage: int) -> None:
+    config = EngineConfig(zero_stage=stage, precision="fp32", micro_batch=4, **SETTINGS)
+    engine = Engine(network(), config, trains, BATCH)
+    assert engine.accumulation == 2
+    average, norms = train_with(engine, config)
+    check(engine.gather(engine.masters()), engine.gather(average.values), norms, config)
+    poison(engine)
+    engine.close()
+
+
+def test_two_processes_follow_them_too(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0"]
+    command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", __file__, str(tmp_path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions")}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert not (tmp_path / "extensions").exists()  # nothing was compiled
+    for stage in (0, 1, 2, 3):
+        raw, average = (load_file(tmp_path / f"{name}-{stage}.safetensors") for name in ("raw", "ema"))
+        norms = json.loads((tmp_path / f"norms-{stage}.json").read_text())
+        check(raw, average, norms, EngineConfig(zero_stage=stage, precision="fp32", **SETTINGS))
+
+
+def check(raw: dict[str, Tensor] | None, average: dict[str, Tensor] | None, norms: list[float], config) -> None:
+    weights, mean, true_norms = reference(config)
+    assert raw is not None
+    assert average is not None
+    assert raw.keys() == average.keys() == weights.keys()  # the frozen one is not among them
+    for name in weights:
+        torch.testing.assert_close(raw[name].double(), weights[name], rtol=0, atol=3e-6)
+        torch.testing.assert_close(average[name].double(), mean[name], rtol=0, atol=3e-6)
+    assert norms == pytest.approx(true_norms, rel=1e-4)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_bf16_keeps_masters_moments_and_accumulation_in_fp32(stage: int) -> None:
+    config = EngineConfig(zero_stage=stage, precision="bf16", micro_batch=1, learning_rate=0.01, gradient_clip=0)
+    module = network()
+    start = {name: p.detach().clone() for name, p in module.named_parameters()}
+    engine = Engine(module, config, trains, 64)
+    state = engine.gather(engine.masters())
+    assert state is not None
+    assert all(torch.equal(state[name], start[name]) for name in state)  # not rounded to bf16 on the way in
+    assert all(p.dtype == torch.bfloat16 for p in module.parameters())
+    # 1 + 63 gradients of 1/512 each: in bf16 every one of them would be lost beside the 1.
+    for index in range(64):
+        output = engine(torch.zeros(1, 6, dtype=torch.bfloat16))
+        engine.backward(output[0, 0].float() * (1.0 if index == 0 else 1 / 512))
+    norm = engine.step(0.01).grad_norm
+    ratio = 1 + 63 / 512
+    clean = network().bfloat16()
+    clean(torch.zeros(1, 6, dtype=torch.bfloat16))[0, 0].backward()
+    gradients = [p.grad.float() for name, p in clean.named_parameters() if trains(name) and p.grad is not None]
+    assert norm == pytest.approx(ratio * math.sqrt(sum(float(g.square().sum()) for g in gradients)), rel=2e-3)
+    engine.close()
+
+
+def test_average_is_fp32_and_moves_at_high_decay() -> None:
+    value = EMA([torch.tensor([0.5])])
+    for step in range(10_000, 20_000):
+        value.update([torch.tensor([1.0])], step, 0.9999)
+    assert value.values[0].item() == pytest.approx(1 - 0.5 * 0.9999**10_000, abs=1e-4)
+    assert [decay_at(0, 0.99), decay_at(10**6, 0.99)] == [0.1, 0.99]
+
+
+def test_learning_rate_is_a_function_of_the_step() -> None:
+    config = EngineConfig(learning_rate=1.0, warmup_steps=4, decay="cosine", decay_steps=12)
+    assert [config.rate(step) for step in range(4)] == [0.25, 0.5, 0.75, 1.0]
+    assert [config.rate(step) for step in (4, 8, 12, 99)] == pytest.approx([1.0, 0.5, 0.0, 0.0])
+    assert EngineConfig(learning_rate=0.5).rate(0) == EngineConfig(learning_rate=0.5).rate(10**9) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"zero_stage": 0}, "needs zero_stage 1, 2 or 3"),
+        ({"zero_stage": 4}, "zero_stage"),
+        ({"decay": "cosine"}, "decay_steps"),
+        ({"decay_steps": 3}, "decay_steps"),
+        ({"betas": [0.9, 1.0]}, "betas"),
+        ({"micro_batch": 0}, "micro_batch"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(values: dict, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        build(EngineConfig, values, "engine.yaml")
+
+
+def test_the_global_batch_must_divide() -> None:
+    assert EngineConfig(micro_batch=2).accumulation(16, 2) == (2, 4)
+    assert EngineConfig().accumulation(16, 2) == (8, 1)
+    with pytest.raises(UserError, match=r"batch_size=9 .* 2 processes"):
+        EngineConfig().accumulation(9, 2)
+    with pytest.raises(UserError, match="micro_batch=3 does not divide the 8"):
+        EngineConfig(micro_batch=3).accumulation(16, 2)
+
+
+def test_a_module_without_anything_to_train_is_refused() -> None:
+    with pytest.raises(UserError, match="no parameter"):
+        Engine(network(), EngineConfig(), lambda name: False, 4)
+
+
+def test_fp16_is_refused_on_a_cpu() -> None:
+    if distributed.device().type != "cpu":
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(UserError, match="use bf16 or fp32"):
+        Engine(network(), EngineConfig(precision="fp16"), trains, 4)
+
+
+if __name__ == "__main__":
+    worker(sys.argv[1])

@@ -1,0 +1,57 @@
+"""Intervals, PSNR and losses of the evaluation, against published numbers and closed forms."""
+
+import numpy as np
+import pytest
+
+from stages.evaluate_samples import blend
+from stages.evaluate_statistics import EQUAL_DB, in_words, losses, mean_interval, psnr, right, wilson
+
+
+# Wilson's limits at 95 %: the two textbook ends, and numbers of Newcombe (1998), table I.
+@pytest.mark.parametrize(
+    ("hits", "n", "low", "high"),
+    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
+)
+def test_wilson_against_published_limits(hits: int, n: int, low: float, high: float) -> None:
+    assert wilson(hits, n) == pytest.approx((low, high), abs=5e-5)
+    assert wilson(n - hits, n) == pytest.approx((1 - high, 1 - low), abs=5e-5)
+
+
+def test_the_mean_and_its_interval_follow_statistics() -> None:
+    values = np.random.default_rng(0).normal(30, 2, 400).tolist()
+    told = mean_interval(values, "a")
+    assert told["mean"] == pytest.approx(np.mean(values))
+    error = 1.96 * np.std(values) / 20
+    assert told["interval"] == pytest.approx([told["mean"] - error, told["mean"] + error], abs=0.03)
+    assert told == mean_interval(values, "a")
+
+
+def test_psnr_and_blending_in_closed_form() -> None:
+    grey = np.full((4, 8, 8, 3), 100, np.uint8)
+    assert psnr(grey, grey + 1) == pytest.approx(20 * np.log10(255))
+    assert psnr(grey, grey) == EQUAL_DB
+    steps = np.arange(0, 60, 20, dtype=np.uint8)[:, None, None, None] + np.zeros((3, 2, 2, 3), np.uint8)
+    assert blend(steps, 4)[:, 0, 0, 0].tolist() == [0, 5, 10, 15, 20, 25, 30, 35, 40]
+
+
+def test_nothing_read_is_wrong() -> None:
+    truth = {"colour": "red", "shape": "cross"}
+    assert right({"read": {"colour": None, "shape": "cross"}, "consistent": True}, truth) == {
+        "colour": False,
+        "shape": True,
+        "all": False,
+    }
+
+
+def test_the_stage_that_loses_most_is_named() -> None:
+    got = {"autoencoder": 1.0, "image": 0.9, "video_real": 0.8, "video_generated": 0.65, "whole": 0.6}
+    entries = [{"row": row, "split": "seen", "shares": {"all": {"share": value}}} for row, value in got.items()]
+    told = losses(entries, "seen")
+    assert told["steps"] == {"autoencoder": 0, "image": 10, "video": 25, "interpolation": 5}
+    assert (told["most"], told["video_alone"], told["first_images"]) == ("video", 20, 15)
+    words = in_words(told)
+    assert words is not None
+    assert words.startswith("Stage video loses most: all attributes fall from 90.0 % to 65.0 %")
+    assert in_words(losses(entries[:1], "seen")) is None
+    even = [{**entry, "shares": {"all": {"share": 1.0}}} for entry in entries]
+    assert losses(even, "seen")["most"] is None

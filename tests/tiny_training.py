@@ -1,0 +1,127 @@
+"""A small task on synthetic batches, for the tests of training; as a script, one process of a run.
+
+python tiny_training.py '{"run": {...}, "engine": {...}, "bad": [3]}' ... trains one run after the other.
+"""
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from videodiff import config as configs
+from videodiff.batch import VideoBatch
+from videodiff.config import Config
+from videodiff.seeding import generator, normals
+from videodiff.training import distributed
+from videodiff.training.engine import EngineConfig
+from videodiff.training.trainer import LossOutput, RunConfig, train
+
+
+class TinyConfig(Config):
+    """bad: samples whose clip did not decode. poison: samples that make the gradient infinite. on_sample: a signal."""
+
+    run: RunConfig
+    engine: EngineConfig = EngineConfig(learning_rate=1e-2)
+    batch_size: int = 8
+    bad: tuple[int, ...] = ()
+    poison: tuple[int, ...] = ()
+    signal: int | None = None
+    signal_at: int | None = None
+
+
+class TinyTask:
+    """Regresses a noisy function of the frames; the first bias is frozen, a buffer and a dropout are in the way."""
+
+    def __init__(self, config: TinyConfig) -> None:
+        torch.manual_seed(1)
+        self.config = config
+        self.module = nn.Sequential(nn.Linear(24, 33), nn.Dropout(0.1), nn.SiLU(), nn.Linear(33, 7))
+        self.module.register_buffer("scale", torch.tensor([1 / 3]))
+        self.sampled: list[dict[str, Tensor]] = []
+
+    def trains(self, name: str) -> bool:
+        return name != "0.bias"
+
+    def loss(self, module: Callable[..., Tensor], batch: VideoBatch, seed: int) -> LossOutput:
+        if self.config.signal_at in batch.numbers.tolist() and self.config.signal is not None:
+            os.kill(os.getpid(), self.config.signal)
+        output, target = module(self.inputs(batch)).float(), normals((7,), seed, "target", batch.numbers)
+        losses = (output - target).square().mean(1)
+        poisoned = torch.tensor([n in self.config.poison for n in batch.numbers.tolist()])
+        return LossOutput(torch.where(poisoned, losses * torch.inf, losses), {"mean": output.detach().mean()})
+
+    def inputs(self, batch: VideoBatch) -> Tensor:
+        return (batch.frames.flatten(1).float() / 255).to(next(self.module.parameters()).dtype)
+
+    def sample(self, module: nn.Module, batch: VideoBatch, folder: Path, step: int) -> None:
+        torch.rand(3)  # drawing here must not change the run
+        state = {name: value.float() for name, value in module.state_dict().items()}
+        save_file(state, folder / f"step-{step:08d}.safetensors")
+
+    def export(self, state: dict[str, Tensor], folder: Path, file: str) -> None:
+        save_file(state, folder / file)
+
+
+class TinySource:
+    """Sample n is made from n alone."""
+
+    fingerprint = "synthetic"
+
+    def __init__(self, bad: tuple[int, ...] = ()) -> None:
+        self.bad = bad
+
+    def batches(self, start_sample: int, rank: int, world: int, micro_batch: int) -> Iterator[VideoBatch]:
+        first = start_sample + rank * micro_batch
+        while True:
+            yield self.batch(torch.arange(first, first + micro_batch))
+            first += world * micro_batch
+
+    def batch(self, numbers: Tensor) -> VideoBatch:
+        frames = [
+            torch.randint(0, 256, (1, 2, 4, 3), generator=generator("frames", n), dtype=torch.uint8)
+            for n in numbers.tolist()
+        ]
+        return VideoBatch(
+            frames=torch.stack(frames),
+            captions=tuple(f"clip {n}" for n in numbers.tolist()),
+            fps=torch.full((len(frames),), 8.0),
+            numbers=numbers,
+            keys=tuple(f"key-{n}" for n in numbers.tolist()),
+            weight=torch.tensor([float(n not in self.bad) for n in numbers.tolist()]),
+        )
+
+
+def run_tiny(config: TinyConfig) -> TinyTask:
+    """Train the tiny task as `config` says."""
+    task, source = TinyTask(config), TinySource(config.bad)
+    train(config.run, config.engine, config.batch_size, task, source, config)
+    return task
+
+
+def tiny(folder: Path, **values: Any) -> TinyConfig:
+    """A configuration with run.dir in `folder`; keys like `run.steps` go down into the tree."""
+    tree: dict[str, Any] = {
+        "run": {"dir": str(folder), "steps": 4, "sample_every": 0},
+        "engine": {"learning_rate": 0.01},
+    }
+    for path, value in values.items():
+        *parents, name = path.split("__")
+        at = tree
+        for parent in parents:
+            at = at.setdefault(parent, {})
+        at[name] = value
+    return configs.build(TinyConfig, tree, "test")
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for text in sys.argv[1:]:
+        run_tiny(configs.build(TinyConfig, json.loads(text), "command line"))
+    distributed.cleanup()
