@@ -80,11 +80,8 @@ class AutoencoderTask:
         if self._calibration is None:
             size, frames = self.config.data.batch_size, self.config.data.frames
             batches = self.source.batches(0, 0, 1, size)
-            chosen = [
-                batch.frames[batch.weight > 0]
-                for batch in islice(batches, -(-self.CALIBRATION_FRAMES // (size * frames)))
-            ]
-            batches.close()
+            count = -(-self.CALIBRATION_FRAMES // (size * frames))
+            chosen = [batch.frames[batch.weight > 0] for batch in islice(batches, count)]
             self._calibration = torch.cat(chosen)
         posterior = network.encode_clip(self._calibration)
         mean = posterior.mean.mean((0, 2, 3, 4))

@@ -22,7 +22,7 @@ from videodiff.diffusion.denoiser import Denoiser
 from videodiff.diffusion.loss import DiffusionLoss, sample_times
 from videodiff.diffusion.prediction import Prediction
 from videodiff.diffusion.schedule import NoiseSchedule
-from videodiff.model import DESCRIPTION, DiffusionPart, Model, ModelConfig, Sampling, carry, write_weights
+from videodiff.model import DESCRIPTION, DiffusionPart, File, Model, ModelConfig, Sampling, carry, write_weights
 from videodiff.networks.autoencoder import Autoencoder
 from videodiff.networks.unet import UNet
 from videodiff.seeding import normals, uniforms
@@ -173,22 +173,21 @@ class DiffusionTask:
         sampling: Sampling = self.part["sampling"]
         noise = normals(tuple(x0.shape[1:]), 0, "sample", batch.numbers).to(x0.device)
         made = sampling.sampler(sampling.guidance(denoiser, condition), noise, self.schedule)
-        rows = []
-        for latents in (made, x0):
-            rows.append(self.autoencoder.decode_clip(latents).cpu().numpy())
-        pictures, labels = [], []
-        for i, caption in enumerate(batch.captions):
-            for name, clips in zip(("made", "real"), rows, strict=True):
-                keep = range(0, clips.shape[1], max(1, clips.shape[1] // 8))
-                pictures += [clips[i, k] for k in keep]
-                labels += [f"{name}: {caption}" if k == 0 else "" for k in keep]
-        columns = len(pictures) // (2 * len(batch.captions))
-        write_png(folder / f"step-{step:08d}.png", contact_sheet(pictures, columns=max(columns, 1), labels=labels))
+        rows = [self.autoencoder.decode_clip(latents).cpu().numpy() for latents in (made, x0)]
+        keep = range(0, x0.shape[2], max(1, x0.shape[2] // 8))
+        pictures = [clips[i, k] for i in range(len(batch)) for clips in rows for k in keep]
+        labels = [
+            f"{name}: {caption}" if k == 0 else ""
+            for caption in batch.captions for name in ("made", "real") for k in keep
+        ]  # fmt: skip
+        columns = len(keep) if len(keep) > 1 else 8
+        write_png(folder / f"step-{step:08d}.png", contact_sheet(pictures, columns=columns, labels=labels))
 
     def export(self, state: dict[str, Tensor], folder: Path, file: str) -> None:
-        write_part(
-            self.stage, self.base, folder, file, state, lambda weights: DiffusionPart(**self.part, weights=weights)
-        )
+        def part(weights: File) -> DiffusionPart:
+            return DiffusionPart(**self.part, weights=weights)
+
+        write_part(self.stage, self.base, folder, file, state, part)
 
 
 def write_part(
@@ -197,7 +196,7 @@ def write_part(
     folder: Path,
     file: str,
     state: dict[str, Tensor],
-    part: Callable[[Any], Config],
+    part: Callable[[File], Config],
 ) -> None:
     """Write weights of `stage` into a model folder and describe them: first the averaged ones, then the raw ones."""
     weights = write_weights(folder, file, state)

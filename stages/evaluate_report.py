@@ -10,7 +10,7 @@ import numpy as np
 from rich.table import Table
 
 from data_pipeline.world import ATTRIBUTES
-from stages.evaluate_statistics import ROWS, right
+from stages.evaluate_statistics import ROWS, SPLITS, right
 from videodiff.video_io import read_image, save_sheet
 
 SHOWN = {"train": 6, "held_out": 3, "held_out_pair": 3}  # prompts on a sheet, of each split
@@ -57,7 +57,10 @@ def write_sheets(out: Path, samples: Sequence[dict[str, Any]], rows: Sequence[st
     paths = []
     for row in rows:
         images = [read_image(picture_path(out, row, s["split"], s["number"])) for s in shown]
-        labels = [f"{_mark(s['rows'][row], s['truth'])} | {s['split'].replace('_', ' ')}: {s['prompt']}" for s in shown]
+        labels = [
+            f"{_mark(s['rows'][row], s['truth'])} | {SPLITS[s['split']].replace('_', ' ')}: {s['prompt']}"
+            for s in shown
+        ]
         path = out / f"{row}.png"
         save_sheet(path, [np.asarray(image) for image in images], 3 if row != "image" else 6, labels)
         paths.append(path)

@@ -1,4 +1,4 @@
-"""Stage text: a small CLIP of our own learns to match captions with film strips of their clips (Radford et al., 2021)."""
+"""Stage text: a small CLIP learns to match captions with film strips of their clips (Radford et al., 2021)."""
 
 from __future__ import annotations
 

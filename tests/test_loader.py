@@ -1,10 +1,10 @@
 """The order is proved on plain integers, the rest on real shards with real helpers, some of which misbehave."""
 
 import json
-import os
 import time
 from collections import Counter
 from collections.abc import Iterator
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -178,10 +178,14 @@ def test_wrong_numbers_are_refused(world: Path) -> None:
 # Bad clips
 
 
+@lru_cache
+def plain_clip(value: int, frames: int = 4) -> bytes:
+    return encode_video(np.full((frames, 16, 16, 3), value, np.uint8), 8)
+
+
 def some_bad(folder: Path, bad: dict[int, bytes], count: int = 12) -> Path:
-    clip = np.zeros((4, 16, 16, 3), np.uint8)
     samples = [
-        (f"s{n:02}", encode_video(clip + 10 * n, 8) if n not in bad else bad[n], {"captions": [f"number {n}"]})
+        (f"s{n:02}", plain_clip(10 * n) if n not in bad else bad[n], {"captions": [f"number {n}"]})
         for n in range(count)
     ]
     write_shard(folder / "a.tar", samples)
@@ -190,7 +194,7 @@ def some_bad(folder: Path, bad: dict[int, bytes], count: int = 12) -> Path:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_bad_clips_keep_their_slot_are_counted_and_listed(tmp_path: Path, workers: int) -> None:
-    short = encode_video(np.zeros((2, 16, 16, 3), np.uint8), 8)
+    short = plain_clip(0, frames=2)
     shards = some_bad(tmp_path, {3: b"", 5: b"junk" * 99, 8: short})
     listed = tmp_path / "run" / "bad_samples.jsonl"
     opened = source(shards, listed, size=16, workers=workers)
@@ -237,28 +241,14 @@ def test_too_many_bad_clips_stop_the_run(tmp_path: Path) -> None:
     assert take(source(shards, size=16, bad_limit=0, bad_floor=12).batches(0, 0, 1, 4), 9)
 
 
-def misbehave(**job: Any) -> Clip:
-    """A decoder whose fate is written in its video."""
-    word, number = job["video"].decode().split()
-    if word == "hang":
-        time.sleep(600)
-    if word == "die":
-        os._exit(11)
-    if word == "bad":
-        raise ClipError("too short", "in a test")
-    if word == "slow":
-        time.sleep(0.2)
-    return Clip(np.full((4, 8, 8, 3), int(number), np.uint8), 0, 4)
-
-
-MISBEHAVE = f"{__name__}:misbehave"
+MISBEHAVE = "misbehaving_decoder:decode"
 
 
 def test_hanging_and_dying_decoders_cost_one_clip_each() -> None:
     words = ["fine", "hang", "slow", "die", "fine", "bad", "die", "slow", "hang", "fine", *["fine"] * 20]
     jobs: list[dict[str, Any] | None] = [{"video": f"{word} {n}".encode()} for n, word in enumerate(words)]
     jobs.insert(4, None)
-    with DecodePool(2, deadline_seconds=1.5, function=MISBEHAVE) as pool:
+    with DecodePool(2, deadline_seconds=2, function=MISBEHAVE) as pool:
         results = list(pool.map(jobs))
     assert results.pop(4) is None
     reasons = {"hang": "deadline", "die": "crash", "bad": "too short"}
@@ -275,7 +265,7 @@ def test_a_hanging_clip_holds_up_neither_the_loader_nor_its_end(tmp_path: Path) 
     words = ["fine"] * 8
     words[2] = "hang"
     write_shard(tmp_path / "a.tar", [(f"s{n}", f"{w} {n}".encode(), {"captions": ["x"]}) for n, w in enumerate(words)])
-    opened = source(tmp_path, decoder=MISBEHAVE, workers=2, prefetch=1, deadline_seconds=1, size=8)
+    opened = source(tmp_path, decoder=MISBEHAVE, workers=2, prefetch=1, deadline_seconds=2, size=8)
     batches = take(opened.batches(0, 0, 1, 4), 2)
     assert sum(float(batch.weight.sum()) for batch in batches) == 7
     assert opened.bad_counts["deadline"] >= 1

@@ -154,6 +154,7 @@ def test_missing_and_broken_files_are_named(config: TextConfig, tmp_path: Path) 
     gone = str(tmp_path / "gone")
     (tmp_path / "torn").write_bytes(Path(config.vocabulary or "").read_bytes()[:-20])
     (tmp_path / "other").write_text("not a vocabulary")
+    torch.save(torch.zeros(3), tmp_path / "tensor.pt")
     for name, words in (("gone", "no such file"), ("torn", "can't be read"), ("other", "not a vocabulary file")):
         with pytest.raises(UserError, match=words):
             ContrastiveTextModel(config.model_copy(update={"vocabulary": str(tmp_path / name)}))
@@ -164,6 +165,7 @@ def test_missing_and_broken_files_are_named(config: TextConfig, tmp_path: Path) 
     for public, words in (
         (PretrainedText(name="ViT-S-32-alt", path=gone), "no such file"),
         (PretrainedText(name="ViT-S-32-alt", path=str(tmp_path / "other")), "no file of weights"),
+        (PretrainedText(name="ViT-S-32-alt", path=str(tmp_path / "tensor.pt")), "holds a Tensor"),
         (PretrainedText(name="ViT-Z", path=gone), "knows no such model"),
         (PretrainedText(name="roberta-ViT-B-32", path=gone), "not CLIP's plain transformer"),
     ):

@@ -5,6 +5,7 @@ python tiny_training.py '{"run": {...}, "engine": {...}, "bad": [3]}' ... trains
 
 import json
 import os
+import resource
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from videodiff import config as configs
 from videodiff.batch import VideoBatch
 from videodiff.config import Config
+from videodiff.errors import UserError
 from videodiff.seeding import generator, normals
 from videodiff.training import distributed
 from videodiff.training.engine import EngineConfig
@@ -121,7 +123,15 @@ def tiny(folder: Path, **values: Any) -> TinyConfig:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    for text in sys.argv[1:]:
-        run_tiny(configs.build(TinyConfig, json.loads(text), "command line"))
-    distributed.cleanup()
+    if "TINY_FILE_LIMIT" in os.environ:  # what a full disk looks like to the process: its writes fail
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        limit = int(os.environ["TINY_FILE_LIMIT"])
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    try:
+        for text in sys.argv[1:]:
+            run_tiny(configs.build(TinyConfig, json.loads(text), "command line"))
+    except UserError as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(2) from None
+    finally:
+        distributed.cleanup()

@@ -56,7 +56,7 @@ class AutoencoderPart(Config):
 
 
 class TextPart(Config):
-    """The text tower, its vocabulary and the words it was trained on (None for a public model, which brings its own)."""
+    """The text tower, its vocabulary and the words it was trained on; a public model brings its own (None)."""
 
     network: TextConfig
     weights: File
@@ -134,7 +134,7 @@ class Model:
     def path(self, file: File) -> Path:
         """The verified path of a file of this model."""
         if Path(file.name).name != file.name:
-            raise UserError(f"{self.folder / DESCRIPTION}: {file.name!r} points out of the folder; use a plain file name")
+            raise UserError(f"{self.folder / DESCRIPTION}: {file.name!r} points out of the folder; name a file in it")
         path = self.folder / file.name
         if not path.is_file():
             raise UserError(f"{path}: missing, but {DESCRIPTION} names it; copy the whole model folder again")

@@ -384,6 +384,7 @@ def _read_text(path: str) -> str:
 
 def _read_weights(path: str) -> dict[str, Tensor]:
     where = f"text.pretrained.path {path}"
+    state: Any
     try:
         state = load_file(path) if path.endswith(".safetensors") else torch.load(path, "cpu", weights_only=True)
     except FileNotFoundError as error:
@@ -391,5 +392,7 @@ def _read_weights(path: str) -> dict[str, Tensor]:
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
         # Not torch's own words: they advise to unpickle whatever is in there.
         raise UserError(f"{where}: no file of weights ({type(error).__name__}); give .safetensors or .pt") from error
+    if not isinstance(state, dict):
+        raise UserError(f"{where}: holds a {type(state).__name__}, not named weights; save the model's state_dict")
     state = state.get("state_dict", state)
     return {name.removeprefix("module."): value for name, value in state.items()}

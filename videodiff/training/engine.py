@@ -243,6 +243,8 @@ class Engine:
     def _locate(self, parameter: Any, shape: torch.Size) -> list[_Piece]:
         stage, optimizer = self.config.zero_stage, self._deepspeed.optimizer
         if stage == 0:
+            if rank() > 0:  # all have the whole; when pieces are put together every element needs one owner
+                return []
             index = next(i for i, p in enumerate(self._parameters.values()) if p is parameter)
             return [_Piece(0, shape.numel(), index, 0)]
         if stage == 3:

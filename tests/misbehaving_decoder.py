@@ -1,0 +1,23 @@
+"""A decoder for tests of the helpers, in a module that a helper imports in no time: its fate is written in its video."""
+
+import os
+import time
+from typing import Any
+
+import numpy as np
+
+from data_pipeline.clips import Clip, ClipError
+
+
+def decode(**job: Any) -> Clip:
+    """From b"word number", 4 frames of 8x8 pixels with the value `number`, unless the word says otherwise."""
+    word, number = job["video"].decode().split()
+    if word == "hang":
+        time.sleep(600)
+    if word == "die":
+        os._exit(11)
+    if word == "bad":
+        raise ClipError("too short", "in a test")
+    if word == "slow":
+        time.sleep(0.2)
+    return Clip(np.full((4, 8, 8, 3), int(number), np.uint8), 0, 4)

@@ -1,0 +1,246 @@
+"""The loop: exact resume, signals, bad samples, what a run writes; one process and two, real files and processes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_training import TinyConfig, TinySource, TinyTask, run_tiny, tiny
+
+from videodiff import config as configs
+from videodiff.errors import UserError
+from videodiff.training.trainer import train
+
+SCRIPT = Path(__file__).with_name("tiny_training.py")
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d"]
+TORCHRUN += ["--rdzv-endpoint=localhost:0"]
+
+
+def lines(config: TinyConfig) -> list[dict[str, Any]]:
+    text = Path(config.run.dir, "metrics.jsonl").read_text()
+    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in text.splitlines()]
+
+
+def weights(config: TinyConfig, step: int, kind: str) -> dict[str, torch.Tensor]:
+    return load_file(Path(config.run.dir, "checkpoints", f"step-{step:08d}", f"{kind}.safetensors"))
+
+
+def assert_same_run(a: TinyConfig, b: TinyConfig, step: int = 4) -> None:
+    """Equal to the last bit: losses, keys, rates, norms, raw weights and their average."""
+    assert lines(a) == lines(b)
+    assert len(lines(a)) == step
+    for kind in ("raw", "ema"):
+        left, right = weights(a, step, kind), weights(b, step, kind)
+        assert left.keys() == right.keys()
+        assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+def launch(*configs_: TinyConfig, ranks: int = 1, status: int = 0, limit: int | None = None) -> str:
+    command = TORCHRUN if ranks == 2 else [sys.executable]
+    texts = [json.dumps(configs.to_dict(config)) for config in configs_]
+    folder = Path(configs_[0].run.dir).parent
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_EXTENSIONS_DIR": str(folder / "extensions")}
+    environment["PYTHONPATH"] = str(SCRIPT.parents[1])
+    if limit is not None:
+        environment["TINY_FILE_LIMIT"] = str(limit)
+    done = subprocess.run(
+        [*command, str(SCRIPT), *texts], env=environment, capture_output=True, text=True, timeout=500, check=False
+    )
+    assert done.returncode == status, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (1, "bf16"), (2, "bf16"), (3, "bf16")])
+def test_four_steps_are_two_and_a_restart_and_two(tmp_path: Path, stage: int, precision: str) -> None:
+    engine = {"zero_stage": stage, "precision": precision, "micro_batch": 4, "warmup_steps": 3}
+    straight = tiny(tmp_path / "straight", engine=engine)
+    run_tiny(straight)
+    run_tiny(tiny(tmp_path / "parts", engine=engine, run__steps=2))
+    parts = tiny(tmp_path / "parts", engine=engine)
+    run_tiny(parts)
+    assert_same_run(straight, parts)
+    records = lines(straight)
+    assert [record["step"] for record in records] == [1, 2, 3, 4]
+    assert [record["samples"] for record in records] == [[f"key-{8 * s + i}" for i in range(8)] for s in range(4)]
+    assert all(record["loss"] > 0 and record["grad_norm"] > 0 for record in records)
+    assert weights(straight, 4, "raw").keys() == {"0.weight", "3.weight", "3.bias", "scale"}  # no frozen 0.bias
+    assert weights(straight, 4, "raw")["scale"] == torch.tensor([1 / 3])  # buffers in full precision
+
+
+def test_two_processes_zero_1_2_3_resume_exactly(tmp_path: Path) -> None:
+    def runs(name: str, steps: int) -> list[TinyConfig]:
+        return [
+            tiny(tmp_path / f"{name}-{stage}", run__steps=steps, engine__zero_stage=stage, engine__micro_batch=2)
+            for stage in (1, 2, 3)
+        ]
+
+    straight, first, rest = runs("straight", 4), runs("parts", 2), runs("parts", 4)
+    launch(*straight, *first, ranks=2)
+    output = launch(*rest, ranks=2)
+    for a, b in zip(straight, rest, strict=True):
+        assert_same_run(a, b)
+    assert "resumed after step 2" in output
+    assert "2 processes x 2 x 2 samples" in output
+    assert not (tmp_path / "extensions").exists()  # nothing was compiled
+    # Another number of processes meets the same samples, and is refused on these checkpoints in one line.
+    alone = tiny(tmp_path / "straight-1", run__steps=5, engine__micro_batch=2)
+    with pytest.raises(UserError, match=r"written with world 2, now 1; start with as many processes"):
+        run_tiny(alone)
+    one = tiny(tmp_path / "one", engine__micro_batch=2)
+    run_tiny(one)
+    assert [r["samples"] for r in lines(one)] == [r["samples"] for r in lines(straight[0])]
+    assert lines(one)[0]["loss"] == pytest.approx(lines(straight[0])[0]["loss"], rel=0.2)  # dropout differs
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_the_same_command_goes_on(
+    tmp_path: Path, number: int, status: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    straight = tiny(tmp_path / "straight")
+    run_tiny(straight)
+    stopped = tiny(tmp_path / "stopped", signal=int(number), signal_at=20)  # sample 20 is met in step 3
+    before = signal.getsignal(number)
+    with pytest.raises(SystemExit) as exit_:
+        run_tiny(stopped)
+    assert exit_.value.code == status
+    assert signal.getsignal(number) == before
+    assert "saved after step 3; the same command goes on" in capsys.readouterr().out
+    assert len(lines(stopped)) == 3
+    run_tiny(stopped)  # the sample that sends the signal lies behind
+    assert_same_run(straight, stopped)
+
+
+def test_metrics_are_cut_back_to_the_checkpoint(tmp_path: Path) -> None:
+    straight, killed = tiny(tmp_path / "straight"), tiny(tmp_path / "killed", run__steps=2)
+    run_tiny(straight)
+    run_tiny(killed)
+    with open(tmp_path / "killed" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 3, "loss": 9.0, "samples": []}\n{"step": 4, "lo')
+    killed = tiny(tmp_path / "killed")
+    run_tiny(killed)
+    assert_same_run(straight, killed)
+
+
+def test_a_changed_configuration_is_refused_with_the_difference(tmp_path: Path) -> None:
+    run_tiny(tiny(tmp_path / "run", run__steps=1))
+    with pytest.raises(UserError, match=r"engine\.learning_rate: 0\.01 -> 0\.02.*name a new run\.dir"):
+        run_tiny(tiny(tmp_path / "run", engine__learning_rate=0.02))
+    with pytest.raises(UserError, match="written with zero_stage 1, now 2"):
+        run_tiny(tiny(tmp_path / "run", engine__zero_stage=2))
+
+
+def test_other_data_and_other_frozen_layers_are_refused(tmp_path: Path) -> None:
+    config = tiny(tmp_path / "run", run__steps=1)
+    run_tiny(config)
+    config = tiny(tmp_path / "run", run__steps=2)
+    task, source = TinyTask(config), TinySource()
+    source.fingerprint = "other shards"
+    with pytest.raises(UserError, match="written with source synthetic, now other shards"):
+        train(config.run, config.engine, config.batch_size, task, source, config)
+    task = TinyTask(config)
+    task.module[0].bias.data[0] += 1e-3
+    with pytest.raises(UserError, match="frozen layers are not those it trained on"):
+        train(config.run, config.engine, config.batch_size, task, TinySource(), config)
+
+
+def test_a_bad_sample_weighs_nothing(tmp_path: Path) -> None:
+    """Its slot stays; the loss is the mean over the others, whatever micro-batch they fall in."""
+    settings: dict[str, Any] = {"engine__precision": "fp32", "engine__micro_batch": 2, "run__steps": 1}
+    bad = tiny(tmp_path / "bad", bad=[1, 2, 3], **settings)
+    run_tiny(bad)
+    task, source = TinyTask(bad), TinySource()
+    batch = source.batch(torch.arange(8))
+    kept = [0, 4, 5, 6, 7]
+    # Dropout draws differ between batches: compare without.
+    still = tiny(tmp_path / "still", bad=[1, 2, 3], **settings)
+    task_without_dropout = TinyTask(still)
+    task_without_dropout.module[1].p = 0.0
+    train(still.run, still.engine, 8, task_without_dropout, TinySource((1, 2, 3)), still)
+    task.module[1].p = 0.0
+    expected = task.loss(task.module, batch, 0).per_sample[kept].mean()
+    assert lines(still)[0]["loss"] == pytest.approx(float(expected), rel=1e-5)
+    assert lines(bad)[0]["samples"] == [f"key-{i}" for i in range(8)]
+
+
+def test_gradients_that_are_not_finite_are_skipped_and_counted(tmp_path: Path) -> None:
+    run_tiny(tiny(tmp_path / "run", poison=[9], run__save_every=1, run__keep_last=9))
+    config = tiny(tmp_path / "run", poison=[9], run__save_every=1, run__keep_last=9)
+    records = lines(config)
+    assert [record["skipped"] for record in records] == [0, 1, 1, 1]
+    assert records[1]["loss"] is None  # JSON has no infinity
+    first, second, third = (weights(config, step, "raw") for step in (1, 2, 3))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not torch.equal(second["3.weight"], third["3.weight"])
+
+
+def test_ten_such_steps_in_a_row_end_the_run(tmp_path: Path) -> None:
+    config = tiny(tmp_path / "run", poison=list(range(16, 1000, 8)), run__steps=50, run__save_every=2)
+    with pytest.raises(UserError, match=r"step 12: gradients were not finite 10 times in a row; .*key-88, key-89"):
+        run_tiny(config)
+    # A restart does not begin to count anew.
+    with pytest.raises(UserError, match="step 12: "):
+        run_tiny(config)
+
+
+def test_samples_are_drawn_from_the_average_and_change_nothing(tmp_path: Path) -> None:
+    plain, sampled = tiny(tmp_path / "plain"), tiny(tmp_path / "sampled", run__sample_every=2)
+    run_tiny(plain)
+    run_tiny(sampled)
+    assert_same_run(plain, sampled)
+    drawn = load_file(tmp_path / "sampled" / "samples" / "step-00000004.safetensors")
+    average = weights(sampled, 4, "ema")
+    assert torch.equal(drawn["3.weight"], average["3.weight"].bfloat16().float())
+    assert "0.bias" in drawn  # the whole module, frozen layers and all
+    assert sorted(path.name for path in (tmp_path / "sampled" / "samples").iterdir())[0].startswith("step-00000002")
+
+
+def test_a_finished_run_says_so_and_changes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tiny(tmp_path / "run", run__steps=2)
+    run_tiny(config)
+    before = lines(config)
+    run_tiny(config)
+    assert lines(config) == before
+    assert "2 steps done" in capsys.readouterr().out
+
+
+def test_a_file_gets_few_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_tiny(tiny(tmp_path / "run", run__steps=30, run__log_every=10, batch_size=2))
+    steps = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
+    assert [line.split()[1] for line in steps] == ["10/30", "20/30", "30/30"]
+    assert all(word in steps[0] for word in ("loss", "grad_norm", "lr", "s/step", "min left"))
+    assert list((tmp_path / "run" / "tensorboard").iterdir())
+
+
+def test_a_folder_that_can_not_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"run\.dir=.*can't be written"):
+        run_tiny(tiny(tmp_path / "file" / "run"))
+
+
+def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(tmp_path: Path) -> None:
+    config = tiny(tmp_path / "run", run__steps=2)
+    launch(config)
+    config = tiny(tmp_path / "run", run__steps=4)
+    output = launch(config, status=2, limit=4000)
+    message = [line for line in output.splitlines() if "could not be written" in line]
+    assert len(message) == 1
+    assert "step-00000002 is untouched" in message[0]
+    assert "Traceback" not in output
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000002"]
+
+
+@pytest.mark.slow
+def test_two_processes_stop_together_on_a_signal_to_one(tmp_path: Path) -> None:
+    straight = tiny(tmp_path / "straight")
+    stopped = tiny(tmp_path / "stopped", signal=int(signal.SIGTERM), signal_at=20)  # rank 1 alone meets sample 20
+    launch(straight, ranks=2)
+    assert "saved after step 3" in launch(stopped, ranks=2, status=1)  # torchrun's own status
+    assert sorted(path.name for path in (tmp_path / "stopped" / "checkpoints").iterdir()) == ["step-00000003"]
+    launch(stopped, ranks=2)
+    assert_same_run(straight, stopped)
