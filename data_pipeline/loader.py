@@ -197,6 +197,7 @@ class _BadSamples:
         if error is None:
             key = self.recorded[number]
         else:
+            self.recorded[number] = key
             self.counts[error.reason] += 1
             entry = {"number": number, "key": key, "shard": str(shard), "reason": error.reason, "detail": error.detail}
             self._write(json.dumps(entry, ensure_ascii=False) + "\n")

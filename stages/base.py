@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from data_pipeline.loader import DataConfig
@@ -22,10 +23,11 @@ from videodiff.diffusion.denoiser import Denoiser
 from videodiff.diffusion.loss import DiffusionLoss, sample_times
 from videodiff.diffusion.prediction import Prediction
 from videodiff.diffusion.schedule import NoiseSchedule
-from videodiff.model import DESCRIPTION, DiffusionPart, File, Model, ModelConfig, Sampling, carry, write_weights
+from videodiff.model import DESCRIPTION, STAGES, DiffusionPart, File, Model, ModelConfig, Sampling, carry, write_weights
 from videodiff.networks.autoencoder import Autoencoder
 from videodiff.networks.unet import UNet
 from videodiff.seeding import normals, uniforms
+from videodiff.training.distributed import device
 from videodiff.training.engine import EngineConfig
 from videodiff.training.trainer import LossOutput, RunConfig
 from videodiff.video_io import contact_sheet, write_png
@@ -46,9 +48,15 @@ class Dropout(Config):
     Guidance with two scales needs the network to know X(0), X(I) and X(I,p) (Emu Video, eq. 1).
     """
 
-    text: float = 0.1
-    image: float = 0.05
-    both: float = 0.05
+    text: float = Field(0.1, ge=0, le=1)
+    image: float = Field(0.05, ge=0, le=1)
+    both: float = Field(0.05, ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _leave_something(self) -> Dropout:
+        if self.text + self.image + self.both > 1 + 1e-9:
+            raise ValueError("text, image and both are shares of the same samples and add up to more than 1; lower one")
+        return self
 
     def draw(self, seed: int, numbers: Tensor) -> tuple[Tensor, Tensor]:
         """(text dropped [B] bool, image dropped [B] bool) of the samples with these global numbers."""
@@ -133,7 +141,7 @@ class DiffusionTask:
         self.schedule: NoiseSchedule = part["schedule"]
         self.prediction: Prediction = part["prediction"]
         self.loss_function, self.dropout = config.loss, config.dropout
-        self.autoencoder, self.text = base.autoencoder, base.text
+        self.autoencoder, self.text = base.autoencoder.to(device()), base.text.to(device())
         self.posteriors = PosteriorCache(self.autoencoder, int(config.latent_cache_gib * 2**30))
 
     def trains(self, name: str) -> bool:
@@ -157,7 +165,7 @@ class DiffusionTask:
     def loss(self, module: Callable[..., Tensor], batch: VideoBatch, seed: int) -> LossOutput:
         x0 = self.latents(batch, seed)
         condition = self.condition(batch, x0).drop(*self.dropout.draw(seed, batch.numbers))
-        t = sample_times(self.schedule, seed, batch.numbers)
+        t = sample_times(self.schedule, seed, batch.numbers).to(x0.device)
         eps = normals(tuple(x0.shape[1:]), seed, "noise", batch.numbers).to(x0.device)
         denoiser = Denoiser(module, self.schedule, self.prediction, next(self.module.parameters()).dtype)
         return LossOutput(per_sample=self.loss_function(denoiser, x0, eps, t, condition), metrics={})
@@ -202,7 +210,7 @@ def write_part(
     weights = write_weights(folder, file, state)
     description = folder / DESCRIPTION
     if not description.is_file():
-        model = carry(base, folder) if base is not None else ModelConfig()
+        model = carry(_before(base, stage), folder) if base is not None else ModelConfig()
         model = model.model_copy(update={stage: part(weights)})
     else:
         model = configs.load(ModelConfig, description)
@@ -210,3 +218,9 @@ def write_part(
         field = "raw" if file.startswith("raw") else "weights"
         model = model.model_copy(update={stage: named.model_copy(update={field: weights})})
     configs.save(model, description)
+
+
+def _before(base: Model, stage: str) -> Model:
+    """The stages before `stage`: later ones were trained on top of another one than this."""
+    later = dict.fromkeys(STAGES[STAGES.index(stage) :])
+    return Model(base.folder, base.config.model_copy(update=later), base.weights)

@@ -104,7 +104,9 @@ def evaluate(
     stage: Annotated[StageChoice, typer.Option(help="Which stage to judge")] = StageChoice.all,
     num_prompts: Annotated[int, typer.Option(min=1, help="Prompts per row")] = 200,
     seed: Annotated[int, typer.Option(help="Seed of the prompts and of the noise")] = 0,
-    out: Annotated[Path, typer.Option(help="Folder of the table, the JSON and the pictures")] = Path("outputs/evaluation"),
+    out: Annotated[Path, typer.Option(help="Folder of the table, the JSON and the pictures")] = Path(
+        "outputs/evaluation"
+    ),
 ) -> None:
     """Judge a model stage by stage on the built-in world; the last row tells which stage loses most."""
     from stages.evaluate import main as run
@@ -117,7 +119,9 @@ def export(
     model: Annotated[str, typer.Argument(help="A run, a checkpoint or a model folder")],
     out: Annotated[Path, typer.Option(help="The new model folder")],
     half: Annotated[bool, typer.Option("--half", help="Store the weights in float16")] = False,
-    raw: Annotated[bool, typer.Option("--raw", help="The raw weights of the newest stage, not the averaged ones")] = False,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="The raw weights of the newest stage, not the averaged ones")
+    ] = False,
 ) -> None:
     """Copy a model's inference weights into one folder that stands alone."""
     from videodiff.model import Model
@@ -156,7 +160,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except typer.BadParameter.__mro__[1] as error:  # type: ignore[misc]
         context = getattr(error, "ctx", None)
         where = context.command_path if context is not None else "videodiff"
-        problem = ' '.join(error.format_message().split()).rstrip('.')
+        problem = " ".join(error.format_message().split()).rstrip(".")
         _fail(f"{problem}; see `{where} --help`", 2)
     except UserError as error:
         _fail(str(error), 2)

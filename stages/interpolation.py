@@ -14,7 +14,7 @@ from pydantic import Field
 from stages.base import DiffusionStageConfig, DiffusionTask
 from videodiff.errors import UserError
 from videodiff.model import Model
-from videodiff.networks.unet import UNet
+from videodiff.networks.unet import UNet, temporal_parameter_names
 
 
 class InterpolationStage(DiffusionStageConfig):
@@ -52,7 +52,7 @@ def task(config: InterpolationStage, base: Model) -> DiffusionTask:
     video = base.diffusion("video")
     network = UNet(video.network)
     network.load_state_dict({**base.state("image"), **base.state("video")})
-    trainable = network.temporal_parameter_names()
+    trainable = temporal_parameter_names(network)
     part = {
         "network": video.network,
         "schedule": video.schedule,

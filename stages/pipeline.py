@@ -104,7 +104,7 @@ class Pipeline:
     def interpolation(
         self, keys: Sequence[SampleKey], clip: Tensor, fps: float, sampling: Sampling, on_step: OnStep = None
     ) -> Tensor:
-        """Stage 3: from T frames at `fps` to (T-1)k+1 at k `fps`, window by window; the given frames are kept as they are."""
+        """Stage 3: from T frames at `fps` to (T-1)k+1 at k times `fps`, window by window; given frames are kept."""
         part = self.model.diffusion("interpolation")
         clips, channels, count = clip.shape[:3]
         factor = part.factor

@@ -167,8 +167,8 @@ def _repeated(sidecar: Path, out: Path | None, options: dict[str, Any]) -> Reque
     request = Request(repeated, sample, stem, (rows, row))
     if (found := model_hash(Model.load(repeated.model))) != former_model:
         raise UserError(
-            f"{sidecar}: was made with another model ({former_model[:12]}) than {repeated.model} is now ({found[:12]}); "
-            "name the folder of the former one with --model"
+            f"{sidecar}: was made with another model ({former_model[:12]}) than {repeated.model} is now "
+            f"({found[:12]}); name the folder of the former one with --model"
         )
     if repeated.image is not None and not Path(repeated.image).is_file():
         raise UserError(f"{sidecar}: was made from {repeated.image}, which is missing; put the picture back")

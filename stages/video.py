@@ -10,7 +10,7 @@ from typing import Literal
 
 from stages.base import DiffusionStageConfig, DiffusionTask
 from videodiff.model import Model
-from videodiff.networks.unet import TemporalConfig, UNet
+from videodiff.networks.unet import TemporalConfig, UNet, temporal_parameter_names
 
 
 class VideoStage(DiffusionStageConfig):
@@ -32,7 +32,7 @@ def task(config: VideoStage, base: Model) -> DiffusionTask:
     network_config = image.network.model_copy(update={"temporal": config.temporal, "known_channels": True})
     network = UNet(network_config)
     network.load_state_dict(base.state("image"), strict=False)
-    trainable = network.temporal_parameter_names()
+    trainable = temporal_parameter_names(network)
     part = {
         "network": network_config,
         "schedule": image.schedule,

@@ -39,7 +39,7 @@ def write_toy_model(folder: Path) -> Path:
     folder.mkdir(parents=True)
     captions = ["a large red circle moving left on a white background", "a small blue square stands still on black"]
     vocabulary, words = folder / VOCABULARY, folder / WORDS
-    build_vocabulary(captions, vocabulary, words, num_merges=40)
+    build_vocabulary(captions, vocabulary, words, num_merges=400)
     spatial = UNetConfig(
         channels=4,
         model_channels=16,
@@ -82,9 +82,7 @@ def write_toy_model(folder: Path) -> Path:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         description = ModelConfig(
-            autoencoder=AutoencoderPart(
-                network=autoencoder, weights=weights("autoencoder", Autoencoder(autoencoder))
-            ),
+            autoencoder=AutoencoderPart(network=autoencoder, weights=weights("autoencoder", Autoencoder(autoencoder))),
             text=TextPart(
                 network=text,
                 weights=weights("text", ContrastiveTextModel(text.model_copy(update=files))),

@@ -1,4 +1,4 @@
-"""A decoder for tests of the helpers, in a module that a helper imports in no time: its fate is written in its video."""
+"""A decoder for tests of the helpers, in a module that they import in no time: its fate is written in its video."""
 
 import os
 import time

@@ -51,8 +51,8 @@ def sidecar(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def psnr(one: Path, other: Path) -> float:
-    error = np.square(read_video(one)[0].astype(float) - read_video(other)[0]).mean()
+def psnr(one: np.ndarray, other: np.ndarray) -> float:
+    error = np.square(one.astype(float) - other).mean()
     return float("inf") if error == 0 else 10 * np.log10(255**2 / error)
 
 
@@ -182,8 +182,9 @@ def test_batches_and_ranks_change_rounding_only(
         assert len(shared) == 4 * (rank + 1)
     for one, two, three in zip(single, batched, shared, strict=True):
         assert one.name == two.name == three.name
-        assert psnr(one, two) >= 45
-        assert psnr(one, three) >= 45
+        pictures = [read_image(path.with_suffix(".png")) for path in (one, two, three)]
+        assert psnr(pictures[0], pictures[1]) >= 45
+        assert psnr(pictures[0], pictures[2]) >= 45
     # Noise follows from (seed, prompt, sample): equal prompts make equal videos, their samples differ.
     hashes = [sidecar(path.with_suffix(".json"))["frames_sha256"] for path in single]
     assert hashes[0] == hashes[4]
@@ -248,16 +249,16 @@ def test_a_file_of_prompts_carries_options_and_is_not_made_twice(
 
 
 def test_ctrl_c_keeps_what_is_finished_and_the_same_command_goes_on(toy_model: Path, tmp_path: Path) -> None:
-    (tmp_path / "prompts.txt").write_text("\n".join(f"a red circle number {n}" for n in range(12)))
+    (tmp_path / "prompts.txt").write_text("\n".join(f"a red circle number {n}" for n in range(5)))
     out = tmp_path / "out"
     command = ["generate", "--prompts", tmp_path / "prompts.txt", "--model", toy_model, "-o", out, "--batch-size", 1]
-    command = [str(part) for part in [*command, "--steps", 60]]
+    command = [str(part) for part in [*command, "--steps", 30]]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
         [sys.executable, "-m", "stages.cli", *command], stderr=subprocess.PIPE, text=True, env=environment, cwd=tmp_path
     )
     deadline = time.monotonic() + 120
-    while not list(out.glob("*.json")) and process.poll() is None and time.monotonic() < deadline:
+    while not list(out.glob("0*.json")) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
@@ -265,10 +266,10 @@ def test_ctrl_c_keeps_what_is_finished_and_the_same_command_goes_on(toy_model: P
     assert "Traceback" not in errors
     assert errors.splitlines()[-1].startswith("videodiff: error: stopped by Ctrl-C")
     finished = {file: file.stat().st_mtime_ns for path in out.glob("*.json") for file in out.glob(f"{path.stem}.*")}
-    assert 3 <= len(finished) < 36
+    assert 3 <= len(finished) < 15
     assert not list(out.glob(".*"))  # no half files
     assert run(*command) == 0
-    assert len(list(out.glob("*.mp4"))) == len(list(out.glob("*.json"))) == 12
+    assert len(list(out.glob("*.mp4"))) == len(list(out.glob("*.json"))) == 5
     assert all(file.stat().st_mtime_ns == made for file, made in finished.items())
 
 
@@ -423,3 +424,19 @@ def test_interpolation_keeps_the_given_frames_and_covers_every_other(toy_model: 
         assert (smooth[:, :, 1::2].flatten(3).abs().sum(3) > 0).all()
     with pytest.raises(UserError, match="two frames"):
         pipeline.interpolation(keys, clip[:, :, :1], 8.0, part.sampling)
+
+
+def test_frames_do_not_depend_on_the_batch(toy_model: Path) -> None:
+    """Before they are encoded: a codec turns a difference of one grey level into several."""
+    pipeline = Pipeline(Model.load(toy_model))
+    keys = [SampleKey(seed, prompt) for seed, prompt in enumerate((PROMPT, "a red circle", "a small blue square"))]
+
+    def frames(keys: list[SampleKey]) -> np.ndarray:
+        sampling = [pipeline.model.diffusion(stage).sampling for stage in ("image", "video", "interpolation")]
+        clip = pipeline.video(keys, pipeline.image(keys, sampling[0]), 8.0, sampling[1])
+        return pipeline.decode(pipeline.interpolation(keys, clip, 8.0, sampling[2]))
+
+    together = frames(keys)
+    for row, key in enumerate(keys):
+        assert psnr(together[row], frames([key])[0]) >= 45
+    assert psnr(together[0], together[1]) < 30

@@ -270,9 +270,10 @@ def test_a_hanging_clip_holds_up_neither_the_loader_nor_its_end(tmp_path: Path) 
     assert sum(float(batch.weight.sum()) for batch in batches) == 7
     assert opened.bad_counts["deadline"] >= 1
     endless = source(tmp_path, decoder=MISBEHAVE, workers=2, prefetch=1, deadline_seconds=500, size=8)
-    number = next(n for n in range(8) if endless.samples(n, 1) == [2])
+    # The first batch is fine, and the thread is waiting for the second one when the iterator is closed.
+    first = next(n for n in range(99) if 2 in endless.samples(n + 4, 4) and 2 not in endless.samples(n, 4))
     start = time.monotonic()
-    iterator = endless.batches(number + 1, 0, 1, 4)  # the next hanging clip is 7 samples away: the thread waits for it
+    iterator = endless.batches(first, 0, 1, 4)
     take(iterator, 1)
     assert time.monotonic() - start < 120, "closing does not wait for the deadline"
 

@@ -207,7 +207,7 @@ def test_reader_is_right_on_decoded_videos(tmp_path, size: int, frames: int, fps
     ("size", "frames", "fps", "crf"), [(64, 16, 8, 18), (64, 31, 16, 12), (64, 9, 16, 18), (128, 16, 8, 18)]
 )
 def test_reader_is_right_on_many_decoded_videos(tmp_path, size: int, frames: int, fps: int, crf: int) -> None:
-    check_reader(decoded(size, frames, fps, crf, 300, str(tmp_path)))
+    check_reader(decoded(size, frames, fps, crf, 200, str(tmp_path)))
 
 
 @pytest.mark.parametrize("motion", ATTRIBUTES["motion"])

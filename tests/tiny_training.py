@@ -56,8 +56,8 @@ class TinyTask:
             os.kill(os.getpid(), self.config.signal)
         output, target = module(self.inputs(batch)).float(), normals((7,), seed, "target", batch.numbers)
         losses = (output - target).square().mean(1)
-        poisoned = torch.tensor([n in self.config.poison for n in batch.numbers.tolist()])
-        return LossOutput(torch.where(poisoned, losses * torch.inf, losses), {"mean": output.detach().mean()})
+        factors = torch.tensor([torch.inf if n in self.config.poison else 1.0 for n in batch.numbers.tolist()])
+        return LossOutput(losses * factors, {"mean": output.detach().mean()})
 
     def inputs(self, batch: VideoBatch) -> Tensor:
         return (batch.frames.flatten(1).float() / 255).to(next(self.module.parameters()).dtype)

@@ -278,7 +278,7 @@ def carry(model: Model, folder: Path) -> ModelConfig:
                 if (file := getattr(part, field)) is not None:
                     update[field] = place(model.path(file), folder, name)
         parts[stage] = part.model_copy(update=update)
-    return ModelConfig(**parts)  # type: ignore[arg-type]
+    return ModelConfig(**parts)
 
 
 def export(model: Model, folder: Path, half: bool = False) -> None:

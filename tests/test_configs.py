@@ -1,0 +1,99 @@
+"""Every YAML that we ship loads, and names networks that fit together."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from stages.assemble import load_stage
+from stages.autoencoder import AutoencoderStage
+from stages.base import StageConfig
+from stages.image import ImageStage
+from stages.interpolation import InterpolationStage, windows
+from stages.text import TextStage
+from stages.video import VideoStage
+from videodiff import config as configs
+from videodiff.diffusion.prediction import check_pair
+from videodiff.networks.autoencoder import Autoencoder
+from videodiff.networks.unet import UNet, UNetConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+FILES = sorted((ROOT / "configs").rglob("*.yaml"))
+
+
+def name(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def road(path: Path) -> dict[str, StageConfig]:
+    """The configurations of a folder, by stage: a stage and those whose runs it stands on."""
+    return {config.stage: config for config in map(load_stage, sorted(path.parent.glob("*.yaml")))}  # type: ignore[attr-defined]
+
+
+def test_there_is_one_for_each_stage() -> None:
+    assert {path.stem for path in (ROOT / "configs" / "demo").glob("*.yaml")} == {
+        "autoencoder", "text", "image", "video", "interpolation",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("path", FILES, ids=name)
+def test_a_yaml_loads_and_survives_being_saved(path: Path, tmp_path: Path) -> None:
+    config = load_stage(path)
+    assert config.stage == path.stem  # type: ignore[attr-defined]
+    configs.save(config, tmp_path / "config.yaml")
+    assert load_stage(tmp_path / "config.yaml") == config
+    engine, run = config.engine, config.run
+    assert engine.decay_steps in (None, run.steps)  # a rate that reaches zero before the end would waste the rest
+    assert engine.warmup_steps < run.steps
+
+
+@pytest.mark.parametrize("path", FILES, ids=name)
+def test_a_stage_stands_on_the_one_before_it(path: Path) -> None:
+    config, stages = load_stage(path), road(path)
+    order = ["autoencoder", "text", "image", "video", "interpolation"]
+    position = order.index(path.stem)
+    former = stages.get(order[position - 1]) if position else None
+    assert config.model == (former.run.dir if former is not None else None)
+    runs = [other.run for other in stages.values()]
+    assert len({run.dir for run in runs}) == len({run.seed for run in runs}) == len(runs)
+
+
+@pytest.mark.parametrize("path", FILES, ids=name)
+def test_the_networks_fit_together(path: Path) -> None:
+    config, stages = load_stage(path), road(path)
+    autoencoder, text, image = (stages[stage] for stage in ("autoencoder", "text", "image"))
+    assert isinstance(autoencoder, AutoencoderStage)
+    assert isinstance(text, TextStage)
+    assert isinstance(image, ImageStage)
+    with torch.device("meta"):
+        factor = Autoencoder(autoencoder.network).factor
+        assert config.data.size % factor == 0
+        if isinstance(config, AutoencoderStage):
+            return
+        if isinstance(config, TextStage):
+            assert config.network.image_size == config.data.size
+            return
+        network: UNetConfig = image.network
+        assert network.channels == autoencoder.network.latent_channels
+        assert network.context_dims == (text.network.width,)
+        assert network.pooled_dim in (None, text.network.embed_dim)
+        assert config.data.size == image.data.size
+        assert config.data.size // factor % network.divisor == 0
+        check_pair(image.prediction, image.schedule)
+        steps = config.sampling.sampler.steps  # type: ignore[attr-defined]
+        assert steps <= image.schedule.num_steps
+        spatial, temporal = UNet(network).num_parameters()
+        assert spatial > 0
+        assert temporal == 0
+        if isinstance(config, ImageStage):
+            assert config.data.frames == 1
+            return
+        video = stages["video"]
+        assert isinstance(video, VideoStage)
+        full = UNet(network.model_copy(update={"temporal": video.temporal, "known_channels": True}))
+        assert full.num_parameters()[0] == spatial
+        assert full.num_parameters()[1] > 0
+    if isinstance(config, InterpolationStage):
+        assert config.data.fps == video.data.fps * config.factor
+        assert windows(video.data.frames, config.data.frames, config.factor)
+        assert (config.data.frames - 1) % config.factor == 0

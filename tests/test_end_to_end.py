@@ -1,0 +1,83 @@
+"""The whole road at toy size, through the real commands: data, five stages, generate, evaluate."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from stages.cli import main
+from videodiff.model import STAGES, Model
+from videodiff.video_io import read_video
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# The demo's own YAMLs, made small: 32x32 pixels, 4 frames at 8 fps, two steps a stage.
+EVERY = ["run.steps=2", "run.save_every=2", "run.sample_every=2", "data.batch_size=4", "data.size=32", "data.workers=0"]
+OWN = {
+    "autoencoder": ["network={latent_channels: 4, patch: 4, widths: [16, 16]}"],
+    "text": [
+        "network={width: 16, layers: 1, heads: 2, embed_dim: 16, image_size: 32, image_width: 16, image_layers: 1,"
+        " image_heads: 2}",
+        "data.frames=7",
+        "num_merges=50",
+    ],
+    "image": [
+        "network={channels: 4, model_channels: 16, channel_mult: [1, 1], num_res_blocks: 1,"
+        " attention_levels: [true, true], head_channels: 8, context_dims: [16], pooled_dim: 16}",
+        "sampling.sampler.steps=2",
+    ],
+    "video": ["data.frames=4", "sampling.sampler.steps=2"],
+    "interpolation": ["data.frames=5", "sampling.sampler.steps=2"],
+}
+
+
+def in_this_process(arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert not stop.value.code
+
+
+def in_its_own(arguments: list[str]) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "stages.cli", *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("command", [in_this_process, pytest.param(in_its_own, marks=pytest.mark.slow)])
+def test_from_nothing_to_a_judged_video(
+    command: Callable[[list[str]], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # the YAMLs are found in the package all the same
+    world = ["--num-clips", "8", "--size", "32", "--frames", "7", "--fps", "16", "--seed", "1"]
+    command(["data", "world", "--out", "shards", *world])
+    former = None
+    for stage in STAGES:
+        overrides = [*EVERY, *OWN[stage], f"run.dir=runs/{stage}", "data.shards=shards"]
+        if former is not None:
+            overrides.append(f"model=runs/{former}")
+        command(["train", f"configs/demo/{stage}.yaml", *overrides])
+        former = stage
+        run = tmp_path / "runs" / stage
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in lines] == [1, 2]
+        assert all(line["loss"] > 0 and len(line["samples"]) == 4 for line in lines)
+        assert (run / "samples").exists() == (stage != "text")
+    model = Model.load("runs/interpolation")
+    assert tuple(model.config.stages()) == STAGES
+    assert model.diffusion("interpolation").factor == 2
+
+    command(["generate", "a large red circle moving left", "--model", "runs/interpolation", "-o", "out.mp4"])
+    frames, fps = read_video("out.mp4")
+    assert frames.shape == (7, 32, 32, 3)
+    assert fps == 16
+    command(["export", "runs/interpolation", "--out", "model", "--half"])
+    command(["generate", "a red circle", "--model", "model", "-o", "half.mp4", "--no-interpolation"])
+    assert read_video("half.mp4")[0].shape == (4, 32, 32, 3)
+
+    command(["evaluate", "model", "--stage", "all", "--num-prompts", "2", "--seed", "1", "--out", "judged"])
+    assert list((tmp_path / "judged").glob("*.json"))

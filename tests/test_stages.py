@@ -1,0 +1,277 @@
+"""The training tasks of the stages: what each is told, what trains, and what must stay as it was."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from data_pipeline.world import render_clip
+from stages import image, interpolation, text, video
+from stages.autoencoder import AutoencoderStage, AutoencoderTask
+from stages.base import Dropout, with_known
+from stages.image import ImageStage
+from stages.interpolation import InterpolationStage
+from stages.text import TextStage, TextTask
+from stages.video import VideoStage
+from videodiff import config as configs
+from videodiff.batch import Condition, VideoBatch
+from videodiff.errors import UserError
+from videodiff.model import VOCABULARY, WORDS, Model
+from videodiff.networks.text import build_vocabulary
+from videodiff.networks.unet import is_temporal
+from videodiff.training.trainer import RunConfig, train
+
+ENGINE = {"precision": "fp32", "learning_rate": 3e-3, "weight_decay": 0.0}
+
+
+@dataclass
+class Clips:
+    """Rendered clips as batches, in memory."""
+
+    frames: int
+    fps: float
+    size: int = 32
+    fingerprint: str = "clips"
+
+    def batch(self, numbers: list[int]) -> VideoBatch:
+        clips = [render_clip(0, number % 6, self.size, self.frames, self.fps) for number in numbers]
+        return VideoBatch(
+            frames=torch.from_numpy(np.stack([clip.frames for clip in clips])),
+            captions=tuple(clip.captions[0] for clip in clips),
+            fps=torch.full((len(clips),), self.fps),
+            numbers=torch.tensor(numbers),
+            keys=tuple(clip.key for clip in clips),
+            weight=torch.ones(len(clips)),
+        )
+
+    def batches(self, start_sample: int, rank: int, world: int, micro_batch: int) -> Iterator[VideoBatch]:
+        while True:
+            yield self.batch([start_sample + rank + world * i for i in range(micro_batch)])
+            start_sample += world * micro_batch
+
+
+def stage_config(schema: type, tmp_path: Path, frames: int, fps: float = 8.0, **more: Any) -> Any:
+    tree = {
+        "stage": schema.__name__.removesuffix("Stage").lower(),
+        "run": {"dir": str(tmp_path / "run"), "steps": 20, "save_every": 20, "sample_every": 0},
+        "data": {"shards": "none", "batch_size": 4, "frames": frames, "fps": fps, "size": 32},
+        "engine": ENGINE,
+        **more,
+    }
+    return configs.build(schema, tree, "the test")
+
+
+def trained(config: Any, task: Any, source: Clips) -> Model:
+    train(config.run, config.engine, config.data.batch_size, task, source, config)
+    return Model.load(config.run.dir)
+
+
+# --- known frames, windows, dropout -----------------------------------------------------------------------------------
+
+
+def test_known_slots() -> None:
+    assert image.known_slots(1) == ()
+    assert video.known_slots(16) == (0,)
+    assert interpolation.known_slots(9, 2) == (0, 2, 4, 6, 8)
+    assert interpolation.known_slots(37, 4) == tuple(range(0, 37, 4))  # Emu Video: 8 frames become 37 with k = 4
+
+
+@pytest.mark.parametrize("factor", [2, 4])
+@pytest.mark.parametrize("keys_in_window", [2, 3, 5, 8])
+def test_windows_cover_every_frame(keys_in_window: int, factor: int) -> None:
+    frames = (keys_in_window - 1) * factor + 1
+    for keys in range(2, 40):
+        starts = interpolation.windows(keys, frames, factor)
+        within = min(keys_in_window, keys)
+        covered = [set(range(start, start + within)) for start in starts]
+        assert set().union(*covered) == set(range(keys))
+        assert starts == sorted(set(starts))
+        for one, other in pairwise(covered):
+            assert one & other  # each window starts from a frame that the one before it ends at or shows
+        assert len(starts) == max(1, -(-(keys - 1) // (keys_in_window - 1)))  # no more than needed
+
+
+def test_with_known_shows_the_given_frames_alone() -> None:
+    latents = torch.randn(2, 4, 5, 3, 3)
+    condition = with_known(Condition(), latents, (0, 2))
+    assert condition.known is not None
+    assert condition.known_mask is not None
+    assert condition.known_mask.shape == (2, 1, 5, 3, 3)
+    for frame in range(5):
+        given = frame in (0, 2)
+        assert torch.equal(condition.known[:, :, frame], latents[:, :, frame] if given else torch.zeros(2, 4, 3, 3))
+        assert bool((condition.known_mask[:, :, frame] == float(given)).all())
+
+
+def test_text_and_image_are_dropped_at_their_rates_separately_and_together() -> None:
+    dropout, count = Dropout(text=0.1, image=0.05, both=0.2), 20_000
+    text_dropped, image_dropped = dropout.draw(3, torch.arange(count))
+    observed = {
+        0.1: text_dropped & ~image_dropped,
+        0.05: image_dropped & ~text_dropped,
+        0.2: text_dropped & image_dropped,
+        0.65: ~text_dropped & ~image_dropped,
+    }
+    for rate, rows in observed.items():
+        assert abs(rows.double().mean() - rate) < 4 * (rate * (1 - rate) / count) ** 0.5
+    again = dropout.draw(3, torch.tensor([7, 5]))  # by the sample's number, whatever its batch
+    assert torch.equal(again[0], text_dropped[[7, 5]])
+    nothing = Dropout(text=0, image=0, both=0).draw(3, torch.arange(100))
+    assert not torch.stack(nothing).any()
+    assert torch.stack(Dropout(text=0, image=0, both=1).draw(3, torch.arange(100))).all()
+
+
+def test_probabilities_that_cannot_be_are_refused() -> None:
+    for wrong in ({"text": -0.1}, {"text": 0.6, "image": 0.5}):
+        with pytest.raises(UserError, match="dropout"):
+            configs.build(VideoStage, {**configs.to_dict(_video(Path("x"))), "dropout": wrong}, "the test")
+
+
+def _video(folder: Path, **more: Any) -> VideoStage:
+    return stage_config(VideoStage, folder, frames=4, **more)
+
+
+# --- the tasks --------------------------------------------------------------------------------------------------------
+
+
+def test_the_image_enters_and_the_spatial_half_stays(toy_model: Path, tmp_path: Path) -> None:
+    """20 steps of the video stage through the real engine: the requirement that a first image counts at all."""
+    _check_video_stage(toy_model, tmp_path, steps=20)
+
+
+@pytest.mark.slow
+def test_the_spatial_half_stays_for_a_hundred_steps(toy_model: Path, tmp_path: Path) -> None:
+    _check_video_stage(toy_model, tmp_path, steps=100)
+
+
+def _check_video_stage(toy_model: Path, tmp_path: Path, steps: int) -> None:
+    config = _video(tmp_path, temporal={"fps": True})
+    config = config.model_copy(update={"run": config.run.model_copy(update={"steps": steps, "save_every": steps})})
+    base = Model.load(toy_model)
+    task = video.task(config, base)
+    source = Clips(4, 8.0)
+    batch = source.batch([0, 1])
+    latents = task.latents(batch, seed=0)
+    other = latents.flip(0)
+    noise, time = torch.randn_like(latents), torch.tensor([900.0, 400.0])
+
+    def outputs(network: torch.nn.Module) -> list[torch.Tensor]:
+        conditions = [with_known(task.condition(batch, latents), first, (0,)) for first in (latents, other)]
+        with torch.no_grad():
+            return [network(noise, time, condition) for condition in conditions]
+
+    before = outputs(task.module)
+    assert torch.equal(*before)  # known frames enter through weights that start at zero
+    spatial = {name: p.clone() for name, p in task.module.named_parameters() if not task.trains(name)}
+    model = trained(config, task, source)
+    network = model.unet("video")
+    after = outputs(network)
+    assert float((after[0] - after[1]).abs().max()) > 1e-3
+    assert network.known_conv is not None
+    assert network.known_conv.weight.abs().max() > 0
+    assert not any(name in spatial for name in model.state("video"))  # stored once, in the image stage
+    assert all(torch.equal(p, spatial[name]) for name, p in task.module.named_parameters() if name in spatial)
+    assert {is_temporal(name) for name in spatial} == {False}
+    image_network = base.unet("image")
+    told = base.text.encode(list(batch.captions))
+    condition = Condition(text=(told.tokens,), text_mask=(told.mask,), pooled=told.pooled, fps=batch.fps)
+    with torch.no_grad():
+        made = [unet(noise[:, :, :1], time, condition) for unet in (network, image_network)]
+    assert torch.equal(*made)
+
+
+def test_the_image_stage_learns(toy_model: Path, tmp_path: Path) -> None:
+    base = Model.load(toy_model)
+    network = configs.to_dict(base.diffusion("image").network)
+    config = stage_config(ImageStage, tmp_path, frames=1, network=network)
+    task = image.task(config, base)
+    assert all(task.trains(name) for name, _ in task.module.named_parameters())
+    model = trained(config, task, Clips(1, 8.0))
+    assert model.config.stages() == ["autoencoder", "text", "image"]  # the old video stage stood on another image stage
+    assert not torch.equal(
+        model.state("image")["conv_in.spatial.weight"], base.state("image")["conv_in.spatial.weight"]
+    )
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert len(lines) == 20
+
+
+def test_the_interpolation_stage_starts_from_the_video_stage(toy_model: Path, tmp_path: Path) -> None:
+    base = Model.load(toy_model)
+    config = stage_config(InterpolationStage, tmp_path, frames=5, fps=16.0)
+    task = interpolation.task(config, base)
+    state = task.module.state_dict()
+    assert all(torch.equal(state[name], value) for name, value in base.state("video").items())
+    assert all(torch.equal(state[name], value) for name, value in base.state("image").items())
+    condition = task.condition(Clips(5, 16.0).batch([0]), torch.randn(1, 4, 5, 4, 4))
+    assert condition.known_mask is not None
+    assert condition.known_mask[0, 0, :, 0, 0].tolist() == [1, 0, 1, 0, 1]
+    with pytest.raises(UserError, match="use 5"):
+        interpolation.task(stage_config(InterpolationStage, tmp_path, frames=6), base)
+
+
+def test_a_diffusion_loss_follows_the_sample_not_its_batch(toy_model: Path, tmp_path: Path) -> None:
+    task = video.task(_video(tmp_path, temporal={"fps": True}), Model.load(toy_model))
+    source = Clips(4, 8.0)
+    together = task.loss(task.module, source.batch([3, 4, 5]), seed=1).per_sample
+    alone = [task.loss(task.module, source.batch([number]), seed=1).per_sample for number in (3, 4, 5)]
+    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(together, task.loss(task.module, source.batch([3, 4, 5]), seed=2).per_sample)
+
+
+def test_sample_pictures_are_written(toy_model: Path, tmp_path: Path) -> None:
+    base, batch = Model.load(toy_model), Clips(4, 8.0).batch([0, 1])
+    video.task(_video(tmp_path, temporal={"fps": True}), base).sample(base.unet("video"), batch, tmp_path, 3)
+    config = stage_config(AutoencoderStage, tmp_path, frames=1, network=_autoencoder(base))
+    AutoencoderTask(config, Clips(1, 8.0)).sample(base.autoencoder, batch, tmp_path, 4)  # type: ignore[arg-type]
+    assert [path.name for path in sorted(tmp_path.glob("*.png"))] == ["step-00000003.png", "step-00000004.png"]
+
+
+def _autoencoder(base: Model) -> dict[str, Any]:
+    return configs.to_dict(base.part("autoencoder").network)  # type: ignore[union-attr]
+
+
+def test_the_autoencoder_learns_and_measures_its_latents(toy_model: Path, tmp_path: Path) -> None:
+    config = stage_config(AutoencoderStage, tmp_path, frames=1, network=_autoencoder(Model.load(toy_model)))
+    source = Clips(1, 8.0)
+    task = AutoencoderTask(config, source)  # type: ignore[arg-type]
+    batch = source.batch(list(range(6)))
+    before = float(task.loss(task.module, batch, seed=0).per_sample.detach().mean())
+    model = trained(config, task, source)
+    assert float(task.loss(task.module, batch, seed=0).per_sample.detach().mean()) < 0.8 * before
+    latents = model.autoencoder.encode_clip(batch.frames)
+    spread = latents.mean.transpose(0, 1).flatten(1).var(1) + latents.std.square().mean((0, 2, 3, 4))
+    assert bool(((spread > 0.8) & (spread < 1.2)).all())  # the run sees these six clips alone
+
+
+def test_the_text_stage_learns_to_tell_clips_apart(toy_model: Path, tmp_path: Path) -> None:
+    base, source = Model.load(toy_model), Clips(4, 8.0)
+    build_vocabulary(source.batch(list(range(6))).captions, tmp_path / VOCABULARY, tmp_path / WORDS, 100)
+    network = {"width": 16, "layers": 1, "heads": 2, "image_size": 32, "image_width": 16, "image_layers": 1}
+    config = stage_config(TextStage, tmp_path, frames=4, network={**network, "image_heads": 2, "embed_dim": 16})
+    task = TextTask(config, base, tmp_path / VOCABULARY, tmp_path / WORDS)
+    batch = source.batch(list(range(6)))
+    before = task.loss(task.module, batch, seed=0)
+    assert before.per_sample.shape == (6,)
+    assert abs(float(before.per_sample.detach().mean()) - np.log(6)) < 1  # knows nothing yet
+    model = trained(config, task, source)
+    assert float(task.loss(task.module, batch, seed=0).per_sample.detach().mean()) < float(before.per_sample.detach().mean())
+    assert model.config.stages() == ["autoencoder", "text"]
+    assert model.text.encode(["a red circle"]).tokens.shape == (1, 32, 16)
+    assert model.text.unknown_words("a zebra") == ["zebra"]
+
+
+def test_a_film_strip_shows_four_moments_in_reading_order() -> None:
+    frames = torch.arange(7, dtype=torch.uint8).view(1, 7, 1, 1, 1).expand(1, 7, 8, 8, 3) * 30
+    strip = (text.film_strip(frames) + 1) * 127.5
+    assert strip.shape == (1, 3, 8, 8)
+    corners = [strip[0, 0, y, x].item() for y in (0, 7) for x in (0, 7)]
+    assert corners == pytest.approx([0, 60, 120, 180], abs=1e-3)
+
+
+def test_run_config_is_the_one_that_others_rely_on() -> None:
+    assert {"dir", "steps", "save_every", "seed"} <= set(RunConfig.model_fields)
