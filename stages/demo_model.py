@@ -19,8 +19,10 @@ import torch
 
 from data_pipeline.world import ATTRIBUTES
 from stages.evaluate_statistics import ROWS
+from stages.pipeline import Pipeline, SampleKey
 from videodiff import resources
 from videodiff.model import STAGES, Model, export
+from videodiff.video_io import Frames, save_sheet
 
 # Folder of the shards -> what `videodiff data world` is asked for. The image stage sees the first frames of scenes.
 SHARDS: dict[str, dict[str, int]] = {
@@ -28,6 +30,20 @@ SHARDS: dict[str, dict[str, int]] = {
     "images": {"num-clips": 8192, "size": 64, "frames": 1, "fps": 16, "seed": 2},
 }
 STAGE_SHARDS = {"image": "images"}
+# glibc gives freed memory back at once, and large tensors fault their pages in anew: on a CPU that can double a step.
+KEEP_MEMORY = {
+    "MALLOC_MMAP_THRESHOLD_": str(8 << 30),
+    "MALLOC_TRIM_THRESHOLD_": str(16 << 30),
+    "MALLOC_TOP_PAD_": "536870912",
+}
+PROMPTS = (
+    "a large red circle moving left on a white background",
+    "a small blue square moving up on a checkered background",
+    "a large green cross rotating on a black background",
+    "a small purple triangle circling on a gradient background",
+    "a large yellow square growing on a white background",
+    "a small cyan circle moving down on a black background",
+)
 NUM_PROMPTS, SEED = 200, 12345  # of the figures on the card
 
 
@@ -50,12 +66,30 @@ def main(out: Path, install: bool) -> None:
     )
     report = json.loads((out / "evaluation" / "evaluation.json").read_text(encoding="utf-8"))
     (model / "README.md").write_text(card(out, model, report), encoding="utf-8")
+    picture(model, out / "demo.png")
     if install:
         target = resources.path("assets/demo")
         shutil.rmtree(target)
         shutil.copytree(model, target)
+        shutil.copyfile(out / "demo.png", "docs/demo.png")
         model = target
-    print(f"the model: {model}; its card: {model / 'README.md'}")
+    print(f"the model: {model}; its card: {model / 'README.md'}; its picture: {out / 'demo.png'}")
+
+
+def picture(folder: Path, path: Path) -> None:
+    """The README's picture: a row of frames for each of PROMPTS, at the default settings of `generate` and seed 0."""
+    pipeline = Pipeline(Model.load(folder))
+    model = pipeline.model
+    video = model.diffusion("video")
+    frames: list[Frames] = []
+    for prompt in PROMPTS:
+        keys = [SampleKey(0, prompt)]
+        first = pipeline.image(keys, model.diffusion("image").sampling)
+        clip = pipeline.decode(pipeline.video(keys, first, video.fps, video.sampling))[0]
+        frames += [clip[round(i * (len(clip) - 1) / 7)] for i in range(8)]
+    labels = [PROMPTS[i // 8] if i % 8 == 0 else "" for i in range(len(frames))]
+    enlarged = [frame.repeat(2, axis=0).repeat(2, axis=1) for frame in frames]
+    save_sheet(path, enlarged, 8, labels)
 
 
 def card(out: Path, model: Path, report: dict[str, Any]) -> str:
@@ -153,7 +187,7 @@ def _cpuinfo() -> list[str]:
 
 def _videodiff(*arguments: str) -> None:
     print("videodiff", *arguments, flush=True)
-    done = subprocess.run([sys.executable, "-m", "stages", *arguments], check=False)
+    done = subprocess.run([sys.executable, "-m", "stages", *arguments], check=False, env={**KEEP_MEMORY, **os.environ})
     if done.returncode:
         raise SystemExit(done.returncode)
 

@@ -53,7 +53,7 @@ def train(folder: Path, shards: Path, *overrides: str) -> list[str]:
         (["generate", "a", "--sampler", "euler"], "--sampler"),
         (["generate", "a", "--batch-size", "0"], "--batch-size"),
         (["train"], "config"),
-        (["train", "configs/demo/imag.yaml"], "did you mean configs/demo/image.yaml?"),
+        (["train", "configs/demo/imag.yaml"], "configs/demo/imag.yaml: no such configuration file"),
         (["train", "configs/demo/image.yaml", "run.stpes=3"], "run.stpes: unknown key; did you mean run.steps?"),
         (["train", "configs/demo/image.yaml", "run.steps=7.5"], "run.steps: expected a whole number, got 7.5"),
         (["train", "configs/demo/image.yaml", "run.steps=0"], "run.steps"),

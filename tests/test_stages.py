@@ -259,7 +259,8 @@ def test_the_text_stage_learns_to_tell_clips_apart(toy_model: Path, tmp_path: Pa
     assert before.per_sample.shape == (6,)
     assert abs(float(before.per_sample.detach().mean()) - np.log(6)) < 1  # knows nothing yet
     model = trained(config, task, source)
-    assert float(task.loss(task.module, batch, seed=0).per_sample.detach().mean()) < float(before.per_sample.detach().mean())
+    after = task.loss(task.module, batch, seed=0)
+    assert float(after.per_sample.detach().mean()) < float(before.per_sample.detach().mean())
     assert model.config.stages() == ["autoencoder", "text"]
     assert model.text.encode(["a red circle"]).tokens.shape == (1, 32, 16)
     assert model.text.unknown_words("a zebra") == ["zebra"]

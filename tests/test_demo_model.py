@@ -1,0 +1,44 @@
+"""The model card says what the runs and the evaluation say."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from stages.demo_model import SHARDS, card
+from videodiff.model import STAGES
+from videodiff.resources import path as resource
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Path:
+    """Run folders as five trainings leave them."""
+    for number, stage in enumerate(STAGES, 1):
+        (tmp_path / stage).mkdir()
+        records = [{"step": step, "loss": 10.0 * number, "seconds": 36.0} for step in range(1, 201)]
+        (tmp_path / stage / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+        (tmp_path / stage / "config.yaml").write_text(f"run: {{seed: {number}}}\ndata: {{batch_size: {8 * number}}}\n")
+    return tmp_path
+
+
+def test_the_card_states_recipe_and_figures(runs: Path, toy_model: Path) -> None:
+    share = {"right": 3, "n": 4, "share": 0.75, "interval": [0.301, 0.954]}
+    report = {
+        "rows": [
+            {"row": "image", "split": "held_out_pair", "n": 4, "shares": {"shape": share}, "psnr": {}},
+            {"row": "autoencoder", "split": "seen", "n": 4, "shares": {}, "psnr": {"reconstruction": {"mean": 35.25}}},
+        ],
+        "verdict": "The image stage loses most.",
+    }
+    text = card(runs, toy_model, report)
+    assert "| image | held out pair | 4 | - | 75.0 (30.1-95.4) | - | - | - | - | - |" in text
+    assert "reconstruction 35.2" in text
+    assert "The image stage loses most." in text
+    assert "| video | 200 | 32 | 4 | 2.00 | 40.0000 |" in text  # 200 steps of 36 s are two hours
+    assert "4 frames of 32x32 at 8 fps; 7 frames at 16 fps after interpolation." in text
+
+
+def test_the_recipe_reads_the_shards_it_makes() -> None:
+    for stage in STAGES:
+        text = resource(f"configs/demo/{stage}.yaml").read_text(encoding="utf-8")
+        assert any(f"runs/demo/shards/{name}," in text for name in SHARDS)
