@@ -25,7 +25,7 @@ from stages.pipeline import Pipeline, SampleKey, adjusted
 from stages.requests import Options, Request, model_hash, read_requests
 from videodiff import config as configs
 from videodiff.errors import UserError
-from videodiff.model import Model, Sampling
+from videodiff.model import DiffusionStage, Model, Sampling
 from videodiff.training.distributed import device
 from videodiff.video_io import Frames, read_image, symptoms, write_json, write_png, write_video
 
@@ -101,8 +101,8 @@ class Result:
 def check(request: Request, model: Model) -> None:
     """Refuse what the model can't do before anything is computed."""
     options = request.options
-    for stage in ("autoencoder", "text", "image") if options.image_only else ("autoencoder", "text", "image", "video"):
-        model.part(stage)
+    for needed in ("autoencoder", "text", "image") if options.image_only else ("autoencoder", "text", "image", "video"):
+        model.part(needed)
     if options.image_only and options.image is not None:
         raise UserError("--image-only makes a first image and --image gives one; leave one of them out")
     if options.image is not None:
@@ -112,7 +112,8 @@ def check(request: Request, model: Model) -> None:
             f"--frames {options.frames}: this model makes clips of {model.diffusion('video').frames} frames "
             "(before interpolation); leave it out"
         )
-    for stage in ("image",) if options.image_only else ("image", "video"):
+    sampled: tuple[DiffusionStage, ...] = ("image",) if options.image_only else ("image", "video")
+    for stage in sampled:
         sampler = _sampling(options, model, stage).sampler
         model.diffusion(stage).schedule.times(sampler.steps, sampler.spacing)  # refuses more steps than there are
 
@@ -213,7 +214,7 @@ def _deliver(job: Job, result: Result, console: Console) -> bool:
     return True
 
 
-def _sampling(options: Options, model: Model, stage: Any) -> Sampling:
+def _sampling(options: Options, model: Model, stage: DiffusionStage) -> Sampling:
     """The sampling of the image or the video stage as the options ask for it."""
     image_guidance = options.image_guidance if stage == "video" else None
     card = model.diffusion(stage).sampling

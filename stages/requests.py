@@ -91,7 +91,7 @@ def read_requests(
         folder = out if out is not None else Path("outputs")
         if folder.suffix in (".mp4", ".png"):
             raise UserError(f"{folder}: --prompts makes many files; name a folder with -o")
-        found = []
+        found: list[Request] = []
         for number, (place, line) in enumerate(_lines(prompts)):
             told = configs.build(Options, {**options, **line}, place)
             found += _samples(told, folder / f"{number:04d}-{slug(told.prompt)}")
