@@ -102,7 +102,8 @@ def read_metadata(path: str | os.PathLike[str]) -> str | None:
 
 def write_png(path: str | os.PathLike[str], image: Frames, metadata: str | None = None) -> None:
     """Write a uint8 image [H,W,3] of any size as a PNG; ``metadata`` is kept in its comment text."""
-    from PIL import Image, PngImagePlugin
+    from imageio import v3 as iio
+    from PIL import PngImagePlugin
 
     image = np.asarray(image)
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3 or 0 in image.shape:
@@ -113,7 +114,7 @@ def write_png(path: str | os.PathLike[str], image: Frames, metadata: str | None 
     if metadata is not None:
         tags.add_itxt("comment", metadata)
     with atomic_path(path) as temporary:
-        Image.fromarray(image).save(temporary, format="PNG", pnginfo=tags)
+        iio.imwrite(temporary, image, plugin="pillow", extension=".png", pnginfo=tags)
 
 
 def read_image(path: str | os.PathLike[str]) -> Frames:
