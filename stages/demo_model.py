@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from data_pipeline.world import ATTRIBUTES
+from stages.assemble import load_stage
 from stages.evaluate_statistics import ROWS
 from stages.pipeline import Pipeline, SampleKey
 from videodiff import resources
@@ -113,7 +114,8 @@ def card(out: Path, model: Path, report: dict[str, Any]) -> str:
         ]
         last = records[-100:]
         hours = sum(record["seconds"] for record in records) / 3600
-        seed, batch = _of_config(out / stage, "run", "seed"), _of_config(out / stage, "data", "batch_size")
+        config = load_stage(resources.path(f"configs/demo/{stage}.yaml"))
+        seed, batch = config.run.seed, config.data.batch_size
         loss = sum(record["loss"] for record in last) / len(last)
         lines.append(f"| {stage} | {len(records)} | {batch} | {seed} | {hours:.2f} | {loss:.4f} |")
     lines += [
@@ -161,12 +163,6 @@ def _clip(model: Path) -> str:
         f"{video.frames} frames of {video.size}x{video.size} at {video.fps:g} fps; "
         f"{frames} frames at {video.fps * smooth.factor:g} fps after interpolation."
     )
-
-
-def _of_config(run: Path, section: str, key: str) -> Any:
-    import yaml
-
-    return yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))[section][key]
 
 
 def _shown(arguments: dict[str, int]) -> str:

@@ -108,4 +108,7 @@ def test_the_core_needs_no_training_package() -> None:
 
 
 def test_nothing_is_unpickled() -> None:
-    assert {name(file) for file in source_files() if {"pickle", "dill", "cloudpickle"} & imports(file)} == set()
+    for file in source_files():
+        loaders = {m for m in imports(file) if m.partition(".")[0] in ("pickle", "dill", "cloudpickle")}
+        # The error that torch.load(weights_only=True) raises may be named.
+        assert loaders in (set(), {"pickle", "pickle.UnpicklingError"}), name(file)

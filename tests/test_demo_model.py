@@ -17,7 +17,6 @@ def runs(tmp_path: Path) -> Path:
         (tmp_path / stage).mkdir()
         records = [{"step": step, "loss": 10.0 * number, "seconds": 36.0} for step in range(1, 201)]
         (tmp_path / stage / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
-        (tmp_path / stage / "config.yaml").write_text(f"run: {{seed: {number}}}\ndata: {{batch_size: {8 * number}}}\n")
     return tmp_path
 
 
@@ -34,7 +33,7 @@ def test_the_card_states_recipe_and_figures(runs: Path, toy_model: Path) -> None
     assert "| image | held out pair | 4 | - | 75.0 (30.1-95.4) | - | - | - | - | - |" in text
     assert "reconstruction 35.2" in text
     assert "The image stage loses most." in text
-    assert "| video | 200 | 32 | 4 | 2.00 | 40.0000 |" in text  # 200 steps of 36 s are two hours
+    assert "| video | 200 | 8 | 4 | 2.00 | 40.0000 |" in text  # 200 steps of 36 s are two hours
     assert "4 frames of 32x32 at 8 fps; 7 frames at 16 fps after interpolation." in text
 
 

@@ -113,8 +113,9 @@ def write_png(path: str | os.PathLike[str], image: Frames, metadata: str | None 
     tags = PngImagePlugin.PngInfo()
     if metadata is not None:
         tags.add_itxt("comment", metadata)
+    data = iio.imwrite("<bytes>", image, plugin="pillow", extension=".png", pnginfo=tags)
     with atomic_path(path) as temporary:
-        iio.imwrite(temporary, image, plugin="pillow", extension=".png", pnginfo=tags)
+        temporary.write_bytes(data)
 
 
 def read_image(path: str | os.PathLike[str]) -> Frames:

@@ -5,13 +5,13 @@ open_clip is imported inside the functions that need it: it takes seconds.
 """
 
 import gzip
-import pickle
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Literal
 
 import torch
@@ -389,7 +389,7 @@ def _read_weights(path: str) -> dict[str, Tensor]:
         state = load_file(path) if path.endswith(".safetensors") else torch.load(path, "cpu", weights_only=True)
     except FileNotFoundError as error:
         raise UserError(f"{where}: no such file; put the weights there first, nothing is downloaded") from error
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
+    except (OSError, RuntimeError, EOFError, UnpicklingError, SafetensorError) as error:
         # Not torch's own words: they advise to unpickle whatever is in there.
         raise UserError(f"{where}: no file of weights ({type(error).__name__}); give .safetensors or .pt") from error
     if not isinstance(state, dict):
