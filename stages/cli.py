@@ -143,7 +143,9 @@ def world(
     """Render the built-in world of moving shapes into training shards (mp4 + json in tar files)."""
     from data_pipeline.shards import write_world_shards
 
-    index = write_world_shards(out, num_clips=num_clips, size=size, frames=frames, fps=fps, seed=seed)
+    index = write_world_shards(
+        out, num_clips=num_clips, size=size, frames=frames, fps=fps, seed=seed, progress=sys.stdout.isatty()
+    )
     typer.echo(f"wrote {index}")
 
 

@@ -22,7 +22,7 @@ from stages.assemble import load_stage
 from stages.evaluate_statistics import ROWS
 from stages.pipeline import Pipeline, SampleKey
 from videodiff import resources
-from videodiff.model import STAGES, Model, export
+from videodiff.model import DESCRIPTION, STAGES, Model, export, sha256
 from videodiff.video_io import Frames, save_sheet
 
 # Folder of the shards -> what `videodiff data world` is asked for. The image stage sees the first frames of scenes.
@@ -45,10 +45,10 @@ PROMPTS = (
     "a large yellow square growing on a white background",
     "a small cyan circle moving down on a black background",
 )
-NUM_PROMPTS, SEED = 200, 12345  # of the figures on the card
+SEED = 12345  # of the figures on the card
 
 
-def main(out: Path, install: bool) -> None:
+def main(out: Path, num_prompts: int, install: bool) -> None:
     """Make the data, train the five stages, export, evaluate, write the card; `install` replaces the bundled model."""
     for name, arguments in SHARDS.items():
         options = [part for key, value in arguments.items() for part in (f"--{key}", str(value))]
@@ -62,11 +62,10 @@ def main(out: Path, install: bool) -> None:
     model = out / "model"
     shutil.rmtree(model, ignore_errors=True)
     export(Model.load(out / STAGES[-1]), model, half=True)
-    _videodiff(
-        "evaluate", str(model), "--num-prompts", str(NUM_PROMPTS), "--seed", str(SEED), "--out", str(out / "evaluation")
-    )
-    report = json.loads((out / "evaluation" / "evaluation.json").read_text(encoding="utf-8"))
-    (model / "README.md").write_text(card(out, model, report), encoding="utf-8")
+    judged = out / f"evaluation-{sha256(model / DESCRIPTION)[:12]}"  # goes on for the same weights, begins for others
+    _videodiff("evaluate", str(model), "--num-prompts", str(num_prompts), "--seed", str(SEED), "--out", str(judged))
+    report = json.loads((judged / "evaluation.json").read_text(encoding="utf-8"))
+    (model / "README.md").write_text(card(out, model, report, num_prompts), encoding="utf-8")
     picture(model, out / "demo.png")
     if install:
         target = resources.path("assets/demo")
@@ -93,7 +92,7 @@ def picture(folder: Path, path: Path) -> None:
     save_sheet(path, enlarged, 8, labels)
 
 
-def card(out: Path, model: Path, report: dict[str, Any]) -> str:
+def card(out: Path, model: Path, report: dict[str, Any], num_prompts: int) -> str:
     """The model card: data, seeds, steps, time, machine and figures, as Markdown."""
     megabytes = sum(path.stat().st_size for path in model.iterdir()) / 1e6
     lines = [
@@ -123,7 +122,7 @@ def card(out: Path, model: Path, report: dict[str, Any]) -> str:
         "Data: " + "; ".join(f"{name}: `videodiff data world {_shown(a)}`" for name, a in SHARDS.items()) + ".",
         f"Machine: {_machine()}, PyTorch {torch.__version__}.",
         "",
-        f"## Figures: `videodiff evaluate demo --num-prompts {NUM_PROMPTS} --seed {SEED}`",
+        f"## Figures: `videodiff evaluate demo --num-prompts {num_prompts} --seed {SEED}`",
         "",
         "Share of prompts that the reader finds right, in percent, with 95 % intervals. Caption wordings and seeds are",
         "unseen in training. Held out: combinations that no training clip shows; held-out pairs: combinations with a",
@@ -191,6 +190,7 @@ def _videodiff(*arguments: str) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder of the data and the runs")
+    parser.add_argument("--num-prompts", type=int, default=200, help="prompts behind each figure of the card")
     parser.add_argument("--install", action="store_true", help="replace the bundled model by the result")
     given = parser.parse_args()
-    main(given.out, given.install)
+    main(given.out, given.num_prompts, given.install)
