@@ -1,0 +1,47 @@
+"""The train command under torchrun: two ranks, sharded by ZeRO, follow one process alone."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from data_pipeline.shards import write_world_shards
+from videodiff.model import Model
+
+ROOT = Path(__file__).resolve().parents[1]
+ALONE = [sys.executable, "-m", "stages"]
+TWO = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d"]
+TWO += ["--rdzv-endpoint=localhost:0", "-m", "stages"]
+COMMON = ["run.steps=3", "run.save_every=3", "run.sample_every=3", "data.batch_size=4", "data.size=32"]
+COMMON += ["data.workers=0", "data.frames=4", "engine.precision=fp32", "sampling.sampler.steps=2"]
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_world_shards(tmp_path_factory.mktemp("shards"), num_clips=8, size=32, frames=4, fps=8, seed=1).parent
+
+
+def losses(command: list[str], run: Path, *overrides: str) -> list[float]:
+    """Loss of each step of a video run started by `command`."""
+    arguments = ["train", str(ROOT / "configs/demo/video.yaml"), f"run.dir={run}", *COMMON, *overrides]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*command, *arguments], env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_the_video_stage_on_two_ranks_follows_one_process(shards: Path, toy_model: Path, tmp_path: Path) -> None:
+    """With frozen layers inside, ZeRO 1, 2 and 3 take the steps of one process; what they save opens as a model."""
+    given = (f"data.shards={shards}", f"model={toy_model}")
+    alone = losses(ALONE, tmp_path / "alone", *given)
+    for stage in (1, 2, 3):
+        run = tmp_path / f"zero-{stage}"
+        assert losses(TWO, run, *given, f"engine.zero_stage={stage}") == pytest.approx(
+            alone, rel=1e-4
+        )  # Adam magnifies rounding
+        assert Model.load(run).config.stages() == ["autoencoder", "text", "image", "video"]
