@@ -1,7 +1,8 @@
 # make demo         a prompt becomes outputs/demo.mp4, from nothing but Python and pip
 # make test         install everything and run all tests but the slow ones (make test-slow runs those)
 # make lint         ruff, format, types
-# make demo-model   train the bundled model again by its recorded recipe (hours on a CPU; run it again to go on)
+# make demo-model   train the bundled model again by its recorded recipe (hours on a CPU; run it again to go on);
+#                   INSTALL=1 puts the result in the place of the bundled one
 # make clean        remove what was built; runs/ and outputs/ stay
 
 PYTHON ?= python3
@@ -21,7 +22,7 @@ demo: $(VENV)/.demo
 	@echo "The video: $(CURDIR)/outputs/demo.mp4; its first image and its settings lie beside it."
 
 demo-model: $(VENV)/.all
-	$(BIN)/python -m stages.demo_model --out runs/demo
+	$(BIN)/python -m stages.demo_model --out runs/demo $(if $(INSTALL),--install)
 
 test: $(VENV)/.all
 	$(BIN)/python -m pytest -q

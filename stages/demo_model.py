@@ -68,12 +68,24 @@ def main(out: Path, num_prompts: int, install: bool) -> None:
     (model / "README.md").write_text(card(out, model, report, num_prompts), encoding="utf-8")
     picture(model, out / "demo.png")
     if install:
-        target = resources.path("assets/demo")
-        shutil.rmtree(target)
-        shutil.copytree(model, target)
-        shutil.copyfile(out / "demo.png", "docs/demo.png")
-        model = target
+        model = _install(model, out / "demo.png")
     print(f"the model: {model}; its card: {model / 'README.md'}; its picture: {out / 'demo.png'}")
+
+
+def _install(model: Path, image: Path) -> Path:
+    """Put a finished model in the place of the bundled one; at no moment is there half a model."""
+    target = resources.path("assets/demo")
+    fresh, former = target.with_name("demo.new"), target.with_name("demo.old")
+    for folder in (fresh, former):
+        shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(model, fresh)
+    if target.exists():
+        target.rename(former)
+    fresh.rename(target)
+    shutil.rmtree(former, ignore_errors=True)
+    if (docs := Path(__file__).resolve().parents[1] / "docs").is_dir():  # a checkout
+        shutil.copyfile(image, docs / "demo.png")
+    return target
 
 
 def picture(folder: Path, path: Path) -> None:
@@ -125,8 +137,8 @@ def card(out: Path, model: Path, report: dict[str, Any], num_prompts: int) -> st
         f"## Figures: `videodiff evaluate demo --num-prompts {num_prompts} --seed {SEED}`",
         "",
         "Share of prompts that the reader finds right, in percent, with 95 % intervals. Caption wordings and seeds are",
-        "unseen in training. Held out: combinations that no training clip shows; held-out pairs: combinations with a",
-        "pair of attributes (such as red with triangle) that no training clip shows.",
+        "unseen in training. Held out: a tenth of the combinations, which no training clip shows; held-out pairs: all",
+        "combinations with one of six pairs of attributes (such as red with triangle) that no training clip shows.",
         "",
         *table(report["rows"]),
     ]

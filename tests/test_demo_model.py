@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from stages.demo_model import SHARDS, card
+from stages.assemble import load_stage
+from stages.demo_model import SHARDS, STAGE_SHARDS, card
 from videodiff.model import STAGES
 from videodiff.resources import path as resource
 
@@ -39,5 +40,8 @@ def test_the_card_states_recipe_and_figures(runs: Path, toy_model: Path) -> None
 
 def test_the_recipe_reads_the_shards_it_makes() -> None:
     for stage in STAGES:
-        text = resource(f"configs/demo/{stage}.yaml").read_text(encoding="utf-8")
-        assert any(f"runs/demo/shards/{name}," in text for name in SHARDS)
+        config = load_stage(resource(f"configs/demo/{stage}.yaml"))
+        made = SHARDS[STAGE_SHARDS.get(stage, "clips")]
+        assert config.data.shards == f"runs/demo/shards/{STAGE_SHARDS.get(stage, 'clips')}"
+        assert config.data.size == made["size"]
+        assert (config.data.frames - 1) / config.data.fps <= (made["frames"] - 1) / made["fps"]  # long enough
