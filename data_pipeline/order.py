@@ -24,8 +24,9 @@ class Order:
     def __init__(self, sizes: Sequence[int], streams: int, seed: int) -> None:
         self._ends = np.cumsum(np.asarray(sizes, np.int64))
         self._streams, self._seed = streams, seed
-        self._made: dict[tuple[int, int], npt.NDArray[np.int64]] = {}  # (epoch, stream), of one epoch at a time
-        self._epoch: tuple[int, list[npt.NDArray[np.int64]]] | None = None
+        # Of one epoch at a time: its number, the range of each stream, and the streams permuted so far. Replaced as a
+        # whole, so that threads in different epochs never mix theirs.
+        self._made: tuple[int, list[npt.NDArray[np.int64]], dict[int, npt.NDArray[np.int64]]] | None = None
         self.num_samples = int(self._ends[-1])
 
     def sample(self, number: int) -> int:
@@ -40,14 +41,15 @@ class Order:
         return shard, sample - (int(self._ends[shard - 1]) if shard else 0)
 
     def _stream(self, epoch: int, stream: int) -> npt.NDArray[np.int64]:
-        if self._epoch is None or self._epoch[0] != epoch:
-            self._epoch = epoch, self._ranges(epoch)
-            self._made.clear()
-        if (epoch, stream) not in self._made:
-            samples = self._epoch[1][stream]
+        made = self._made
+        if made is None or made[0] != epoch:
+            self._made = made = epoch, self._ranges(epoch), {}
+        _, ranges, streams = made
+        if stream not in streams:
+            samples = ranges[stream]
             permutation = torch.randperm(len(samples), generator=generator(self._seed, "stream", epoch, stream))
-            self._made[epoch, stream] = samples[permutation.numpy()]
-        return self._made[epoch, stream]
+            streams[stream] = samples[permutation.numpy()]
+        return streams[stream]
 
     def _ranges(self, epoch: int) -> list[npt.NDArray[np.int64]]:
         starts = np.concatenate([[0], self._ends])

@@ -161,17 +161,18 @@ def read_sample(shard: Shard, number: int) -> RawSample:
     from webdataset import tariterators
 
     webdataset.utils.enforce_security = True
-    start = shard.offsets[number]
-    stop = shard.offsets[number + 1] if number + 1 < len(shard.offsets) else shard.bytes
+    start, stop = _extent(shard, number)
     try:
         with open(shard.path, "rb") as file:
             file.seek(start)
             source = {"url": shard.path.name, "stream": io.BytesIO(file.read(stop - start))}
         sample = next(iter(tariterators.group_by_keys(tariterators.tar_file_expander([source]))))
     except (OSError, tarfile.TarError, EOFError, StopIteration, ValueError) as error:
-        raise UserError(
-            f"{shard.path}: torn at byte {start} ({type(error).__name__}); write or copy the shard again"
-        ) from None
+        raise _torn(shard, start, error) from None
+    return _checked(shard, sample)
+
+
+def _checked(shard: Shard, sample: dict[str, Any]) -> RawSample:
     key = str(sample["__key__"])
     video = next((sample[suffix] for suffix in VIDEO_SUFFIXES if suffix in sample), None)
     if video is None:
@@ -187,10 +188,43 @@ def read_sample(shard: Shard, number: int) -> RawSample:
 
 
 def all_captions(location: str) -> Iterator[str]:
-    """Every caption of the shards at ``location`` (see `open_shards`), in their order."""
+    """Every caption of the shards at ``location`` (see `open_shards`), in their order. Videos are skipped, not read."""
     for shard in open_shards(location):
         for number in range(len(shard.offsets)):
-            yield from read_sample(shard, number).captions
+            yield from _checked(shard, _read_texts(shard, number)).captions
+
+
+def _read_texts(shard: Shard, number: int) -> dict[str, Any]:
+    """The members of a sample by suffix, as webdataset gives them, but only json and txt have their content."""
+    from webdataset.tariterators import base_plus_ext
+
+    start, stop = _extent(shard, number)
+    sample: dict[str, Any] = {}
+    try:
+        with open(shard.path, "rb") as file:
+            file.seek(start)
+            with tarfile.open(fileobj=file, mode="r:") as tar:
+                while (member := tar.next()) is not None and member.offset < stop:
+                    key, suffix = base_plus_ext(member.name)
+                    if not member.isreg() or key is None or member.name.startswith("__"):
+                        continue
+                    content = tar.extractfile(member) if suffix.lower() in ("json", "txt") else None
+                    sample.setdefault("__key__", key)
+                    sample[suffix.lower()] = b"" if content is None else content.read()
+        if not sample:
+            raise EOFError
+    except (OSError, tarfile.TarError, EOFError) as error:
+        raise _torn(shard, start, error) from None
+    return sample
+
+
+def _extent(shard: Shard, number: int) -> tuple[int, int]:
+    """First byte of a sample, and the one after its last."""
+    return shard.offsets[number], shard.offsets[number + 1] if number + 1 < len(shard.offsets) else shard.bytes
+
+
+def _torn(shard: Shard, start: int, error: Exception) -> UserError:
+    return UserError(f"{shard.path}: torn at byte {start} ({type(error).__name__}); write or copy the shard again")
 
 
 def scan_shard(path: Path, hash_file: bool = False) -> Shard:

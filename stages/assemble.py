@@ -48,10 +48,12 @@ def load_stage(path: str | Path, overrides: Sequence[str] = ()) -> StageConfig:
     return configs.load(STAGE_CONFIGS[name], path, overrides)
 
 
-def make_task(config: StageConfig, source: ShardSource) -> Task:
+def make_task(config: StageConfig) -> Task:
     """The task that a stage's configuration asks for, standing on the model it names."""
     if isinstance(config, AutoencoderStage):
-        return AutoencoderTask(config, source)
+        if config.model is not None:
+            raise UserError(f"model={config.model}: the autoencoder stage stands on no other; leave it out")
+        return AutoencoderTask(config)
     base = _base(config)
     if isinstance(config, TextStage):
         return TextTask(config, base, *_vocabulary(config))
@@ -73,22 +75,26 @@ def _vocabulary(config: TextStage) -> tuple[Path, Path]:
     """The run's vocabulary and word list, made from the captions of its shards by the first rank."""
     folder = Path(config.run.dir)
     vocabulary, words = folder / VOCABULARY, folder / WORDS
-    if distributed.rank() == 0 and not words.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        build_vocabulary(all_captions(config.data.shards), vocabulary, words, config.num_merges)
-    distributed.barrier()
+    problem = None
+    if distributed.rank() == 0 and not (folder / "checkpoints").is_dir():  # a run that has weights keeps its words
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            build_vocabulary(all_captions(config.data.shards), vocabulary, words, config.num_merges)
+        except (UserError, OSError) as error:
+            problem = str(error)
+    distributed.raise_from_first(problem)
     return vocabulary, words
 
 
 def train_stage(path: str | Path, overrides: Sequence[str] = ()) -> None:
     """Start a stage's run, or go on with it: `videodiff train`."""
     config = load_stage(path, overrides)
-    if isinstance(config, TextStage) and config.network.pretrained is not None:
-        text.adopt(config, config.network.pretrained, _base(config))
-        return
     distributed.start()
     try:
+        if isinstance(config, TextStage) and config.network.pretrained is not None:
+            text.adopt(config, config.network.pretrained, _base(config))
+            return
         source = ShardSource(config.data, config.run.seed, Path(config.run.dir) / "bad_samples.jsonl")
-        train(config.run, config.engine, config.data.batch_size, make_task(config, source), source, config)
+        train(config.run, config.engine, config.data.batch_size, make_task(config), source, config)
     finally:
         distributed.cleanup()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from data_pipeline.loader import ShardSource
-from stages.base import StageConfig, write_part
+from stages.base import StageConfig, check_size, write_part
 from videodiff.batch import VideoBatch
 from videodiff.model import AutoencoderPart
 from videodiff.networks.autoencoder import Autoencoder, AutoencoderConfig, AutoencoderLoss, to_float
@@ -33,9 +33,10 @@ class AutoencoderTask:
 
     CALIBRATION_FRAMES = 1024  # enough for the spread of a latent channel to within a few percent
 
-    def __init__(self, config: AutoencoderStage, source: ShardSource) -> None:
-        self.config, self.source = config, source
+    def __init__(self, config: AutoencoderStage) -> None:
+        self.config = config
         self.module = Autoencoder(config.network)
+        check_size(config.data.size, self.module.factor, "autoencoder's factor")
         self._calibration: Tensor | None = None
 
     def trains(self, name: str) -> bool:
@@ -78,8 +79,10 @@ class AutoencoderTask:
     def _latent_statistics(self, network: Autoencoder) -> tuple[Tensor, Tensor]:
         """Mean and deviation [C] of raw latents over the run's first samples (the same ones at every save)."""
         if self._calibration is None:
-            size, frames = self.config.data.batch_size, self.config.data.frames
-            batches = self.source.batches(0, 0, 1, size)
+            # A source of its own: the run's is being read by another thread, that of training.
+            alone = self.config.data.model_copy(update={"workers": 0, "prefetch": 0, "cache_gib": 0.0})
+            size, frames = alone.batch_size, alone.frames
+            batches = ShardSource(alone, self.config.run.seed).batches(0, 0, 1, size)
             count = -(-self.CALIBRATION_FRAMES // (size * frames))
             chosen = [batch.frames[batch.weight > 0] for batch in islice(batches, count)]
             self._calibration = torch.cat(chosen)

@@ -21,12 +21,13 @@ from videodiff.batch import Condition, VideoBatch
 from videodiff.config import Config, operational
 from videodiff.diffusion.denoiser import Denoiser
 from videodiff.diffusion.loss import DiffusionLoss, sample_times
-from videodiff.diffusion.prediction import Prediction
+from videodiff.diffusion.prediction import Prediction, check_pair
 from videodiff.diffusion.schedule import NoiseSchedule
+from videodiff.errors import UserError
 from videodiff.model import DESCRIPTION, STAGES, DiffusionPart, File, Model, ModelConfig, Sampling, carry, write_weights
 from videodiff.networks.autoencoder import Autoencoder
-from videodiff.networks.unet import UNet
-from videodiff.seeding import normals, uniforms
+from videodiff.networks.unet import UNet, UNetConfig
+from videodiff.seeding import generator, normals, uniforms
 from videodiff.training.distributed import device
 from videodiff.training.engine import EngineConfig
 from videodiff.training.trainer import LossOutput, RunConfig
@@ -73,6 +74,7 @@ class DiffusionStageConfig(StageConfig):
     dropout: Dropout = Dropout()
     sampling: Sampling = Sampling()
     latent_cache_gib: float = operational(1.0, ge=0, description="encoded clips kept in the memory of each rank")
+    activation_checkpointing: bool = operational(False, description="less memory for about a third more computation")
 
 
 class PosteriorCache:
@@ -119,6 +121,27 @@ def with_known(condition: Condition, latents: Tensor, slots: Sequence[int]) -> C
     return replace(condition, known=latents * mask, known_mask=full)
 
 
+def check_size(size: int, multiple: int, why: str) -> None:
+    """Refuse (UserError) a picture size that the networks can't halve as often as they do."""
+    if size % multiple:
+        fitting = max(size // multiple, 1) * multiple
+        raise UserError(f"data.size: {size} is not a multiple of {multiple} ({why}); use {fitting}, for one")
+
+
+def check_fit(base: Model, network: UNetConfig, size: int) -> None:
+    """Refuse (UserError) a network that does not fit the autoencoder and the text tower of `base`, or the size."""
+    autoencoder, text = base.autoencoder, base.text
+    for name, given, wanted, whose in (
+        ("channels", network.channels, autoencoder.config.latent_channels, "autoencoder's latent_channels"),
+        ("context_dims", list(network.context_dims), [text.width], "text tower's width"),
+        ("pooled_dim", network.pooled_dim, text.embed_dim, "text tower's embed_dim"),
+    ):
+        if given != wanted:
+            raise UserError(f"network.{name}: {given} does not fit the model {base.folder}; its {whose} asks {wanted}")
+    why = f"autoencoder's factor {autoencoder.factor} x the network's {network.divisor}"
+    check_size(size, autoencoder.factor * network.divisor, why)
+
+
 class DiffusionTask:
     """Trains a network of one of the three diffusion stages; frozen autoencoder and text tower stay outside of it.
 
@@ -140,6 +163,11 @@ class DiffusionTask:
         self.part, self.known_slots, self._trainable = part, known_slots, trainable
         self.schedule: NoiseSchedule = part["schedule"]
         self.prediction: Prediction = part["prediction"]
+        sampler = config.sampling.sampler
+        check_fit(base, network.config, config.data.size)
+        check_pair(self.prediction, self.schedule)
+        self.schedule.times(sampler.steps, sampler.spacing)  # refuses more steps than there are
+        network.checkpointing = config.activation_checkpointing
         self.loss_function, self.dropout = config.loss, config.dropout
         self.autoencoder, self.text = base.autoencoder.to(device()), base.text.to(device())
         self.posteriors = PosteriorCache(self.autoencoder, int(config.latent_cache_gib * 2**30))
@@ -179,8 +207,10 @@ class DiffusionTask:
         dtype = next(module.parameters()).dtype
         denoiser = Denoiser(module, self.schedule, self.prediction, dtype)
         sampling: Sampling = self.part["sampling"]
-        noise = normals(tuple(x0.shape[1:]), 0, "sample", batch.numbers).to(x0.device)
-        made = sampling.sampler(sampling.guidance(denoiser, condition), noise, self.schedule)
+        # Each row's noise and what a random sampler adds at its steps come from one generator, and so are independent.
+        generators = [generator(0, "sample", int(number)) for number in batch.numbers]
+        noise = torch.stack([torch.randn(x0.shape[1:], generator=g) for g in generators]).to(x0.device)
+        made = sampling.sampler(sampling.guidance(denoiser, condition), noise, self.schedule, generators)
         rows = [self.autoencoder.decode_clip(latents).cpu().numpy() for latents in (made, x0)]
         keep = range(0, x0.shape[2], max(1, x0.shape[2] // 8))
         pictures = [clips[i, k] for i in range(len(batch)) for clips in rows for k in keep]

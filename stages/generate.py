@@ -22,14 +22,12 @@ from rich.progress import Progress
 
 from data_pipeline.world_captions import parse
 from stages.pipeline import Pipeline, SampleKey, adjusted
-from stages.requests import Options, Request, model_hash, read_requests
+from stages.requests import SIDECAR_FORMAT, Options, Request, model_hash, read_requests
 from videodiff import config as configs
 from videodiff.errors import UserError
 from videodiff.model import DiffusionStage, Model, Sampling
 from videodiff.training.distributed import device
 from videodiff.video_io import Frames, read_image, symptoms, write_json, write_png, write_video
-
-SIDECAR_FORMAT = 1
 
 
 def main(
@@ -182,6 +180,12 @@ def _make(jobs: list[Job], pipeline: Pipeline, progress: Progress) -> list[Resul
 def _deliver(job: Job, result: Result, console: Console) -> bool:
     """Warn of what is wrong with a result and write its files, the side-car last; False where there are none."""
     request = job.request
+    digest = None if result.frames is None else hashlib.sha256(result.frames.tobytes()).hexdigest()
+    if request.former is not None and digest not in (None, request.former[0]):
+        result.warnings.append(
+            f"these are not exactly the frames of the side-car, which were made with torch {request.former[1]}, these "
+            f"with torch {torch.__version__}; rounding depends on the versions and on the machine"
+        )
     for warning in result.warnings:
         console.print(f"warning: {request.stem.name}: {warning}", style="yellow", markup=False)
     if result.frames is None or result.picture is None:
@@ -203,7 +207,7 @@ def _deliver(job: Job, result: Result, console: Console) -> bool:
         "model": {"name": request.options.model, "sha256": model_hash(job.model)},
         "stages": result.stages,
         "result": {"frames": len(frames), "fps": result.fps, "height": frames.shape[1], "width": frames.shape[2]},
-        "frames_sha256": hashlib.sha256(np.ascontiguousarray(frames).tobytes()).hexdigest(),
+        "frames_sha256": digest,
         "files": [file.name for file in files],
         "warnings": result.warnings,
         "software": {"videodiff": _version(), "torch": torch.__version__},

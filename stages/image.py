@@ -14,7 +14,8 @@ from videodiff.networks.unet import UNet, UNetConfig
 class ImageStage(DiffusionStageConfig):
     """`videodiff train configs/demo/image.yaml`. Its schedule and prediction are the video stage's too:
 
-    a frozen spatial network can't change what it predicts.
+    a frozen spatial network can't change what it predicts. The network's `context_dims` and `pooled_dim` may be left
+    out: they are the text tower's then.
     """
 
     stage: Literal["image"]
@@ -31,8 +32,13 @@ def known_slots(frames: int) -> tuple[int, ...]:
 
 def task(config: ImageStage, base: Model) -> DiffusionTask:
     """The training task of the image stage."""
+    told = {
+        "context_dims": config.network.context_dims or (base.text.width,),
+        "pooled_dim": config.network.pooled_dim or base.text.embed_dim,
+    }
+    network = UNet(config.network.model_copy(update=told))
     part = {
-        "network": config.network,
+        "network": network.config,
         "schedule": config.schedule,
         "prediction": config.prediction,
         "size": config.data.size,
@@ -40,5 +46,4 @@ def task(config: ImageStage, base: Model) -> DiffusionTask:
         "fps": config.data.fps,
         "sampling": config.sampling,
     }
-    network = UNet(config.network)
     return DiffusionTask("image", base, network, part, known_slots, lambda name: True, config)

@@ -51,7 +51,7 @@ def task(config: InterpolationStage, base: Model) -> DiffusionTask:
         )
     video = base.diffusion("video")
     network = UNet(video.network)
-    network.load_state_dict({**base.state("image"), **base.state("video")})
+    network.load_state_dict(base.unet("video").state_dict())
     trainable = temporal_parameter_names(network)
     part = {
         "network": video.network,

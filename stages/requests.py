@@ -17,6 +17,9 @@ from videodiff.config import Config
 from videodiff.errors import UserError
 from videodiff.model import DESCRIPTION, Model, sha256
 
+SIDECAR_FORMAT = 1
+MAX_ROWS = 1024  # more in a side-car's batch than any `--batch-size` means that it was changed by hand
+
 
 class Options(Config):
     """What `generate` can be told; None means what the model's own card says."""
@@ -48,13 +51,15 @@ class Request:
     """One video to make: the options, which of their samples, and where it goes (`stem`, without the ending).
 
     `batch` is (rows, row) of a side-car's sample. Rounding depends on the number of rows that are computed together
-    and on the row's place among them, so an exact repetition needs both.
+    and on the row's place among them, so an exact repetition needs both. `former` is what the repetition must equal:
+    the sha256 of the side-car's frames, and the version of torch that made them.
     """
 
     options: Options
     sample: int
     stem: Path
     batch: tuple[int, int] | None = None
+    former: tuple[str, str] | None = None
 
     def identity(self, model_hash: str) -> str:
         """Names what will be made: the options that change the frames, the sample, the model, the given picture."""
@@ -154,17 +159,33 @@ def _repeated(sidecar: Path, out: Path | None, options: dict[str, Any]) -> Reque
         raise UserError(f"--from repeats a generation exactly; leave out {', '.join(extra)}")
     try:
         told = json.loads(sidecar.read_text(encoding="utf-8"))
-        before, sample, (rows, row) = dict(told["options"]), int(told["sample"]), told["batch"]
+        sidecar_format, batch = told["format"], told["batch"]
+        before, sample = dict(told["options"]), int(told["sample"])
         identity, former_model = str(told["request"]), str(told["model"]["sha256"])
+        former = str(told["frames_sha256"]), str(told["software"]["torch"])
     except OSError as error:
         raise UserError(f"{sidecar}: the side-car can't be read ({error.strerror}); check the path") from None
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{sidecar}: not a side-car that `videodiff generate` wrote; check the path") from None
+    if sidecar_format != SIDECAR_FORMAT:
+        raise UserError(
+            f"{sidecar}: format {sidecar_format!r}, this program reads {SIDECAR_FORMAT}; repeat it with the version of "
+            "videodiff that wrote it"
+        )
+    if not (
+        isinstance(batch, list)
+        and [type(number) for number in batch] == [int, int]
+        and 0 <= batch[1] < batch[0] <= MAX_ROWS
+    ):
+        raise UserError(
+            f"{sidecar}: batch is {str(batch)[:40]}, not [rows, row] with 0 <= row < rows <= {MAX_ROWS}; it was "
+            "changed by hand: give the options on the command line instead"
+        )
     repeated = configs.build(Options, {**before, **options}, str(sidecar))
     stem = sidecar.with_name(f"{sidecar.stem}-again")
     if out is not None:
         stem = _stem(out, stem.name)
-    request = Request(repeated, sample, stem, (rows, row))
+    request = Request(repeated, sample, stem, (batch[0], batch[1]), former)
     if (found := model_hash(Model.load(repeated.model))) != former_model:
         raise UserError(
             f"{sidecar}: was made with another model ({former_model[:12]}) than {repeated.model} is now "

@@ -8,16 +8,16 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from stages.base import StageConfig, write_part
+from stages.base import StageConfig, _before, write_part
 from videodiff import config as configs
 from videodiff.batch import VideoBatch
 from videodiff.errors import UserError
 from videodiff.model import DESCRIPTION, VOCABULARY, WORDS, Model, TextPart, carry, place
-from videodiff.networks.text import ContrastiveTextModel, PretrainedText, TextConfig
-from videodiff.training.distributed import gather_rows, rank
+from videodiff.networks.text import ContrastiveTextModel, PretrainedText, TextConfig, TextTower
+from videodiff.training.distributed import barrier, gather_rows, rank, world
 from videodiff.training.trainer import LossOutput
 
 
@@ -27,6 +27,19 @@ class TextStage(StageConfig):
     stage: Literal["text"]
     network: TextConfig = TextConfig()
     num_merges: int = Field(2000, ge=0, description="merges of the byte-pair vocabulary built from the captions")
+
+    @model_validator(mode="after")
+    def _can_be_trained(self) -> TextStage:
+        named = [f"network.{name}" for name in ("vocabulary", "words") if getattr(self.network, name) is not None]
+        if named:
+            raise ValueError(f"{named[0]}: the text stage makes its own from the captions of data.shards; leave it out")
+        side = self.data.size // 2 * 2
+        if self.network.pretrained is None and self.network.image_size != side:
+            raise ValueError(
+                f"network.image_size is {self.network.image_size}, but film strips of clips with data.size="
+                f"{self.data.size} are {side} pixels wide; set network.image_size={side}"
+            )
+        return self
 
 
 def film_strip(frames: Tensor) -> Tensor:
@@ -46,6 +59,12 @@ class TextTask:
     """Symmetric cross-entropy between the captions and the film strips of a global batch."""
 
     def __init__(self, config: TextStage, base: Model, vocabulary: Path, words: Path) -> None:
+        micro_batch, accumulation = config.engine.accumulation(config.data.batch_size, world())
+        if accumulation > 1:
+            raise UserError(
+                f"engine.micro_batch={micro_batch}: the text stage compares every sample of a batch of "
+                f"{config.data.batch_size} with all others at once; leave it out, or lower data.batch_size"
+            )
         self.config, self.base, self.vocabulary, self.words = config, base, vocabulary, words
         files = {"vocabulary": str(vocabulary), "words": str(words)}
         self.module = ContrastiveTextModel(config.network.model_copy(update=files))
@@ -62,12 +81,16 @@ class TextTask:
         all_images, all_texts = gather_rows(image_features.float()), gather_rows(text_features.float())
         first = rank() * len(images)
         target = torch.arange(first, first + len(images), device=images.device)
-        by_image = scale.float() * image_features.float() @ all_texts.T
-        by_text = scale.float() * text_features.float() @ all_images.T
+        # A bad clip is no rival: its column is closed to all but its own row, which the trainer gives no weight.
+        usable = gather_rows(batch.weight.to(images.device)) > 0
+        closed = ~usable & (torch.arange(len(usable), device=images.device) != target[:, None])
+        by_image = (scale.float() * image_features.float() @ all_texts.T).masked_fill(closed, -torch.inf)
+        by_text = (scale.float() * text_features.float() @ all_images.T).masked_fill(closed, -torch.inf)
         loss = (
             F.cross_entropy(by_image, target, reduction="none") + F.cross_entropy(by_text, target, reduction="none")
         ) / 2
-        hits = (by_text.argmax(1) == target).float().mean()
+        own = usable[target]
+        hits = ((by_text.argmax(1) == target) & own).sum() / own.sum().clamp(min=1)
         return LossOutput(per_sample=loss, metrics={"retrieval": hits.detach()})
 
     def sample(self, module: nn.Module, batch: VideoBatch, folder: Path, step: int) -> None:
@@ -88,11 +111,19 @@ class TextTask:
 
 
 def adopt(config: TextStage, public: PretrainedText, base: Model) -> None:
-    """Make a public open_clip model the text tower: nothing is trained, the run's folder becomes a Model with it."""
+    """Make a public open_clip model the text tower: nothing is trained, the run's folder becomes a Model with it.
+
+    Of `base` the stages before the text stage are taken. Raises UserError, before anything is written, for weights that
+    are not the tower's.
+    """
     folder, path = Path(config.run.dir), Path(public.path)
-    if not path.is_file():
-        raise UserError(f"network.pretrained.path={path}: no such file; give the local weights of {public.name}")
-    folder.mkdir(parents=True, exist_ok=True)
-    weights = place(path, folder, f"text{path.suffix}")
-    model = carry(base, folder).model_copy(update={"text": TextPart(network=config.network, weights=weights)})
-    configs.save(model, folder / DESCRIPTION)
+    if folder.resolve() in (base.folder.resolve(), path.resolve().parent):
+        raise UserError(f"run.dir={folder}: holds the model or the weights that are taken over; name a new folder")
+    TextTower(config.network)
+    if rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        weights = place(path.resolve(), folder, f"text{path.suffix}")  # a link to a link may point nowhere
+        part = TextPart(network=config.network, weights=weights)
+        model = carry(_before(base, "text"), folder).model_copy(update={"text": part})
+        configs.save(model, folder / DESCRIPTION)
+    barrier()

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Literal
 
 from stages.base import DiffusionStageConfig, DiffusionTask
+from videodiff.errors import UserError
 from videodiff.model import Model
 from videodiff.networks.unet import TemporalConfig, UNet, temporal_parameter_names
 
@@ -31,8 +32,13 @@ def task(config: VideoStage, base: Model) -> DiffusionTask:
     image = base.diffusion("image")
     network_config = image.network.model_copy(update={"temporal": config.temporal, "known_channels": True})
     network = UNet(network_config)
-    network.load_state_dict(base.state("image"), strict=False)
     trainable = temporal_parameter_names(network)
+    loaded = network.load_state_dict(base.state("image"), strict=False)
+    if odd := sorted((set(loaded.missing_keys) ^ trainable) | set(loaded.unexpected_keys)):
+        raise UserError(
+            f"{base.folder}: the weights of stage image do not fit its network at {odd[0]!r} ({len(odd)} such names); "
+            "copy or train the model again"
+        )
     part = {
         "network": network_config,
         "schedule": image.schedule,

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from videodiff.config import ConfigError, build
 from videodiff.networks.autoencoder import Autoencoder, AutoencoderConfig, AutoencoderLoss, edges, to_float
 
 CONFIG = AutoencoderConfig(latent_channels=3, patch=1, widths=(8, 16), num_res_blocks=1, chunk=3)
@@ -89,6 +90,11 @@ def test_latents_are_normalised_and_come_back() -> None:
 def test_statistics_without_spread_are_refused(std: list[float]) -> None:
     with pytest.raises(ValueError, match="std > 0"):
         make().set_latent_statistics(torch.zeros(3), torch.tensor(std))
+
+
+def test_a_level_without_channels_is_refused() -> None:
+    with pytest.raises(ConfigError, match="widths"):
+        build(AutoencoderConfig, {"widths": [8, 0]}, "the test")
 
 
 def test_wrong_frames_are_refused() -> None:

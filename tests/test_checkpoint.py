@@ -79,6 +79,16 @@ def test_a_broken_one_is_named_and_the_one_before_counts(
     assert checkpoints.newest() == checkpoints.folder / "step-00000002"
 
 
+def test_a_broken_one_does_not_outlive_the_sound_one_below(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep_last=1)
+    checkpoints.write(200, fill("200"), 1000)
+    cut(checkpoints.folder / "step-00000200")
+    for step in (120, 140):  # the run went on from 100
+        checkpoints.write(step, fill(str(step)), 1000)
+        assert [path.name for path in checkpoints.folder.iterdir()] == [f"step-{step:08d}"]
+        assert checkpoints.newest() == checkpoints.folder / f"step-{step:08d}"
+
+
 def die_at(folder: Path, moment: str) -> None:
     """Write step 2 and be killed: in the middle of a file, before the manifest, or just before the rename."""
 

@@ -225,5 +225,27 @@ def test_fp16_is_refused_on_a_cpu() -> None:
         Engine(network(), EngineConfig(precision="fp16"), trains, 4)
 
 
+def test_the_gpu_of_a_process() -> None:
+    assert [distributed.device_index(rank, 4) for rank in range(4)] == [0, 1, 2, 3]
+    assert distributed.device_index(3, 1) == 0  # a launcher that shows each task its own GPU alone
+    with pytest.raises(UserError, match="LOCAL_RANK=2 but this process sees 2 GPUs; start at most 2"):
+        distributed.device_index(2, 2)
+
+
+def test_slurm_tasks_that_know_nothing_of_one_another_are_refused() -> None:
+    code = "from videodiff.training import distributed\ndistributed.start()\nprint(distributed.world())"
+    known = {name: value for name, value in os.environ.items() if name not in distributed.LAUNCHER_VARIABLES}
+
+    def start(**variables: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", code]
+        return subprocess.run(command, env=known | variables, capture_output=True, text=True, check=False)
+
+    done = start(SLURM_NTASKS="2", SLURM_PROCID="1")
+    assert done.returncode
+    assert "Slurm started 2 tasks" in done.stderr
+    assert "slurm/train.sbatch, or export RANK, WORLD_SIZE" in done.stderr
+    assert start(SLURM_NTASKS="1", SLURM_PROCID="0").stdout == "1\n"
+
+
 if __name__ == "__main__":
     worker(sys.argv[1])

@@ -222,6 +222,40 @@ def test_a_moved_model_repeats_and_a_changed_one_is_refused(
     assert "leave out seed" in capsys.readouterr().err
 
 
+def test_a_repetition_that_differs_is_told(
+    generate: Callable[..., dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = generate("out", "--image-only")
+    assert run("generate", "--from", tmp_path / "out.json") == 0
+    assert sidecar(tmp_path / "out-again.json")["warnings"] == told["warnings"]
+    told["frames_sha256"], told["software"]["torch"] = "0" * 64, "1.2.3"
+    (tmp_path / "out.json").write_text(json.dumps(told))
+    capsys.readouterr()
+    assert run("generate", "--from", tmp_path / "out.json") == 0
+    message = f"which were made with torch 1.2.3, these with torch {torch.__version__}"
+    assert message in capsys.readouterr().err
+    assert any(message in warning for warning in sidecar(tmp_path / "out-again.json")["warnings"])
+
+
+def test_a_sidecar_changed_by_hand_is_one_line(
+    generate: Callable[..., dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = generate("out", "--image-only")
+    wrong: list[dict[str, Any]] = [
+        {"batch": batch}
+        for batch in ([1, 5], ["a", "b"], [0, 0], [1.5, 0], [2, -1], [True, False], [9999, 0], [1], "11", None)
+    ]
+    for change in (*wrong, {"format": 2}, {"format": None}, {"software": 3}, {"options": 3}, {"model": "x"}):
+        (tmp_path / "out.json").write_text(json.dumps({**told, **change}))
+        capsys.readouterr()
+        assert run("generate", "--from", tmp_path / "out.json") == 2, change
+        errors = capsys.readouterr().err
+        assert len(errors.splitlines()) == 1, errors
+        assert "out.json" in errors
+        assert change.keys() & {"software", "options", "model"} or next(iter(change)) in errors
+    assert not (tmp_path / "out-again.json").exists()
+
+
 def test_a_file_of_prompts_carries_options_and_is_not_made_twice(
     toy_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -4,14 +4,26 @@ import hashlib
 import io
 import json
 import pickle
+import sys
 import tarfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
 import webdataset
 
-from data_pipeline.shards import fingerprint, open_shards, read_sample, scan_shard, write_shard, write_world_shards
+from data_pipeline.order import Order
+from data_pipeline.shards import (
+    all_captions,
+    fingerprint,
+    open_shards,
+    read_sample,
+    scan_shard,
+    write_shard,
+    write_world_shards,
+)
 from videodiff.errors import UserError
 
 WORLD: dict[str, Any] = {"num_clips": 7, "size": 32, "frames": 4, "fps": 8, "seed": 3, "samples_per_shard": 3}
@@ -228,3 +240,79 @@ def test_the_writer_refuses_keys_and_samples_that_cannot_be_read_back(tmp_path: 
         with pytest.raises(ValueError, match="key has no dots"):
             write_shard(tmp_path / "x.tar", [sample])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_captions_are_read_without_the_videos(world: Path, tmp_path: Path) -> None:
+    long = "x" * 120  # a name that takes a header of its own
+    others = foreign(
+        tmp_path / "a.tar",
+        [("README", b"?"), ("1.MP4", bytes(3 << 20)), ("1.TXT", b"one\n"), (f"{long}.mp4", bytes(3 << 20)),
+         (f"{long}.json", b'{"captions": ["two", "zwei"]}')],
+    )  # fmt: skip
+    for location in (world, others):
+        shards = open_shards(str(location))
+        samples = [read_sample(shard, number) for shard in shards for number in range(len(shard.offsets))]
+        assert list(all_captions(str(location))) == [caption for sample in samples for caption in sample.captions]
+    before = _bytes_read()
+    list(all_captions(str(others)))
+    assert _bytes_read() - before < 1 << 20
+
+
+def _bytes_read() -> int:
+    """What this process has read from files so far."""
+    return int(Path("/proc/self/io").read_text().split()[1])
+
+
+@pytest.mark.parametrize(
+    ("members", "words"),
+    [([("1.mp4", b"v")], "has no caption"), ([("1.json", b'{"caption": "one"}')], "has no video")],
+)
+def test_half_samples_give_no_captions(tmp_path: Path, members: list[tuple[str, bytes]], words: str) -> None:
+    foreign(tmp_path / "a.tar", members)
+    with pytest.raises(UserError, match=words):
+        list(all_captions(str(tmp_path)))
+
+
+def test_torn_shards_give_no_captions(copied: Path) -> None:
+    shard = copied / "world-000001.tar"
+    shard.write_bytes(bytes(shard.stat().st_size))
+    with pytest.raises(UserError, match=r"world-000001\.tar: torn at byte 0"):
+        list(all_captions(str(copied)))
+
+
+def test_the_order_stays_whatever_happens_between_two_lines() -> None:
+    """As another thread would: before every line of a call, the order is asked for a sample of another epoch."""
+    sizes, total = [5, 3, 9, 1, 30], 48
+    alone, order = Order(sizes, 7, seed=2), Order(sizes, 7, seed=2)
+    expected = [alone.sample(number) for number in range(2 * total)]
+    lines = 0
+
+    def intrude(frame: FrameType, event: str, _: Any) -> Any:
+        nonlocal lines
+        if frame.f_code is Order._stream.__code__ and event == "line":
+            sys.settrace(None)
+            lines += 1
+            other = (number + total) % (2 * total)
+            assert order.sample(other) == expected[other]
+            sys.settrace(intrude)
+        return intrude
+
+    before = sys.gettrace()
+    for number in range(0, 2 * total, 6):
+        sys.settrace(intrude)
+        try:
+            found = order.sample(number)
+        finally:
+            sys.settrace(before)
+        assert found == expected[number]
+    assert lines > 4 * total // 3
+
+
+def test_the_order_is_the_same_from_many_threads() -> None:
+    """Each thread is in an epoch of its own."""
+    sizes, total = [5, 3, 9, 1, 30], 48
+    alone, order = Order(sizes, 7, seed=2), Order(sizes, 7, seed=2)
+    epochs = [range(epoch * total, (epoch + 1) * total) for epoch in range(4)]
+    expected = [[alone.sample(number) for number in epoch] for epoch in epochs]
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(lambda epoch: [order.sample(n) for n in epoch], epochs)) == expected

@@ -1,5 +1,9 @@
 """The training tasks of the stages: what each is told, what trains, and what must stay as it was."""
 
+import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -10,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from data_pipeline.shards import write_world_shards
 from data_pipeline.world import render_clip
 from stages import image, interpolation, text, video
 from stages.autoencoder import AutoencoderStage, AutoencoderTask
@@ -21,12 +26,18 @@ from stages.video import VideoStage
 from videodiff import config as configs
 from videodiff.batch import Condition, VideoBatch
 from videodiff.errors import UserError
-from videodiff.model import VOCABULARY, WORDS, Model
+from videodiff.model import DESCRIPTION, VOCABULARY, WORDS, Model, export, write_weights
 from videodiff.networks.text import build_vocabulary
 from videodiff.networks.unet import is_temporal
 from videodiff.training.trainer import RunConfig, train
 
 ENGINE = {"precision": "fp32", "learning_rate": 3e-3, "weight_decay": 0.0}
+
+
+@pytest.fixture(autouse=True)
+def _same_start() -> None:
+    """Networks start from the same weights whichever tests ran before."""
+    torch.manual_seed(0)
 
 
 @dataclass
@@ -214,6 +225,133 @@ def test_the_interpolation_stage_starts_from_the_video_stage(toy_model: Path, tm
         interpolation.task(stage_config(InterpolationStage, tmp_path, frames=6), base)
 
 
+def test_an_unfrozen_spatial_half_is_the_interpolation_networks_too(toy_model: Path, tmp_path: Path) -> None:
+    base = Model.load(toy_model)
+    config = _video(tmp_path / "video", temporal={"fps": True}, freeze_spatial=False)
+    config = config.model_copy(update={"run": config.run.model_copy(update={"steps": 2, "save_every": 2})})
+    base = trained(config, video.task(config, base), Clips(4, 8.0))
+    spatial = "conv_in.spatial.weight"
+    assert not torch.equal(base.state("video")[spatial], base.state("image")[spatial])
+    smooth = stage_config(InterpolationStage, tmp_path / "interpolation", frames=5, fps=16.0)
+    smooth = smooth.model_copy(update={"run": smooth.run.model_copy(update={"steps": 2, "save_every": 2})})
+    task = interpolation.task(smooth, base)
+    exported = trained(smooth, task, Clips(5, 16.0))
+    assert spatial not in exported.state("interpolation")  # frozen here, so stored by the video stage alone
+    network = Model.load(exported.folder, "raw").unet("interpolation").state_dict()
+    assert network.keys() == task.module.state_dict().keys()
+    assert all(torch.equal(network[name], value) for name, value in task.module.state_dict().items())
+
+
+MISTAKES = {
+    "size and factor": ({"data": {"size": 36}}, "data.size: 36 is not a multiple of 8"),
+    "size and levels": (
+        {"data": {"size": 40}, "network": {"channel_mult": [1, 1], "attention_levels": [True, True]}},
+        "data.size: 40 is not a multiple of 16",
+    ),
+    "latent channels": ({"network": {"channels": 8}}, "network.channels: 8 does not fit"),
+    "tokens": ({"network": {"context_dims": [32]}}, r"network.context_dims: \[32\] does not fit .* \[16\]"),
+    "pooled text": ({"network": {"pooled_dim": 32}}, "network.pooled_dim: 32 does not fit"),
+    "steps": ({"sampling": {"sampler": {"kind": "ddim", "steps": 2000}}}, "sampler.steps is 2000"),
+    "pair": ({"prediction": "eps"}, "prediction eps with schedule.zero_terminal_snr"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_what_does_not_fit_is_refused_before_training(mistake: str, toy_model: Path, tmp_path: Path) -> None:
+    (change, problem), base = MISTAKES[mistake], Model.load(toy_model)
+    network = configs.to_dict(base.diffusion("image").network)
+    tree = configs.to_dict(stage_config(ImageStage, tmp_path, frames=1, network=network))
+    image.task(configs.build(ImageStage, tree, "the test"), base)
+    for key, value in change.items():
+        tree[key] = {**tree[key], **value} if isinstance(value, dict) else value
+    with pytest.raises(UserError, match=problem):
+        image.task(configs.build(ImageStage, tree, "the test"), base)
+
+
+def test_an_autoencoder_refuses_a_size_that_it_cannot_halve(tmp_path: Path) -> None:
+    tree = configs.to_dict(stage_config(AutoencoderStage, tmp_path, frames=1))
+    tree["data"]["size"] = 36
+    with pytest.raises(UserError, match=r"data\.size: 36 is not a multiple of 8 .* use 32"):
+        AutoencoderTask(configs.build(AutoencoderStage, tree, "the test"))
+
+
+def test_the_image_network_takes_the_text_towers_widths(toy_model: Path, tmp_path: Path) -> None:
+    base = Model.load(toy_model)
+    network = configs.to_dict(base.diffusion("image").network)
+    del network["context_dims"], network["pooled_dim"]
+    task = image.task(stage_config(ImageStage, tmp_path, frames=1, network=network), base)
+    assert task.module.config == task.part["network"] == base.diffusion("image").network
+
+
+@pytest.mark.parametrize("odd", ["missing", "unexpected"])
+def test_an_image_stage_that_is_not_whole_is_refused(odd: str, toy_model: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(toy_model, tmp_path / "model"))
+    base = Model.load(folder)
+    state, part = base.state("image"), base.diffusion("image")
+    if odd == "missing":
+        del state["conv_in.spatial.weight"]
+    else:
+        state["nonsense.weight"] = torch.zeros(1)
+    part = part.model_copy(update={"weights": write_weights(folder, part.weights.name, state)})
+    configs.save(base.config.model_copy(update={"image": part}), folder / DESCRIPTION)
+    with pytest.raises(UserError, match="stage image do not fit"):
+        video.task(_video(tmp_path, temporal={"fps": True}), Model.load(folder))
+
+
+def test_activation_checkpointing_changes_no_loss(toy_model: Path, tmp_path: Path) -> None:
+    batch, losses, calls = Clips(4, 8.0).batch([0, 1]), [], []
+    for saving in (False, True):
+        torch.manual_seed(0)
+        config = _video(tmp_path, temporal={"fps": True}, activation_checkpointing=saving)
+        task = video.task(config, Model.load(toy_model))
+        seen: list[int] = []
+        task.module.middle[0].register_forward_pre_hook(lambda *_, seen=seen: seen.append(1))  # type: ignore[union-attr]
+        losses.append(task.loss(task.module, batch, seed=1).per_sample)
+        losses[-1].sum().backward()
+        calls.append(len(seen))
+    assert torch.equal(*losses)
+    assert calls == [1, 2]
+
+
+def test_a_sampler_that_draws_noise_makes_pictures(toy_model: Path, tmp_path: Path) -> None:
+    base, batch = Model.load(toy_model), Clips(4, 8.0).batch([0, 1])
+    config = _video(tmp_path, temporal={"fps": True}, sampling={"sampler": {"kind": "ddpm", "steps": 3}})
+    task = video.task(config, base)
+    for again in ("one", "two"):
+        (tmp_path / again).mkdir()
+        task.sample(base.unet("video"), batch, tmp_path / again, 3)
+    one, two = ((tmp_path / again / "step-00000003.png").read_bytes() for again in ("one", "two"))
+    assert one == two
+
+
+@pytest.mark.parametrize("limit", [1500, None])
+def test_an_export_is_whole_or_not_there(limit: int | None, toy_model: Path, tmp_path: Path) -> None:
+    """A limit on the size of files stands for a full disk."""
+    code = (
+        "import resource, sys; from stages.cli import main;"
+        f"limit = {limit} or resource.RLIM_INFINITY; resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit));"
+        f"main(['export', {str(toy_model)!r}, '--out', 'out'])"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
+    if limit is None:
+        assert done.returncode == 0, done.stderr
+        assert Model.load(tmp_path / "out").config.stages() == Model.load(toy_model).config.stages()
+    else:
+        assert done.returncode == 2
+        assert len(done.stderr.splitlines()) == 1, done.stderr
+        assert "autoencoder.safetensors" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == (["out"] if limit is None else [])
+
+
+def test_an_export_spares_what_is_in_a_folder(toy_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="holds something else already"):
+        export(Model.load(toy_model), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
 def test_a_diffusion_loss_follows_the_sample_not_its_batch(toy_model: Path, tmp_path: Path) -> None:
     task = video.task(_video(tmp_path, temporal={"fps": True}), Model.load(toy_model))
     source = Clips(4, 8.0)
@@ -227,7 +365,7 @@ def test_sample_pictures_are_written(toy_model: Path, tmp_path: Path) -> None:
     base, batch = Model.load(toy_model), Clips(4, 8.0).batch([0, 1])
     video.task(_video(tmp_path, temporal={"fps": True}), base).sample(base.unet("video"), batch, tmp_path, 3)
     config = stage_config(AutoencoderStage, tmp_path, frames=1, network=_autoencoder(base))
-    AutoencoderTask(config, Clips(1, 8.0)).sample(base.autoencoder, batch, tmp_path, 4)  # type: ignore[arg-type]
+    AutoencoderTask(config).sample(base.autoencoder, batch, tmp_path, 4)
     assert [path.name for path in sorted(tmp_path.glob("*.png"))] == ["step-00000003.png", "step-00000004.png"]
 
 
@@ -236,9 +374,11 @@ def _autoencoder(base: Model) -> dict[str, Any]:
 
 
 def test_the_autoencoder_learns_and_measures_its_latents(toy_model: Path, tmp_path: Path) -> None:
+    shards = write_world_shards(tmp_path / "shards", 6, 32, 1, 8.0, 0).parent
     config = stage_config(AutoencoderStage, tmp_path, frames=1, network=_autoencoder(Model.load(toy_model)))
-    source = Clips(1, 8.0)
-    task = AutoencoderTask(config, source)  # type: ignore[arg-type]
+    config = config.model_copy(update={"data": config.data.model_copy(update={"shards": str(shards)})})
+    source = Clips(1, 8.0)  # what trains; the task opens the shards itself to measure
+    task = AutoencoderTask(config)
     batch = source.batch(list(range(6)))
     before = float(task.loss(task.module, batch, seed=0).per_sample.detach().mean())
     model = trained(config, task, source)

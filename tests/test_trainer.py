@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 from tiny_training import TinyConfig, TinySource, TinyTask, run_tiny, tiny
 
 from videodiff import config as configs
+from videodiff.batch import VideoBatch
 from videodiff.errors import UserError
 from videodiff.training.trainer import train
 
@@ -133,6 +135,37 @@ def test_a_changed_configuration_is_refused_with_the_difference(tmp_path: Path) 
         run_tiny(tiny(tmp_path / "run", engine__learning_rate=0.02))
     with pytest.raises(UserError, match="written with zero_stage 1, now 2"):
         run_tiny(tiny(tmp_path / "run", engine__zero_stage=2))
+
+
+def test_a_start_that_failed_binds_nobody(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="micro_batch=3 does not divide"):
+        run_tiny(tiny(tmp_path / "run", engine__micro_batch=3, engine__learning_rate=0.02))
+    mended = tiny(tmp_path / "run")
+    run_tiny(mended)
+    assert configs.load(TinyConfig, tmp_path / "run" / "config.yaml") == mended
+
+
+def test_a_second_start_is_refused_while_the_first_trains(tmp_path: Path) -> None:
+    config, outputs = tiny(tmp_path / "run", run__steps=2), []
+
+    class Source(TinySource):
+        def batches(self, *position: int) -> Iterator[VideoBatch]:
+            outputs.append(launch(config, status=2))
+            yield from super().batches(*position)
+
+    train(config.run, config.engine, config.batch_size, TinyTask(config), Source(), config)
+    assert outputs[0].splitlines()[-1].startswith(f"run.dir={config.run.dir}: another process trains in it; ")
+    assert "Traceback" not in outputs[0]
+    run_tiny(tiny(tmp_path / "run"))  # the end of the first releases the folder
+
+
+def test_samples_that_can_not_be_drawn_end_all_processes(tmp_path: Path) -> None:
+    config = tiny(tmp_path / "run", run__steps=2, run__sample_every=2)
+    Path(config.run.dir).mkdir()
+    Path(config.run.dir, "samples").write_text("a file stands here")
+    output = launch(config, ranks=2, status=1)  # torchrun's own status
+    assert "step 2: rank 0 could not draw samples (FileExistsError), see its message" in output
+    assert weights(config, 2, "ema")  # what was trained is kept
 
 
 def test_other_data_and_other_frozen_layers_are_refused(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ SMALL = UNetConfig(
     context_dims=(6, 10),
     pooled_dim=5,
     known_channels=True,
-    temporal=TemporalConfig(feed_forward_factor=2.0, fps=True, known_time=True),
+    temporal=TemporalConfig(feed_forward_factor=2.0, fps=True),
 )
 
 
@@ -47,7 +47,6 @@ def condition(clips: int = 2, frames: int = 3, known: bool = True) -> Condition:
         text_mask=(mask, mask.flip(0)),
         pooled=normal(clips, 5, seed=4),
         fps=torch.full((clips,), 8.0),
-        known_time=torch.zeros(clips),
     )
     if known:
         first = torch.zeros(clips, 1, frames, 4, 4)
@@ -174,7 +173,7 @@ def test_checkpointing_recomputes() -> None:
     assert len(calls) == 3
 
 
-@pytest.mark.parametrize("part", ["text", "second text", "pooled", "known", "known_mask", "fps", "known_time", "time"])
+@pytest.mark.parametrize("part", ["text", "second text", "pooled", "known", "known_mask", "fps", "time"])
 def test_each_condition_changes_the_output(part: str) -> None:
     network = UNet(SMALL)
     fill(network)
@@ -291,6 +290,10 @@ def test_time_is_told_apart_in_bf16() -> None:
         ({"head_channels": 7}, "head_channels 7 does not divide"),
         ({"temporal": {"kernel": 2}}, "even"),
         ({"chanels": 4}, "channels"),
+        ({"channel_mult": (1, 0)}, "channel_mult"),
+        ({"num_res_blocks": 0}, "num_res_blocks"),
+        ({"num_res_blocks": (1, 0)}, "num_res_blocks"),
+        ({"temporal": {"known_time": True}}, "known_time"),
     ],
 )
 def test_impossible_shapes_are_refused(broken: dict[str, object], words: str) -> None:

@@ -7,6 +7,7 @@ The video and interpolation stages store only what they train; their frozen spat
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
@@ -31,7 +32,7 @@ from videodiff.diffusion.schedule import NoiseSchedule
 from videodiff.errors import UserError
 from videodiff.networks.autoencoder import Autoencoder, AutoencoderConfig
 from videodiff.networks.text import PretrainedText, TextConfig, TextTower
-from videodiff.networks.unet import UNet, UNetConfig
+from videodiff.networks.unet import UNet, UNetConfig, is_temporal
 
 DESCRIPTION = "model.yaml"
 VOCABULARY, WORDS = "vocabulary.txt.gz", "words.txt"
@@ -189,10 +190,15 @@ class Model:
         return TextTower(part.network.model_copy(update=paths), self.state("text"))
 
     def unet(self, stage: DiffusionStage) -> UNet:
-        """The network of a diffusion stage; the spatial half of video and interpolation is the image stage's."""
+        """The network of a diffusion stage.
+
+        The spatial half of video and interpolation is the image stage's, unless the video stage trained its own.
+        """
         part = self.diffusion(stage)
         network = UNet(part.network)
         state = self.state(stage)
+        if stage == "interpolation" and self.config.video is not None:
+            state = {**{name: value for name, value in self.state("video").items() if not is_temporal(name)}, **state}
         if stage != "image":
             state = {**self.state("image"), **state}
         self._fill(network, state, stage)
@@ -247,11 +253,17 @@ def _digest(file) -> str:  # type: ignore[no-untyped-def]  # Python 3.10 has no 
 
 
 def write_weights(folder: Path, name: str, state: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> File:
-    """Write a stage's weights into a model folder as safetensors; returns what `model.yaml` says of the file."""
+    """Write a stage's weights into a model folder as safetensors; returns what `model.yaml` says of the file.
+
+    Raises OSError, which names the file, when it can't be written: safetensors' own error says neither.
+    """
     tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
     if dtype is not None:
         tensors = {key: value.to(dtype) if value.is_floating_point() else value for key, value in tensors.items()}
-    save_file(tensors, folder / name)
+    try:
+        save_file(tensors, folder / name)
+    except SafetensorError as error:
+        raise OSError(errno.EIO, str(error), str(folder / name)) from None
     return File(name=name, sha256=sha256(folder / name))
 
 
@@ -282,10 +294,29 @@ def carry(model: Model, folder: Path) -> ModelConfig:
 
 
 def export(model: Model, folder: Path, half: bool = False) -> None:
-    """Write the chosen weights of every stage into a new folder that stands alone; `half` stores them in float16."""
-    if (folder / DESCRIPTION).exists():
-        raise UserError(f"{folder}: holds a model already; name a new folder")
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write the chosen weights of every stage into a new folder that stands alone; `half` stores them in float16.
+
+    The folder is there when it is whole: it is filled under another name. Raises UserError when it can't be written.
+    """
+    folder = folder.resolve()
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        what = "a model" if (folder / DESCRIPTION).exists() else "something else"
+        raise UserError(f"{folder}: holds {what} already; name a new folder")
+    draft = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    try:
+        draft.mkdir(parents=True)
+        _fill_folder(model, draft, half)
+        draft.replace(folder)
+    except OSError as error:
+        where = Path(error.filename2 or error.filename or folder).name
+        raise UserError(
+            f"{folder}: cannot be written ({where}: {error.strerror or error}); make room or name another folder"
+        ) from None
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def _fill_folder(model: Model, folder: Path, half: bool) -> None:
     description = carry(model, folder)
     for stage in model.config.stages():
         part = getattr(description, stage)

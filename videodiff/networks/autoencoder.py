@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
 from videodiff.config import Config
@@ -27,7 +27,7 @@ class AutoencoderConfig(Config):
 
     latent_channels: int = Field(8, ge=1)
     patch: int = Field(2, ge=1, description="side of the squares of pixels that become channels at the input")
-    widths: tuple[int, ...] = Field((64, 128, 128), min_length=1)
+    widths: tuple[PositiveInt, ...] = Field((64, 128, 128), min_length=1)
     num_res_blocks: int = Field(1, ge=1, description="per level, in the encoder and in the decoder")
     chunk: int = Field(16, ge=1, description="frames of one clip that go through together: bounds memory")
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from videodiff.config import Config
 from videodiff.errors import UserError
+from videodiff.video_io import atomic_path
 
 END_OF_WORD = "</w>"
 # Letters, single digits and runs of other signs: how CLIP's tokenizer cuts a lower-cased caption.
@@ -83,7 +84,8 @@ def build_vocabulary(
     `vocabulary` is what open_clip's SimpleTokenizer reads: gzip, one comment line, one merge a line. Merges are taken
     greedily, the most frequent pair first (Sennrich et al. 2016), at most `num_merges`, fewer when every word is one
     token. `words` has one word a line, so that `unknown_words` can tell what training never saw. Equal captions in
-    any order give equal bytes. Raises UserError where there are no words.
+    any order give equal bytes. Each file is written whole or not at all, `words` last: where it stands, both do.
+    Raises UserError where there are no words.
     """
     counts = Counter(word for caption in captions for word in words_of(caption))
     if not counts:
@@ -108,8 +110,10 @@ def build_vocabulary(
     lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
     # No time and no name in the gzip header: the file is a function of the captions. No last newline: an empty line
     # would be read as one more merge.
-    Path(vocabulary).write_bytes(gzip.compress("\n".join(lines).encode(), mtime=0))
-    Path(words).write_text("\n".join(sorted(counts)) + "\n", encoding="utf-8")
+    with atomic_path(vocabulary) as temporary:
+        temporary.write_bytes(gzip.compress("\n".join(lines).encode(), mtime=0))
+    with atomic_path(words) as temporary:
+        temporary.write_text("\n".join(sorted(counts)) + "\n", encoding="utf-8")
 
 
 def _merge(parts: list[str], pair: tuple[str, str]) -> list[str]:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, model_validator
+from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -34,7 +34,6 @@ class TemporalConfig(Config):
     text_attention: bool = True
     first_frame_attention: bool = True
     fps: bool = Field(False, description="take condition.fps, frames per second")
-    known_time: bool = Field(False, description="take condition.known_time, the noise level of the known frames")
 
     @model_validator(mode="after")
     def _check(self) -> "TemporalConfig":
@@ -48,8 +47,8 @@ class UNetConfig(Config):
 
     channels: int = Field(8, ge=1, description="latent channels in and out")
     model_channels: int = Field(ge=4)
-    channel_mult: tuple[int, ...] = Field((1, 2, 4, 4), min_length=1)
-    num_res_blocks: int | tuple[int, ...] = 2
+    channel_mult: tuple[PositiveInt, ...] = Field((1, 2, 4, 4), min_length=1)
+    num_res_blocks: PositiveInt | tuple[PositiveInt, ...] = 2
     attention_levels: tuple[bool, ...] = (True, True, True, False)
     head_channels: int = Field(64, ge=1)
     num_transformer_layers: int = Field(1, ge=1)
@@ -159,7 +158,6 @@ class UNet(nn.Module):
         self.pooled_norm = nn.LayerNorm(config.pooled_dim) if config.pooled_dim else None
         self.pooled_embedding = embedding_mlp(config.pooled_dim, dim) if config.pooled_dim else None
         self.temporal_fps = embedding_mlp(base, dim) if temporal and temporal.fps else None
-        self.temporal_known_time = embedding_mlp(base, dim) if temporal and temporal.known_time else None
 
         self.conv_in = SpaceTimeConv(config.channels, base, kernel)
         self.known_conv = None
@@ -259,8 +257,6 @@ class UNet(nn.Module):
         video_embedding = embedding if video else None
         if video_embedding is not None and self.temporal_fps is not None and condition.fps is not None:
             video_embedding = video_embedding + self.temporal_fps(sinusoid(condition.fps, base).to(dtype))
-        if video_embedding is not None and self.temporal_known_time is not None and condition.known_time is not None:
-            video_embedding = video_embedding + self.temporal_known_time(sinusoid(condition.known_time, base).to(dtype))
         return Signals(
             embedding=F.silu(embedding),
             video_embedding=None if video_embedding is None else F.silu(video_embedding),
@@ -289,10 +285,8 @@ class UNet(nn.Module):
             )
         if condition.known is not None and self.known_conv is None:
             raise ValueError("known frames are given to a network without known_channels; use a video model")
-        if config.temporal and x.shape[2] > 1:
-            for name in ("fps", "known_time"):
-                if getattr(config.temporal, name) and getattr(condition, name) is None:
-                    raise ValueError(f"the network takes condition.{name}, and it is None")
+        if config.temporal and config.temporal.fps and x.shape[2] > 1 and condition.fps is None:
+            raise ValueError("the network takes condition.fps, and it is None")
 
 
 def is_temporal(name: str) -> bool:

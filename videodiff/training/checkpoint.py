@@ -21,7 +21,7 @@ MANIFEST = "manifest.json"
 
 
 class Checkpoints:
-    """The folder `checkpoints/` of a run. All methods are collective."""
+    """The folder `checkpoints/` of a run. Its methods are collective, but for `exist`."""
 
     def __init__(self, folder: Path, keep_last: int) -> None:
         self.folder, self.keep_last = folder, keep_last
@@ -56,8 +56,15 @@ class Checkpoints:
         raise_from_first(self._finish(draft, final, step) if rank() == 0 else None)
         return final
 
+    def exist(self) -> bool:
+        """Whether there is any checkpoint, sound or not. Not collective: what this process sees."""
+        return bool(self._found())
+
+    def _found(self) -> list[Path]:
+        return sorted(self.folder.glob("step-*[0-9]"))
+
     def _choose(self) -> tuple[str | None, str | None]:
-        found = sorted(self.folder.glob("step-*[0-9]"), reverse=True)
+        found = self._found()[::-1]
         for path in found:
             reason = fault(path)
             if reason is None:
@@ -91,8 +98,11 @@ class Checkpoints:
                 shutil.rmtree(final)
             draft.rename(final)
             _sync(self.folder)
-            for old in sorted(self.folder.glob("step-*[0-9]"))[: -self.keep_last]:
-                shutil.rmtree(old)
+            found = self._found()
+            # The run went on from below the later ones because they are broken: they must not outlive sound ones.
+            last = found.index(final) + 1
+            for useless in [*found[last:], *found[:last][: -self.keep_last]]:
+                shutil.rmtree(useless)
         except OSError as error:
             shutil.rmtree(draft, ignore_errors=True)
             return self._failed(step, error)
@@ -100,8 +110,8 @@ class Checkpoints:
 
     def _failed(self, step: int, error: Exception) -> str:
         reason = (error.strerror if isinstance(error, OSError) else None) or str(error).splitlines()[0]
-        sound = sorted(path.name for path in self.folder.glob("step-*[0-9]"))
-        last = f"{sound[-1]} is untouched" if sound else "there is none before it"
+        sound = self._found()
+        last = f"{sound[-1].name} is untouched" if sound else "there is none before it"
         return (
             f"{self.folder}: the checkpoint of step {step} could not be written ({reason}); {last}; "
             "make room or name another run.dir, then give the same command again"

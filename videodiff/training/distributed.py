@@ -24,7 +24,7 @@ LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER
 def start() -> None:
     """Join the process group that the environment describes, a group of one without any. Again: does nothing.
 
-    Raises UserError when the launcher's variables are there in part only.
+    Raises UserError when the launcher's variables are there in part only, or Slurm started several tasks without them.
     """
     if dist.is_initialized():
         return
@@ -33,6 +33,12 @@ def start() -> None:
     if missing and not alone:
         raise UserError(
             f"environment: WORLD_SIZE is set but {', '.join(missing)} is not; start with torchrun, or unset WORLD_SIZE"
+        )
+    tasks = os.environ.get("SLURM_NTASKS", "1")
+    if alone and "SLURM_PROCID" in os.environ and tasks != "1":
+        raise UserError(
+            f"environment: Slurm started {tasks} tasks (SLURM_NTASKS) but WORLD_SIZE is not set, each would train "
+            f"alone; use slurm/train.sbatch, or export {', '.join(LAUNCHER_VARIABLES)} in every task"
         )
     if torch.cuda.is_available():
         torch.cuda.set_device(device())
@@ -62,8 +68,23 @@ def world() -> int:
 def device() -> torch.device:
     """Where this process computes: its own GPU, or the CPU where there is none."""
     if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        return torch.device("cuda", device_index(int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()))
     return torch.device("cpu")
+
+
+def device_index(local_rank: int, count: int) -> int:
+    """Which of the `count` GPUs that a process sees is its own. One alone is: Slurm may show each task only its GPU.
+
+    Raises UserError when there are more processes than GPUs.
+    """
+    if count == 1:
+        return 0
+    if local_rank >= count:
+        raise UserError(
+            f"environment: LOCAL_RANK={local_rank} but this process sees {count} GPUs; start at most {count} processes "
+            "on this machine, or show it more in CUDA_VISIBLE_DEVICES"
+        )
+    return local_rank
 
 
 def barrier() -> None:

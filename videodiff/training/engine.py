@@ -272,6 +272,8 @@ def _wrap(module: nn.Module, config: EngineConfig, micro_batch: int, accumulatio
     if device().type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("LOCAL_RANK", "0")
+    if device().index is not None:  # DeepSpeed takes it for the number of the GPU
+        os.environ["LOCAL_RANK"] = str(device().index)
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # DeepSpeed calls torch by names that torch has deprecated: every step, and nothing that a user could mend.
     warnings.filterwarnings("ignore", message=r".*torch\.distributed\..* is deprecated", category=FutureWarning)

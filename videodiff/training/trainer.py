@@ -4,6 +4,9 @@ A run is a function of its configuration: the learning rate, the average's weigh
 the step and the sample's number, so that a restart needs no more than the weights, the moments and the step.
 """
 
+import contextlib
+import errno
+import fcntl
 import json
 import os
 import signal
@@ -25,11 +28,20 @@ from videodiff.errors import UserError
 from videodiff.seeding import generator
 from videodiff.training import distributed
 from videodiff.training.checkpoint import Checkpoints
-from videodiff.training.distributed import device, gather_to_first, raise_from_first, rank, sum_over_ranks, world
+from videodiff.training.distributed import (
+    device,
+    from_first,
+    gather_to_first,
+    raise_from_first,
+    rank,
+    sum_over_ranks,
+    world,
+)
 from videodiff.training.ema import EMA
 from videodiff.training.engine import Engine, EngineConfig
 from videodiff.training.metrics import Report
 
+CHECKPOINTS = "checkpoints"
 MAX_BAD_STEPS = 10  # steps in a row with gradients that are not finite
 
 
@@ -101,14 +113,14 @@ def train(
     """Train until `run.steps` steps are done, from the newest sound checkpoint in `run.dir`, else from the start.
 
     batch_size: samples of a step over all ranks. config: the whole tree; kept in the run and compared when it goes on.
-    Raises UserError for a changed configuration, a full disk, gradients that stay not finite. After SIGINT or SIGTERM
-    the step is finished and saved, then the process exits with 130 or 143.
+    Raises UserError for a changed configuration, a folder that another process trains in, a full disk, gradients that
+    stay not finite. After SIGINT or SIGTERM the step is finished and saved, then the process exits with 130 or 143.
     """
     distributed.start()
     folder = Path(run.dir)
-    raise_from_first(_open_folder(folder, config) if rank() == 0 else None)
     devices = [device()] if device().type == "cuda" else []
-    with torch.random.fork_rng(devices):
+    with contextlib.ExitStack() as held, torch.random.fork_rng(devices):
+        raise_from_first(_open_folder(folder, config, held) if rank() == 0 else None)
         trainer = _Trainer(run, engine, batch_size, task, source)
         try:
             trainer.train()
@@ -120,7 +132,7 @@ class _Trainer:
     def __init__(self, run: RunConfig, config: EngineConfig, batch_size: int, task: Task, source: BatchSource) -> None:
         self.run, self.config, self.batch_size = run, config, batch_size
         self.task, self.source, self.folder = task, source, Path(run.dir)
-        self.checkpoints = Checkpoints(self.folder / "checkpoints", run.keep_last)
+        self.checkpoints = Checkpoints(self.folder / CHECKPOINTS, run.keep_last)
         newest = self.checkpoints.newest()
         self.engine = Engine(task.module, config, task.trains, batch_size)
         self.ema = EMA(self.engine.masters())
@@ -243,12 +255,24 @@ class _Trainer:
 
     def _sample(self, batch: VideoBatch) -> None:
         state = self.engine.gather(self.ema.values)
+        error: Exception | None = None
         if state is not None:
             folder = self.folder / "samples"
-            folder.mkdir(exist_ok=True)
-            with torch.random.fork_rng([device()] if device().type == "cuda" else []):
-                self.task.sample(self.engine.network(state), batch, folder, self.progress.step)
-        distributed.barrier()
+            try:
+                folder.mkdir(exist_ok=True)
+                with torch.random.fork_rng([device()] if device().type == "cuda" else []):
+                    self.task.sample(self.engine.network(state), batch, folder, self.progress.step)
+            except Exception as caught:  # the others wait: they hear of it before it goes on its way
+                error = caught
+        problem = str(error) if isinstance(error, UserError) else None
+        if error is not None and problem is None:
+            name = type(error).__name__
+            problem = f"step {self.progress.step}: rank 0 could not draw samples ({name}), see its message"
+        problem = from_first(problem)
+        if error is not None:
+            raise error
+        if problem is not None:
+            raise UserError(problem)
 
     def _resume(self, checkpoint: Path) -> None:
         stored = Progress(**json.loads((checkpoint / "state.json").read_text(encoding="utf-8")))
@@ -312,12 +336,18 @@ class _Signals:
             self.got, self._first = number, time.monotonic()
 
 
-def _open_folder(folder: Path, config: Config) -> str | None:
-    """Make the run's folder, or compare the configuration with the one that it began with. Returns the problem."""
+def _open_folder(folder: Path, config: Config, held: contextlib.ExitStack) -> str | None:
+    """Make the run's folder, or compare the configuration with that of its checkpoints. Returns the problem.
+
+    `held` keeps the folder locked until it is closed, or this process is gone.
+    """
     path = folder / "config.yaml"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if path.is_file():
+        if not _lock(folder / ".lock", held):
+            return f"run.dir={folder}: another process trains in it; wait for its end or stop it, or name a new run.dir"
+        # Without a checkpoint there is nothing to go on with: the start failed, and this may be the command mended.
+        if path.is_file() and Checkpoints(folder / CHECKPOINTS, 1).exist():
             changes = configs.differences(configs.load(type(config), path), config)
             if forbidden := [str(change) for change in changes if not change.operational]:
                 return (
@@ -332,6 +362,19 @@ def _open_folder(folder: Path, config: Config) -> str | None:
     except OSError as error:
         return f"run.dir={folder}: can't be written ({error.strerror or error}); name another folder"
     return None
+
+
+def _lock(path: Path, held: contextlib.ExitStack) -> bool:
+    file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    held.callback(os.close, file)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):  # a cluster's disk may come without locks
+            raise
+    return True
 
 
 def _average_file() -> str:
