@@ -5,6 +5,7 @@ The same command works alone and under a launcher that sets RANK, WORLD_SIZE, LO
 """
 
 import os
+import sys
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -50,9 +51,20 @@ def start() -> None:
 
 
 def cleanup() -> None:
-    """Leave the group at the end of a program. A group of one stays: DeepSpeed holds on to it for a next run."""
-    if world() > 1:
-        dist.destroy_process_group()
+    """The last call of a program. A group of one stays: DeepSpeed holds on to it for a next run.
+
+    A process of several ends here when all went well: torch's and DeepSpeed's threads are not always taken down in
+    order when the interpreter exits, and a finished run would now and then die of SIGABRT ("terminate called without
+    an active exception"), which a launcher takes for a failure.
+    """
+    if world() == 1:
+        return
+    if sys.exc_info()[0] is None:
+        dist.barrier()  # nobody leaves while another still talks to it
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
+    dist.destroy_process_group()
 
 
 def rank() -> int:
