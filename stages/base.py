@@ -240,7 +240,7 @@ def write_part(
     weights = write_weights(folder, file, state)
     description = folder / DESCRIPTION
     if not description.is_file():
-        model = carry(_before(base, stage), folder) if base is not None else ModelConfig()
+        model = carry(stages_before(base, stage), folder) if base is not None else ModelConfig()
         model = model.model_copy(update={stage: part(weights)})
     else:
         model = configs.load(ModelConfig, description)
@@ -250,7 +250,7 @@ def write_part(
     configs.save(model, description)
 
 
-def _before(base: Model, stage: str) -> Model:
+def stages_before(base: Model, stage: str) -> Model:
     """The stages before `stage`: later ones were trained on top of another one than this."""
     later = dict.fromkeys(STAGES[STAGES.index(stage) :])
     return Model(base.folder, base.config.model_copy(update=later), base.weights)

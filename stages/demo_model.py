@@ -19,6 +19,7 @@ import torch
 
 from data_pipeline.world import ATTRIBUTES
 from stages.assemble import load_stage
+from stages.evaluate_report import percent
 from stages.evaluate_statistics import ROWS
 from stages.pipeline import Pipeline, SampleKey
 from videodiff import resources
@@ -152,18 +153,12 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
     columns = [*ATTRIBUTES, "all"]
     lines = [f"| row | prompts | N | {' | '.join(columns)} | PSNR, dB |", "|---" * (len(columns) + 4) + "|"]
     for row in rows:
-        shares = [_percent(row["shares"].get(name)) for name in columns]
+        figures = [percent(row["shares"].get(name)) for name in columns]
+        shares = [share + "".join(f" ({limits})" for limits in interval) for share, *interval in figures]
         near = "; ".join(f"{name.replace('_', ' ')} {value['mean']:.1f}" for name, value in row["psnr"].items())
         cells = [ROWS[row["row"]], row["split"].replace("_", " "), str(row["n"]), *shares, near or "-"]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
-
-
-def _percent(value: dict[str, Any] | None) -> str:
-    if value is None:
-        return "-"
-    low, high = (100 * limit for limit in value["interval"])
-    return f"{100 * value['share']:.1f} ({low:.1f}-{high:.1f})"
 
 
 def _clip(model: Path) -> str:

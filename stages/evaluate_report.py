@@ -29,7 +29,7 @@ def table(entries: Sequence[dict[str, Any]]) -> Table:
     for column in ("stage", "prompts", "N", *ATTRIBUTES, "all", "PSNR, dB"):
         drawn.add_column(column, justify="left" if column in ("stage", "prompts") else "right")
     for entry in entries:
-        shares = [_share(entry["shares"].get(name)) for name in (*ATTRIBUTES, "all")]
+        shares = ["\n".join(percent(entry["shares"].get(name))) for name in (*ATTRIBUTES, "all")]
         near = "\n".join(
             f"{MEASURES[name]}{value['mean']:.1f}\n{value['interval'][0]:.1f}-{value['interval'][1]:.1f}"
             for name, value in entry["psnr"].items()
@@ -39,11 +39,12 @@ def table(entries: Sequence[dict[str, Any]]) -> Table:
     return drawn
 
 
-def _share(value: dict[str, Any] | None) -> str:
+def percent(value: dict[str, Any] | None) -> tuple[str, ...]:
+    """A share and its interval in percent; "-" where there is none."""
     if value is None:
-        return "-"
+        return ("-",)
     low, high = (100 * limit for limit in value["interval"])
-    return f"{100 * value['share']:.1f}\n{low:.1f}-{high:.1f}"
+    return f"{100 * value['share']:.1f}", f"{low:.1f}-{high:.1f}"
 
 
 def picture_path(out: Path, row: str, split: str, number: int) -> Path:

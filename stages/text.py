@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from stages.base import StageConfig, _before, write_part
+from stages.base import StageConfig, stages_before, write_part
 from videodiff import config as configs
 from videodiff.batch import VideoBatch
 from videodiff.errors import UserError
@@ -124,6 +124,6 @@ def adopt(config: TextStage, public: PretrainedText, base: Model) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         weights = place(path.resolve(), folder, f"text{path.suffix}")  # a link to a link may point nowhere
         part = TextPart(network=config.network, weights=weights)
-        model = carry(_before(base, "text"), folder).model_copy(update={"text": part})
+        model = carry(stages_before(base, "text"), folder).model_copy(update={"text": part})
         configs.save(model, folder / DESCRIPTION)
     barrier()
