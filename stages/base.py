@@ -193,7 +193,7 @@ class DiffusionTask:
     def loss(self, module: Callable[..., Tensor], batch: VideoBatch, seed: int) -> LossOutput:
         x0 = self.latents(batch, seed)
         condition = self.condition(batch, x0).drop(*self.dropout.draw(seed, batch.numbers))
-        t = sample_times(self.schedule, seed, batch.numbers).to(x0.device)
+        t = sample_times(self.schedule, seed, batch.numbers, self.loss_function.time_shift).to(x0.device)
         eps = normals(tuple(x0.shape[1:]), seed, "noise", batch.numbers).to(x0.device)
         denoiser = Denoiser(module, self.schedule, self.prediction, next(self.module.parameters()).dtype)
         return LossOutput(per_sample=self.loss_function(denoiser, x0, eps, t, condition), metrics={})

@@ -116,3 +116,14 @@ def test_a_samples_time_does_not_depend_on_its_batch() -> None:
     whole = sample_times(PLAIN, 3, torch.arange(20))
     assert torch.equal(sample_times(PLAIN, 3, torch.tensor([7, 2])), whole[[7, 2]])
     assert not torch.equal(sample_times(PLAIN, 4, torch.arange(20)), whole)
+
+
+@pytest.mark.parametrize("shift", [0.5, 1.0, 3.0])
+def test_shifted_times_follow_their_distribution(shift: float) -> None:
+    numbers, N = 5000, 1000
+    t = sample_times(NoiseSchedule(num_steps=N), seed=0, numbers=torch.arange(numbers), shift=shift)
+    assert t.min() >= 1
+    assert t.max() <= N
+    for share in (0.2, 0.5, 0.9):
+        below = share / (shift - (shift - 1) * share)  # the u whose shifted value is `share`
+        assert abs(float((t <= share * N).double().mean()) - below) < 4 * (below * (1 - below) / numbers) ** 0.5 + 1 / N

@@ -19,10 +19,12 @@ class DiffusionLoss(Config):
 
     simple: weight 1 (DDPM, eq. 14). min_snr: the error of x0 weighted with min(SNR, gamma) (Hang et al. 2303.09556,
     eq. 8), written for the predicted quantity. gamma is read by min_snr only.
+    time_shift: how much more often noisy times are trained than clean ones, see `sample_times`.
     """
 
     weighting: Literal["simple", "min_snr"] = "simple"
     gamma: float = Field(5.0, gt=0)
+    time_shift: float = Field(1.0, gt=0)
 
     def weight(self, snr: Tensor, prediction: Prediction) -> Tensor:
         """Weight [B] of the error of `prediction` at signal-to-noise ratio `snr` [B].
@@ -43,6 +45,12 @@ class DiffusionLoss(Config):
         return self.weight(schedule.snr(t), prediction).to(error) * error.flatten(1).mean(1)
 
 
-def sample_times(schedule: NoiseSchedule, seed: int, numbers: Tensor) -> Tensor:
-    """Training times, int64 [B] uniform in 1..N on the CPU: entry i depends on (seed, numbers[i]) alone."""
-    return (uniforms(seed, "time", numbers) * schedule.num_steps).long() + 1
+def sample_times(schedule: NoiseSchedule, seed: int, numbers: Tensor, shift: float = 1.0) -> Tensor:
+    """Training times, int64 [B] in 1..N on the CPU: entry i depends on (seed, numbers[i]) alone.
+
+    u uniform in [0, 1) becomes shift u / (1 + (shift - 1) u) (Esser et al. 2403.03206, eq. 23): 1 leaves times
+    uniform, s > 1 makes the noisiest of them s times as frequent. What frames of a clip share, such as a motion, shows
+    through far more noise than what a single picture shows, so that it is decided at the noisiest times.
+    """
+    u = uniforms(seed, "time", numbers)
+    return (shift * u / (1 + (shift - 1) * u) * schedule.num_steps).long().clamp(max=schedule.num_steps - 1) + 1

@@ -26,10 +26,16 @@ _MIX: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
 
 @dataclass(frozen=True)
 class Estimate:
-    """A denoiser's answer for x_t: the clean data and the noise, both [B, ...], with x_t = alpha x0 + sigma eps."""
+    """A denoiser's answer for x_t: the clean data and the noise, both [B, ...], with x_t = alpha x0 + sigma eps.
+
+    log_variance: of x_{t-1} given x_t, [B, ...], where the network learned it.
+    shift: gradient [B, ...] of a log probability in x_t, to be added to the score (classifier guidance).
+    """
 
     x0: Tensor
     eps: Tensor
+    log_variance: Tensor | None = None
+    shift: Tensor | None = None
 
 
 Denoise = Callable[[Tensor, Tensor], Estimate]  # (x_t [B, ...], t int64 [B] in 1..N) -> Estimate
