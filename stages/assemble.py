@@ -51,9 +51,7 @@ def load_stage(path: str | Path, overrides: Sequence[str] = ()) -> StageConfig:
 def make_task(config: StageConfig) -> Task:
     """The task that a stage's configuration asks for, standing on the model it names."""
     if isinstance(config, AutoencoderStage):
-        if config.model is not None:
-            raise UserError(f"model={config.model}: the autoencoder stage stands on no other; leave it out")
-        return AutoencoderTask(config)
+        return AutoencoderTask(config, None if config.model is None else Model.load(config.model))
     base = _base(config)
     if isinstance(config, TextStage):
         return TextTask(config, base, *_vocabulary(config))

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from data_pipeline.loader import ShardSource
 from stages.base import StageConfig, check_size, write_part
 from videodiff.batch import VideoBatch
-from videodiff.model import AutoencoderPart
+from videodiff.errors import UserError
+from videodiff.model import AutoencoderPart, Model
 from videodiff.networks.autoencoder import Autoencoder, AutoencoderConfig, AutoencoderLoss, to_float
 from videodiff.seeding import normals
 from videodiff.training.trainer import LossOutput
@@ -21,7 +22,11 @@ from videodiff.video_io import contact_sheet, write_png
 
 
 class AutoencoderStage(StageConfig):
-    """`videodiff train configs/demo/autoencoder.yaml`."""
+    """`videodiff train configs/demo/autoencoder.yaml`.
+
+    With `model` it goes on from that model's autoencoder and trains the decoder alone: the latents stay what they are,
+    and so does every stage that was trained on them.
+    """
 
     stage: Literal["autoencoder"]
     network: AutoencoderConfig = AutoencoderConfig()
@@ -33,14 +38,20 @@ class AutoencoderTask:
 
     CALIBRATION_FRAMES = 1024  # enough for the spread of a latent channel to within a few percent
 
-    def __init__(self, config: AutoencoderStage) -> None:
-        self.config = config
-        self.module = Autoencoder(config.network)
+    def __init__(self, config: AutoencoderStage, base: Model | None = None) -> None:
+        self.config, self.network, self._given = config, config.network, {}
+        if base is not None:
+            self.network, self._given = base.autoencoder.config, base.state("autoencoder")
+            if config.network not in (AutoencoderConfig(), self.network):
+                raise UserError(f"network: differs from that of the autoencoder of {base.folder}; leave it out")
+        self.module = Autoencoder(self.network)
+        if base is not None:
+            self.module.load_state_dict(self._given)
         check_size(config.data.size, self.module.factor, "autoencoder's factor")
         self._calibration: Tensor | None = None
 
     def trains(self, name: str) -> bool:
-        return True
+        return not self._given or name.startswith("decoder.")
 
     def loss(self, module: Callable[..., tuple[Tensor, Tensor, Tensor]], batch: VideoBatch, seed: int) -> LossOutput:
         clips, count = batch.frames.shape[:2]
@@ -63,16 +74,17 @@ class AutoencoderTask:
         write_png(folder / f"step-{step:08d}.png", contact_sheet(pictures, columns=len(real)))
 
     def export(self, state: dict[str, Tensor], folder: Path, file: str) -> None:
-        network = Autoencoder(self.config.network)
-        network.load_state_dict(state)
-        network.set_latent_statistics(*self._latent_statistics(network))
+        network = Autoencoder(self.network)
+        network.load_state_dict({**self._given, **state})
+        if not self._given:
+            network.set_latent_statistics(*self._latent_statistics(network))
         write_part(
             "autoencoder",
             None,
             folder,
             file,
             network.state_dict(),
-            lambda weights: AutoencoderPart(network=self.config.network, weights=weights),
+            lambda weights: AutoencoderPart(network=self.network, weights=weights),
         )
 
     @torch.no_grad()
@@ -93,4 +105,4 @@ class AutoencoderTask:
 
     def _latent_shape(self, frames: Tensor) -> tuple[int, int, int]:
         height, width = (side // self.module.factor for side in frames.shape[2:])
-        return self.config.network.latent_channels, height, width
+        return self.network.latent_channels, height, width

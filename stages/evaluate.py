@@ -1,7 +1,8 @@
 """`videodiff evaluate`: a model judged stage by stage on the built-in world, by a reader that no training ever saw.
 
 Finished samples are kept in `samples.jsonl`, the first line of which says by which protocol they were made; the same
-command goes on where it stopped. Prompts pass in fixed batches, so that a continued run gives the same figures.
+command goes on where it stopped. Prompts pass in fixed batches, so that a continued run gives the same figures, and so
+do several ranks, which share the batches and keep what each finished in a file of its own.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -27,6 +27,7 @@ from stages.pipeline import Pipeline
 from videodiff import config as configs
 from videodiff.errors import UserError
 from videodiff.model import DESCRIPTION, DiffusionStage, Model, sha256
+from videodiff.training import distributed
 from videodiff.video_io import write_json, write_png
 
 BATCH = 8  # prompts at a time; part of the protocol, as batches change results by rounding
@@ -49,17 +50,30 @@ PLAIN_SIZE, PLAIN_FRAMES, PLAIN_FPS = 64, 16, 8.0
 
 
 def main(model: str, stage: str, num_prompts: int, seed: int, out: Path) -> None:
-    """Judge `stage` ("all": every one that the model has) and write table, JSON and pictures to `out`."""
+    """Judge `stage` ("all": every one that the model has) and write table, JSON and pictures to `out`.
+
+    Under torchrun or srun the ranks share the prompts; rank 0 writes and prints the result.
+    """
+    distributed.start()
+    try:
+        _main(model, stage, num_prompts, seed, out)
+    finally:
+        distributed.cleanup()
+
+
+def _main(model: str, stage: str, num_prompts: int, seed: int, out: Path) -> None:
     if num_prompts < 1:
         raise UserError(f"--num-prompts {num_prompts}: there is nothing to judge; ask for at least 1")
     opened = Model.load(model)
     plan, skipped = plan_for(opened, stage, num_prompts, seed)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    console = Console(stderr=True)
+    device = distributed.device()
+    console = Console(stderr=True, quiet=distributed.rank() > 0)
     for name, reason in skipped.items():
         console.print(f"skipped {name}: {reason}", style="yellow", highlight=False)
-    identity = {"model": sha256(opened.folder / DESCRIPTION), "software": {**software(), "device": device}}
+    identity = {"model": sha256(opened.folder / DESCRIPTION), "software": {**software(), "device": device.type}}
     report = evaluate(Pipeline(opened, device), plan, identity, out, console)
+    if report is None:
+        return
     write_json(out / "evaluation.json", {"model": model, "skipped": skipped, **report})
     show = Console()
     if not show.is_terminal:
@@ -100,16 +114,18 @@ def plan_for(model: Model, stage: str, num_prompts: int, seed: int) -> tuple[Pla
     return Plan(tuple(rows), size, frames, fps, factor, num_prompts, seed, sampling), skipped
 
 
-def evaluate(road: Road, plan: Plan, identity: dict[str, Any], out: Path, console: Console) -> dict[str, Any]:
-    """Measure every prompt that is not finished yet; returns protocol, rows, losses and the verdict in words.
+def evaluate(road: Road, plan: Plan, identity: dict[str, Any], out: Path, console: Console) -> dict[str, Any] | None:
+    """Measure every prompt that is not finished yet; returns protocol, rows, losses and the verdict in words on rank 0.
 
     `identity` says what is judged, and with which software: samples of another identity or plan are never mixed in.
     """
     protocol = _protocol(plan, identity)
-    samples = Samples(out, protocol)
+    samples = Samples(out, protocol, distributed.rank())
+    distributed.barrier()  # every rank has read what is finished before any adds to it
     prompts = planned_prompts(plan.num_prompts, plan.seed)
-    batches = [prompts[i : i + BATCH] for i in range(0, len(prompts), BATCH)]
-    with _progress(console, len(prompts)) as advance:
+    every = [prompts[i : i + BATCH] for i in range(0, len(prompts), BATCH)]
+    batches = every[distributed.rank() :: distributed.world()]
+    with _progress(console, sum(len(batch) for batch in batches)) as advance:
         for batch in batches:
             if not all((p.split, p.number) in samples.found for p in batch):
                 for prompt, measured in zip(batch, measure(road, plan, batch), strict=True):
@@ -118,6 +134,10 @@ def evaluate(road: Road, plan: Plan, identity: dict[str, Any], out: Path, consol
                             write_png(picture_path(out, row, prompt.split, prompt.number), picture)
                     samples.keep(record(prompt, measured))
             advance(len(batch))
+    distributed.barrier()
+    if distributed.rank() > 0:
+        return None
+    samples.read(protocol)
     finished = [samples.found[(p.split, p.number)] for p in prompts]
     entries = summary(finished, plan.rows)
     write_sheets(out, finished, plan.rows)
@@ -126,14 +146,16 @@ def evaluate(road: Road, plan: Plan, identity: dict[str, Any], out: Path, consol
 
 
 class Samples:
-    """`samples.jsonl` of a folder: the protocol, then a line for each finished prompt."""
+    """The finished prompts of a folder: `samples.jsonl`, the protocol and then a line for each prompt, and beside it
+    `samples-R.jsonl` of each further rank R. A rank writes into its own file alone and reads all of them."""
 
-    def __init__(self, out: Path, protocol: dict[str, Any]) -> None:
-        self.path = out / "samples.jsonl"
+    def __init__(self, out: Path, protocol: dict[str, Any], rank: int = 0) -> None:
+        self.path = out / ("samples.jsonl" if rank == 0 else f"samples-{rank}.jsonl")
         self.found: dict[tuple[str, int], dict[str, Any]] = {}
         try:
             out.mkdir(parents=True, exist_ok=True)
-            kept = self._read(protocol) if self.path.is_file() else b""
+            self.read(protocol)
+            kept = self._read(self.path, protocol) if self.path.is_file() else b""
             if not kept:
                 kept = (json.dumps({"protocol": protocol}) + "\n").encode()
                 self.path.write_bytes(kept)
@@ -142,10 +164,15 @@ class Samples:
         except OSError as error:
             raise UserError(f"{out}: can't be written ({error.strerror}); name another folder with --out") from None
 
-    def _read(self, protocol: dict[str, Any]) -> bytes:
-        """The whole lines of the file, taken into `found`; UserError when they were made by another protocol."""
+    def read(self, protocol: dict[str, Any]) -> None:
+        """Take in what all ranks finished so far."""
+        for path in sorted(self.path.parent.glob("samples*.jsonl")):
+            self._read(path, protocol)
+
+    def _read(self, path: Path, protocol: dict[str, Any]) -> bytes:
+        """The whole lines of a file, taken into `found`; UserError when they were made by another protocol."""
         kept = b""
-        for line in self.path.read_bytes().splitlines(keepends=True):
+        for line in path.read_bytes().splitlines(keepends=True):
             if not line.endswith(NEWLINE):
                 break
             try:
@@ -153,20 +180,20 @@ class Samples:
                 if kept:
                     self.found[(value["split"], value["number"])] = value
                 else:
-                    self._check(value["protocol"], protocol)
+                    self._check(path, value["protocol"], protocol)
             except (ValueError, KeyError, TypeError) as error:
                 if isinstance(error, UserError):
                     raise
                 what = f"line {kept.count(NEWLINE) + 1} is not one that evaluate wrote"
-                raise UserError(f"{self.path}: {what}; remove the file or name another folder with --out") from None
+                raise UserError(f"{path}: {what}; remove the file or name another folder with --out") from None
             kept += line
         return kept
 
-    def _check(self, old: dict[str, Any], new: dict[str, Any]) -> None:
+    def _check(self, path: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
         differing = sorted(name for name in {*old, *new} if old.get(name) != new.get(name))
         if differing:
             raise UserError(
-                f"{self.path}: holds samples of another evaluation (differs in {', '.join(differing)}); "
+                f"{path}: holds samples of another evaluation (differs in {', '.join(differing)}); "
                 "name another folder with --out, or remove this one"
             )
 

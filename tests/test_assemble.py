@@ -115,10 +115,10 @@ def test_the_whole_batch_as_micro_batch_is_no_accumulation(given: list[str]) -> 
     make_task(load_stage(YAML, [*given, "engine.micro_batch=4"]))
 
 
-def test_an_autoencoder_stands_on_no_model(tmp_path: Path, toy_model: Path) -> None:
-    config = load_stage(ROOT / "configs/demo/autoencoder.yaml", [f"run.dir={tmp_path}", f"model={toy_model}"])
-    with pytest.raises(UserError, match="stands on no other; leave it out"):
-        make_task(config)
+def test_an_autoencoder_goes_on_only_with_the_network_it_has(tmp_path: Path, toy_model: Path) -> None:
+    given = [f"run.dir={tmp_path}", f"model={toy_model}", "network.widths=[8, 24]"]
+    with pytest.raises(UserError, match=r"network: differs .* leave it out"):
+        make_task(load_stage(ROOT / "configs/demo/autoencoder.yaml", given))
 
 
 def test_a_vocabulary_torn_by_a_kill_is_written_again(task: TextTask, given: list[str], tmp_path: Path) -> None:

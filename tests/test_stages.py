@@ -388,6 +388,20 @@ def test_the_autoencoder_learns_and_measures_its_latents(toy_model: Path, tmp_pa
     assert bool(((spread > 0.8) & (spread < 1.2)).all())  # the run sees these six clips alone
 
 
+def test_an_autoencoder_that_goes_on_trains_its_decoder_alone(toy_model: Path, tmp_path: Path) -> None:
+    base, source = Model.load(toy_model), Clips(1, 8.0)
+    config = stage_config(AutoencoderStage, tmp_path, frames=1)
+    task = AutoencoderTask(config, base)
+    batch = source.batch(list(range(6)))
+    before = float(task.loss(task.module, batch, seed=0).per_sample.detach().mean())
+    model = trained(config, task, source)
+    assert float(task.loss(task.module, batch, seed=0).per_sample.detach().mean()) < 0.9 * before
+    old, new = base.state("autoencoder"), model.state("autoencoder")
+    assert new.keys() == old.keys()
+    changed = {name.partition(".")[0] for name in new if not torch.equal(new[name], old[name])}
+    assert changed == {"decoder"}  # the encoder and what latents are divided by stay
+
+
 def test_the_text_stage_learns_to_tell_clips_apart(toy_model: Path, tmp_path: Path) -> None:
     base, source = Model.load(toy_model), Clips(4, 8.0)
     build_vocabulary(source.batch(list(range(6))).captions, tmp_path / VOCABULARY, tmp_path / WORDS, 100)

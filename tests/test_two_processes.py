@@ -45,3 +45,21 @@ def test_the_video_stage_on_two_ranks_follows_one_process(shards: Path, toy_mode
             alone, rel=1e-4
         )  # Adam magnifies rounding
         assert Model.load(run).config.stages() == ["autoencoder", "text", "image", "video"]
+
+
+def test_two_ranks_evaluate_as_one(toy_model: Path, tmp_path: Path) -> None:
+    """The ranks share the prompts, each writes its own file, and the report is that of one process."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    reports = []
+    for command in (ALONE, TWO):
+        out = tmp_path / str(len(command))
+        arguments = ["evaluate", str(toy_model), "--stage", "image", "--num-prompts", "9", "--out", str(out)]
+        done = subprocess.run(
+            [*command, *arguments], env=environment, capture_output=True, text=True, timeout=300, check=False
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        reports.append((out / "evaluation.json").read_text())
+    assert reports[0] == reports[1]
+    shares = [len((out / name).read_text().splitlines()) for name in ("samples.jsonl", "samples-1.jsonl")]
+    assert sum(shares) == 2 + 27  # each file's protocol, nine prompts of three splits
+    assert min(shares) > 9
