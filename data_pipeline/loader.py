@@ -138,7 +138,7 @@ class ShardSource:
     def _batch(self, slots: list[_Slot], clips: list[Clip | ClipError | None]) -> VideoBatch:
         config = self._config
         frames = np.zeros((len(slots), config.frames, config.size, config.size, 3), np.uint8)
-        keys, captions, weight = [], [], []
+        keys, captions, paraphrases, weight = [], [], [], []
         for row, (slot, clip) in enumerate(zip(slots, clips, strict=True)):
             key, choices = slot.key, slot.captions
             if clip is None and slot.number not in self._bad.recorded:
@@ -147,12 +147,13 @@ class ShardSource:
                 self._bad.seen += 1
                 frames[row] = clip.window(config.frames, self._position(slot.number))
                 self._keep(slot.sample, clip, key, choices)
-                caption = choices[int(float(uniforms(self._seed, "caption", [slot.number])[0]) * len(choices))]
+                caption, paraphrase = self._two(choices, slot.number)
             else:
                 shard = self._shards[self._order.place(slot.sample)[0]].path
-                key, caption = self._bad.take(slot.number, key, shard, clip), ""
+                key, caption, paraphrase = self._bad.take(slot.number, key, shard, clip), "", ""
             keys.append(key)
             captions.append(caption)
+            paraphrases.append(paraphrase)
             weight.append(float(isinstance(clip, Clip)))
         return VideoBatch(
             frames=torch.from_numpy(frames),
@@ -161,7 +162,14 @@ class ShardSource:
             numbers=torch.tensor([slot.number for slot in slots], dtype=torch.int64),
             keys=tuple(keys),
             weight=torch.tensor(weight),
+            paraphrases=tuple(paraphrases),
         )
+
+    def _two(self, choices: tuple[str, ...], number: int) -> tuple[str, str]:
+        """A sample's caption and another one of its captions, the same again where it has only one."""
+        first = int(float(uniforms(self._seed, "caption", [number])[0]) * len(choices))
+        others = choices[:first] + choices[first + 1 :] or choices
+        return choices[first], others[int(float(uniforms(self._seed, "paraphrase", [number])[0]) * len(others))]
 
     def _keep(self, sample: int, clip: Clip, key: str, captions: tuple[str, ...]) -> None:
         whole = len(clip.frames) == clip.total

@@ -26,6 +26,9 @@ class TextStage(StageConfig):
 
     stage: Literal["text"]
     network: TextConfig = TextConfig()
+    paraphrase_weight: float = Field(
+        1.0, ge=0, description="of telling a clip's second caption from those of other clips, beside its film strip"
+    )
     num_merges: int = Field(2000, ge=0, description="merges of the byte-pair vocabulary built from the captions")
 
     @model_validator(mode="after")
@@ -56,7 +59,8 @@ def film_strip(frames: Tensor) -> Tensor:
 
 
 class TextTask:
-    """Symmetric cross-entropy between the captions and the film strips of a global batch."""
+    """Symmetric cross-entropy between the captions of a global batch and their film strips, and between the captions
+    and second captions of the same clips."""
 
     def __init__(self, config: TextStage, base: Model, vocabulary: Path, words: Path) -> None:
         micro_batch, accumulation = config.engine.accumulation(config.data.batch_size, world())
@@ -74,24 +78,19 @@ class TextTask:
 
     def loss(self, module: Callable[..., tuple[Tensor, Tensor, Tensor]], batch: VideoBatch, seed: int) -> LossOutput:
         parameter = next(self.module.parameters())
-        images = film_strip(batch.frames).to(parameter)
-        tokens = self.module.tokenize(batch.captions).to(parameter.device)
-        image_features, text_features, scale = module(images, tokens)
-        # Every rank compares its rows with the whole global batch, so that the loss does not depend on the ranks.
-        all_images, all_texts = gather_rows(image_features.float()), gather_rows(text_features.float())
-        first = rank() * len(images)
-        target = torch.arange(first, first + len(images), device=images.device)
-        # A bad clip is no rival: its column is closed to all but its own row, which the trainer gives no weight.
+        images, count = film_strip(batch.frames).to(parameter), len(batch)
+        weight = self.config.paraphrase_weight if batch.paraphrases else 0.0
+        captions = [*batch.captions, *(batch.paraphrases if weight else ())]
+        image_features, text_features, scale = module(images, self.module.tokenize(captions).to(parameter.device))
+        pictures, texts, scale = image_features.float(), text_features[:count].float(), scale.float()
         usable = gather_rows(batch.weight.to(images.device)) > 0
-        closed = ~usable & (torch.arange(len(usable), device=images.device) != target[:, None])
-        by_image = (scale.float() * image_features.float() @ all_texts.T).masked_fill(closed, -torch.inf)
-        by_text = (scale.float() * text_features.float() @ all_images.T).masked_fill(closed, -torch.inf)
-        loss = (
-            F.cross_entropy(by_image, target, reduction="none") + F.cross_entropy(by_text, target, reduction="none")
-        ) / 2
-        own = usable[target]
-        hits = ((by_text.argmax(1) == target) & own).sum() / own.sum().clamp(min=1)
-        return LossOutput(per_sample=loss, metrics={"retrieval": hits.detach()})
+        loss, hits = contrast(texts, pictures, scale, usable)
+        metrics = {"retrieval": hits}
+        if weight:
+            # Of motions and shapes a film strip says little; that two captions mean the same says it outright.
+            paraphrased, metrics["paraphrase"] = contrast(texts, text_features[count:].float(), scale, usable)
+            loss = loss + weight * paraphrased
+        return LossOutput(per_sample=loss, metrics=metrics)
 
     def sample(self, module: nn.Module, batch: VideoBatch, folder: Path, step: int) -> None:
         """Nothing to look at: the retrieval rate in metrics.jsonl says how the tower does."""
@@ -108,6 +107,26 @@ class TextTask:
             state,
             lambda weights: TextPart(network=network, weights=weights, vocabulary=vocabulary, words=words),
         )
+
+
+def contrast(texts: Tensor, others: Tensor, scale: Tensor, usable: Tensor) -> tuple[Tensor, Tensor]:
+    """Symmetric cross-entropy [B] of telling each row's partner among the global batch, and the share of texts [] that
+    find theirs.
+
+    texts, others: this rank's float32 rows [B,E] of length 1. usable: bool [world * B] of the global batch.
+    """
+    # Every rank compares its rows with the whole global batch, so that the loss does not depend on the ranks.
+    all_texts, all_others = gather_rows(texts), gather_rows(others)
+    first = rank() * len(texts)
+    target = torch.arange(first, first + len(texts), device=texts.device)
+    # A bad clip is no rival: its column is closed to all but its own row, which the trainer gives no weight.
+    closed = ~usable & (torch.arange(len(usable), device=texts.device) != target[:, None])
+    by_other = (scale * others @ all_texts.T).masked_fill(closed, -torch.inf)
+    by_text = (scale * texts @ all_others.T).masked_fill(closed, -torch.inf)
+    loss = F.cross_entropy(by_other, target, reduction="none") + F.cross_entropy(by_text, target, reduction="none")
+    own = usable[target]
+    hits = ((by_text.argmax(1) == target) & own).sum() / own.sum().clamp(min=1)
+    return loss / 2, hits.detach()
 
 
 def adopt(config: TextStage, public: PretrainedText, base: Model) -> None:

@@ -18,6 +18,7 @@ from data_pipeline.decoding import DecodePool
 from data_pipeline.loader import DataConfig, ShardSource
 from data_pipeline.order import Order
 from data_pipeline.shards import write_shard, write_world_shards
+from data_pipeline.world import clips
 from videodiff.batch import VideoBatch
 from videodiff.config import ConfigError, build
 from videodiff.errors import UserError
@@ -157,6 +158,17 @@ def test_all_captions_of_a_clip_are_used(world: Path) -> None:
     for key, caption, _ in by_number(take(source(world, batch_size=44).batches(0, 0, 1, 44), 10)).values():
         captions.setdefault(key, set()).add(caption)
     assert all(len(choices) >= 2 for choices in captions.values())
+
+
+def test_a_paraphrase_is_another_caption_of_the_same_clip(world: Path) -> None:
+    captions = {clip.key: clip.captions for clip in clips(11, 0, 32, 8, 16)}
+    drawn = set()
+    for batch in take(source(world).batches(0, 0, 1, 4), 40):
+        for key, caption, paraphrase in zip(batch.keys, batch.captions, batch.paraphrases, strict=True):
+            assert {caption, paraphrase} <= set(captions[key])
+            assert caption != paraphrase or captions[key].count(caption) > 1
+            drawn.add((key, caption, paraphrase))
+    assert len(drawn) > 60  # of 11 x 12 pairs
 
 
 def test_another_data_set_has_another_fingerprint(world: Path, tmp_path: Path) -> None:

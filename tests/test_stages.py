@@ -5,7 +5,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -418,6 +418,43 @@ def test_the_text_stage_learns_to_tell_clips_apart(toy_model: Path, tmp_path: Pa
     assert model.config.stages() == ["autoencoder", "text"]
     assert model.text.encode(["a red circle"]).tokens.shape == (1, 32, 16)
     assert model.text.unknown_words("a zebra") == ["zebra"]
+
+
+def test_second_captions_alone_tell_a_tower_what_means_the_same(toy_model: Path, tmp_path: Path) -> None:
+    """Where pictures say nothing, the second captions still bring wordings of one motion together."""
+    base, source = Model.load(toy_model), Clips(4, 8.0)
+    batch = source.batch(list(range(6)))
+    clips = [render_clip(0, number, 32, 4, 8.0) for number in range(6)]
+    captions = [caption for clip in clips for caption in clip.captions]
+    build_vocabulary(captions, tmp_path / VOCABULARY, tmp_path / WORDS, 100)
+    network = {"width": 16, "layers": 1, "heads": 2, "image_size": 32, "image_width": 16, "image_layers": 1}
+    network |= {"image_heads": 2, "embed_dim": 16}
+    blank = replace(batch, frames=torch.zeros_like(batch.frames))
+    second = replace(blank, paraphrases=tuple(clip.captions[1] for clip in clips))
+    share = {}
+    for weight in (0.0, 1.0):
+        torch.manual_seed(0)
+        config = stage_config(TextStage, tmp_path, frames=4, network=network, paraphrase_weight=weight)
+        task = TextTask(config, base, tmp_path / VOCABULARY, tmp_path / WORDS)
+        optimizer = torch.optim.Adam(task.module.parameters(), lr=3e-3)
+        for _ in range(30):
+            optimizer.zero_grad()
+            output = task.loss(task.module, second, seed=0)
+            output.per_sample.mean().backward()
+            optimizer.step()
+        with torch.no_grad():
+            whole = task.loss(task.module, second, seed=0)
+            alone = task.loss(task.module, blank, seed=0)
+        assert ("paraphrase" in whole.metrics) == (weight > 0)
+        assert "paraphrase" not in alone.metrics
+        tower = task.module.clip
+        with torch.no_grad():
+            pairs = [tower.encode_text(task.module.tokenize(list(texts)), normalize=True)
+                     for texts in (second.captions, second.paraphrases)]  # fmt: skip
+        found = (pairs[0] @ pairs[1].T).argmax(1) == torch.arange(6)
+        share[weight] = float(found.double().mean())
+    assert share[1.0] == 1.0
+    assert share[0.0] < 1.0
 
 
 def test_a_film_strip_shows_four_moments_in_reading_order() -> None:
