@@ -102,7 +102,10 @@ def generate(
 def evaluate(
     model: Annotated[str, typer.Argument(help="A model folder, a run, a checkpoint, or 'demo'")],
     stage: Annotated[StageChoice, typer.Option(help="Which stage to judge")] = StageChoice.all,
-    num_prompts: Annotated[int, typer.Option(min=1, help="Prompts per row")] = 200,
+    num_prompts: Annotated[int, typer.Option(min=1, help="Prompts on seen combinations")] = 200,
+    num_held_out: Annotated[
+        int | None, typer.Option(min=0, help="Prompts on each kind of unseen ones [default: as many]")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the prompts and of the noise")] = 0,
     out: Annotated[Path, typer.Option(help="Folder of the table, the JSON and the pictures")] = Path(
         "outputs/evaluation"
@@ -111,7 +114,7 @@ def evaluate(
     """Judge a model stage by stage on the built-in world; the last row tells which stage loses most."""
     from stages.evaluate import main as run
 
-    run(model, stage.value, num_prompts, seed, out)
+    run(model, stage.value, num_prompts, seed, out, num_held_out)
 
 
 @app.command()

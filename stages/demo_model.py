@@ -12,6 +12,7 @@ import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ PROMPTS = (
 SEED = 12345  # of the figures on the card
 
 
-def main(out: Path, num_prompts: int, install: bool) -> None:
+def main(out: Path, num_prompts: int, num_held_out: int, install: bool) -> None:
     """Make the data, train by RECIPE, export, evaluate, write the card; `install` replaces the bundled model."""
     for name, arguments in SHARDS.items():
         options = [part for key, value in arguments.items() for part in (f"--{key}", str(value))]
@@ -75,9 +76,10 @@ def main(out: Path, num_prompts: int, install: bool) -> None:
     shutil.rmtree(model, ignore_errors=True)
     export(Model.load(out / list(RECIPE)[-1]), model, half=True)
     judged = out / f"evaluation-{sha256(model / DESCRIPTION)[:12]}"  # goes on for the same weights, begins for others
-    _videodiff("evaluate", str(model), "--num-prompts", str(num_prompts), "--seed", str(SEED), "--out", str(judged))
+    counts = ("--num-prompts", str(num_prompts), "--num-held-out", str(num_held_out))
+    _videodiff("evaluate", str(model), *counts, "--seed", str(SEED), "--out", str(judged))
     report = json.loads((judged / "evaluation.json").read_text(encoding="utf-8"))
-    (model / "README.md").write_text(card(out, model, report, num_prompts), encoding="utf-8")
+    (model / "README.md").write_text(card(out, model, report, counts), encoding="utf-8")
     picture(model, out / "demo.png")
     if install:
         model = _install(model, out / "demo.png")
@@ -116,7 +118,7 @@ def picture(folder: Path, path: Path) -> None:
     save_sheet(path, enlarged, 8, labels)
 
 
-def card(out: Path, model: Path, report: dict[str, Any], num_prompts: int) -> str:
+def card(out: Path, model: Path, report: dict[str, Any], counts: Sequence[str]) -> str:
     """The model card: data, seeds, steps, time, machine and figures, as Markdown."""
     megabytes = sum(path.stat().st_size for path in model.iterdir()) / 1e6
     lines = [
@@ -144,7 +146,7 @@ def card(out: Path, model: Path, report: dict[str, Any], num_prompts: int) -> st
         "Data: " + "; ".join(f"{name}: `videodiff data world {_shown(a)}`" for name, a in SHARDS.items()) + ".",
         f"Machine: {_machine()}, PyTorch {torch.__version__}.",
         "",
-        f"## Figures: `videodiff evaluate demo --num-prompts {num_prompts} --seed {SEED}`",
+        f"## Figures: `videodiff evaluate demo {' '.join(counts)} --seed {SEED}`",
         "",
         "Share of prompts that the reader finds right, in percent, with 95 % intervals. Caption wordings and seeds are",
         "unseen in training. Held out: a tenth of the combinations, which no training clip shows; held-out pairs: all",
@@ -207,6 +209,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder of the data and the runs")
     parser.add_argument("--num-prompts", type=int, default=200, help="prompts behind each figure of the card")
+    parser.add_argument("--num-held-out", type=int, default=100, help="the same for each kind of held-out combinations")
     parser.add_argument("--install", action="store_true", help="replace the bundled model by the result")
     given = parser.parse_args()
-    main(given.out, given.num_prompts, given.install)
+    main(given.out, given.num_prompts, given.num_held_out, given.install)

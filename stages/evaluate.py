@@ -49,23 +49,24 @@ NEEDS = {
 PLAIN_SIZE, PLAIN_FRAMES, PLAIN_FPS = 64, 16, 8.0
 
 
-def main(model: str, stage: str, num_prompts: int, seed: int, out: Path) -> None:
+def main(model: str, stage: str, num_prompts: int, seed: int, out: Path, num_held_out: int | None = None) -> None:
     """Judge `stage` ("all": every one that the model has) and write table, JSON and pictures to `out`.
 
-    Under torchrun or srun the ranks share the prompts; rank 0 writes and prints the result.
+    num_held_out: prompts of each held-out split, None for as many as `num_prompts`. Under torchrun or srun the ranks
+    share the prompts; rank 0 writes and prints the result.
     """
     distributed.start()
     try:
-        _main(model, stage, num_prompts, seed, out)
+        _main(model, stage, num_prompts, num_prompts if num_held_out is None else num_held_out, seed, out)
     finally:
         distributed.cleanup()
 
 
-def _main(model: str, stage: str, num_prompts: int, seed: int, out: Path) -> None:
+def _main(model: str, stage: str, num_prompts: int, num_held_out: int, seed: int, out: Path) -> None:
     if num_prompts < 1:
         raise UserError(f"--num-prompts {num_prompts}: there is nothing to judge; ask for at least 1")
     opened = Model.load(model)
-    plan, skipped = plan_for(opened, stage, num_prompts, seed)
+    plan, skipped = plan_for(opened, stage, num_prompts, num_held_out, seed)
     device = distributed.device()
     console = Console(stderr=True, quiet=distributed.rank() > 0)
     for name, reason in skipped.items():
@@ -86,7 +87,7 @@ def _main(model: str, stage: str, num_prompts: int, seed: int, out: Path) -> Non
     print(out / "evaluation.json")
 
 
-def plan_for(model: Model, stage: str, num_prompts: int, seed: int) -> tuple[Plan, dict[str, str]]:
+def plan_for(model: Model, stage: str, num_prompts: int, num_held_out: int, seed: int) -> tuple[Plan, dict[str, str]]:
     """What can be judged of a model, and which stages are left out for which reason.
 
     UserError when a stage named outright, or every stage, is missing.
@@ -111,7 +112,7 @@ def plan_for(model: Model, stage: str, num_prompts: int, seed: int) -> tuple[Pla
         frames, fps = model.diffusion("video").frames, model.diffusion("video").fps
     factor = model.diffusion("interpolation").factor if "interpolation" in has else 1
     sampling = {name: model.diffusion(name).sampling for name in used}
-    return Plan(tuple(rows), size, frames, fps, factor, num_prompts, seed, sampling), skipped
+    return Plan(tuple(rows), size, frames, fps, factor, num_prompts, num_held_out, seed, sampling), skipped
 
 
 def evaluate(road: Road, plan: Plan, identity: dict[str, Any], out: Path, console: Console) -> dict[str, Any] | None:
@@ -122,7 +123,7 @@ def evaluate(road: Road, plan: Plan, identity: dict[str, Any], out: Path, consol
     protocol = _protocol(plan, identity)
     samples = Samples(out, protocol, distributed.rank())
     distributed.barrier()  # every rank has read what is finished before any adds to it
-    prompts = planned_prompts(plan.num_prompts, plan.seed)
+    prompts = planned_prompts(plan.num_prompts, plan.num_held_out, plan.seed)
     every = [prompts[i : i + BATCH] for i in range(0, len(prompts), BATCH)]
     batches = every[distributed.rank() :: distributed.world()]
     with _progress(console, sum(len(batch) for batch in batches)) as advance:

@@ -48,6 +48,7 @@ class Plan:
     fps: float
     factor: int
     num_prompts: int
+    num_held_out: int  # prompts of each held-out split
     seed: int
     sampling: dict[str, Sampling]
 
@@ -71,14 +72,14 @@ class Measured:
     pictures: dict[str, np.ndarray] = field(default_factory=dict)
 
 
-def planned_prompts(num: int, seed: int) -> list[Prompt]:
-    """`num` prompts on seen combinations, and on each held-out split as many, or one for each combination it has."""
+def planned_prompts(num: int, num_held_out: int, seed: int) -> list[Prompt]:
+    """`num` prompts on seen combinations, `num_held_out` on each held-out split, or one for each combination it has."""
     found: list[Prompt] = []
     which: Split
     for which in ("train", "held_out", "held_out_pair"):
         members = sum(split(c) == which for c in combinations())
-        count = num if which == "train" else min(num, members)
-        for number, (combination, text) in enumerate(prompts(count, seed, which)):
+        count = num if which == "train" else min(num_held_out, members)
+        for number, (combination, text) in enumerate(prompts(count, seed, which) if count else ()):
             found.append(Prompt(which, number, number // members, combination, text))
     return found
 

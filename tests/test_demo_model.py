@@ -30,7 +30,7 @@ def test_the_card_states_recipe_and_figures(runs: Path, toy_model: Path) -> None
         ],
         "verdict": "The image stage loses most.",
     }
-    text = card(runs, toy_model, report, 4)
+    text = card(runs, toy_model, report, ("--num-prompts", "4"))
     assert "| image | held out pair | 4 | - | 75.0 (30.1-95.4) | - | - | - | - | - |" in text
     assert "reconstruction 35.2" in text
     assert "The image stage loses most." in text

@@ -1,6 +1,7 @@
 """The evaluation tells an oracle from stages that err, keeps what is finished, and never mixes two protocols."""
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from videodiff.video_io import read_image
 EVERY_ROW = tuple(row for rows in STAGE_ROWS.values() for row in rows)
 IDENTITY = {"model": "oracle", "software": {"torch": torch.__version__}}
 SAMPLING = dict.fromkeys(("image", "video", "interpolation"), Sampling())
-PLAN = Plan(EVERY_ROW, size=64, frames=16, fps=8.0, factor=2, num_prompts=2, seed=5, sampling=SAMPLING)
+PLAN = Plan(EVERY_ROW, size=64, frames=16, fps=8.0, factor=2, num_prompts=2, num_held_out=2, seed=5, sampling=SAMPLING)
 QUIET = Console(quiet=True)
 
 
@@ -180,7 +181,7 @@ def test_samples_of_another_protocol_are_refused(tmp_path: Path) -> None:
     Samples(tmp_path, {"model": "a", "seed": 1})
     with pytest.raises(UserError, match=r"samples\.jsonl: holds samples of another evaluation \(differs in model\)"):
         Samples(tmp_path, {"model": "b", "seed": 1})
-    plan = Plan(("image",), 64, 16, 8.0, 1, 1, 5, SAMPLING)
+    plan = Plan(("image",), 64, 16, 8.0, 1, 1, 1, 5, SAMPLING)
     evaluate(Oracle(), plan, IDENTITY, tmp_path / "plan", QUIET)
     for change, name in (
         ({"num_prompts": 2}, "num_prompts"),
@@ -194,17 +195,19 @@ def test_samples_of_another_protocol_are_refused(tmp_path: Path) -> None:
 
 
 def test_prompts_cover_the_splits_with_distinct_noise() -> None:
-    found = planned_prompts(2000, seed=0)
+    found = planned_prompts(2000, 2000, seed=0)
     held = {which: sum(split(c) == which for c in combinations()) for which in ("train", "held_out", "held_out_pair")}
     for which, members in held.items():
         chosen = [p for p in found if p.split == which]
         assert len(chosen) == (2000 if which == "train" else min(2000, members))
         assert all(split(p.combination) == which and parse(p.text) == vars(p.combination) for p in chosen)
     assert len({(p.text, p.turn) for p in found}) == len(found)
+    fewer = Counter(p.split for p in planned_prompts(20, 7, seed=0))
+    assert fewer == {"train": 20, "held_out": 7, "held_out_pair": 7}
 
 
 def test_the_table_has_a_row_for_each_entry(tmp_path: Path) -> None:
-    plan = Plan(("image",), 64, 16, 8.0, 1, 1, 5, SAMPLING)
+    plan = Plan(("image",), 64, 16, 8.0, 1, 1, 1, 5, SAMPLING)
     report = evaluate(Oracle(), plan, IDENTITY, tmp_path, QUIET)
     assert table(report["rows"]).row_count == len(report["rows"]) == 3
     assert report["verdict"] is None
@@ -218,6 +221,6 @@ def test_an_unwritable_folder_is_a_plain_message(tmp_path: Path) -> None:
 
 def test_measure_keeps_the_order_of_the_batch() -> None:
     plan = Plan(("image",), 64, 16, 8.0, 1, 4, 5, SAMPLING)
-    batch = planned_prompts(4, 5)[:4]
+    batch = planned_prompts(4, 0, 5)
     for prompt, measured in zip(batch, measure(Oracle(), plan, batch), strict=True):
         assert measured.rows["image"]["read"]["colour"] == prompt.combination.colour

@@ -114,7 +114,7 @@ def test_a_missing_stage_is_named(tiny_model: Path, tmp_path: Path, capsys: pyte
     with pytest.raises(UserError, match="holds no video stage"):
         main(str(short), "video", 1, 0, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    plan, skipped = plan_for(Model.load(short), "all", 1, 0)
+    plan, skipped = plan_for(Model.load(short), "all", 1, 1, 0)
     assert plan.rows == ("autoencoder",)
     assert (plan.size, plan.frames, plan.fps, plan.factor) == (64, 16, 8.0, 1)
     assert skipped == {
@@ -124,6 +124,6 @@ def test_a_missing_stage_is_named(tiny_model: Path, tmp_path: Path, capsys: pyte
     }
     none = shortened(tiny_model, tmp_path / "none", "text")
     with pytest.raises(UserError, match="holds no stage that can be judged"):
-        plan_for(Model.load(none), "all", 1, 0)
+        plan_for(Model.load(none), "all", 1, 1, 0)
     with pytest.raises(UserError, match="--num-prompts 0"):
         main(str(short), "autoencoder", 0, 0, tmp_path / "out")
