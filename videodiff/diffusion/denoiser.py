@@ -33,13 +33,14 @@ class Denoiser:
         self.dtype = dtype
 
     def output(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        """The bare output of the network for x_t [B, C, T, H, W] at t int64 [B] in 1..N; at least float32."""
-        time = (t - 1).to(x_t.device, torch.float32)  # networks count noise levels from 0
+        """The bare output of the network for x_t [B, C, T, H, W] at t [B] in (0, N]; at least float32."""
+        # Networks count noise levels from 0, and none was trained below the first noisy step.
+        time = (t - 1).to(x_t.device, torch.float32).clamp(min=0)
         output = self.network(x_t.to(self.dtype), time, condition.to(x_t.device, self.dtype))
         return output.to(torch.promote_types(x_t.dtype, torch.float32))
 
     def estimate(self, x_t: Tensor, t: Tensor, condition: Condition) -> Estimate:
-        """Clean data and noise in x_t [B, C, T, H, W] at t int64 [B] in 1..N."""
+        """Clean data and noise in x_t [B, C, T, H, W] at t [B] in (0, N], int64 or float."""
         alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
         return split(self.prediction, self.output(x_t, t, condition), x_t, alpha, sigma)
 
