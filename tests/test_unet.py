@@ -303,25 +303,20 @@ def test_impossible_shapes_are_refused(broken: dict[str, object], words: str) ->
 
 
 def test_a_learned_variance_comes_after_what_is_predicted() -> None:
-    plain, learns = UNet(SMALL), UNet(SMALL.model_copy(update={"learn_variance": True}))
+    spatial = SMALL.model_copy(update={"temporal": None, "known_channels": False})
+    plain, learns = UNet(spatial), UNet(spatial.model_copy(update={"learn_variance": True}))
     fill(plain)
     state = plain.state_dict()
-    for name, value in state.items():
-        if name.startswith("conv_out"):  # the same prediction, and a variance of other weights
-            wider = learns.state_dict()[name].clone().normal_(generator=torch.Generator().manual_seed(1))
-            wider[: len(value)] = torch.zeros_like(wider[: len(value)])
-            wider[: len(value), : value.shape[1] if value.ndim > 1 else None] = value
-            if "temporal" in name and value.ndim > 1:  # and no prediction that looks at it
-                wider[: len(value), value.shape[1] :] = 0
-            state[name] = wider
+    for name in ("conv_out.spatial.weight", "conv_out.spatial.bias"):
+        state[name] = torch.cat([state[name], 1 - state[name]])
     learns.load_state_dict(state)
     x = normal(2, 3, 3, 4, 4)
     with torch.no_grad():
-        alone, both = plain(x, TIME, condition()), learns(x, TIME, condition())
+        alone, both = (network(x, TIME, frame(condition())) for network in (plain, learns))
     assert both.shape == (2, 6, 3, 4, 4)
     torch.testing.assert_close(both[:, :3], alone, rtol=1e-4, atol=1e-5)
     assert (both[:, 3:] - alone).abs().max() > 0.1
-    assert (SMALL.variance, learns.config.variance) == ("fixed", "learned_range")
+    assert (spatial.variance, learns.config.variance) == ("fixed", "learned_range")
 
 
 def test_wrong_calls_are_refused() -> None:
