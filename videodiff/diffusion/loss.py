@@ -30,7 +30,7 @@ class DiffusionLoss(Config):
     time_shift: how much more often noisy times are trained than clean ones, see `sample_times`.
     importance: draw times by the second moment of their losses instead.
     offset_noise: deviation of one further draw for each channel of a clip, added to the noise at all its positions
-    (Guttenberg 2023): so the network learns to move the mean too, which zero terminal SNR asks for without it.
+    (Guttenberg 2023), so that the network learns to choose a channel's mean; zero terminal SNR teaches that without it.
     """
 
     weighting: Literal["simple", "min_snr", "vlb"] = "simple"
