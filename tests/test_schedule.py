@@ -114,3 +114,95 @@ def test_the_shared_table_does_not_remember_who_asked_first() -> None:
 @pytest.mark.parametrize("schedule", ALL, ids=str)
 def test_a_schedule_is_its_configuration(schedule: NoiseSchedule) -> None:
     assert build(NoiseSchedule, to_dict(schedule), "here") == schedule
+
+
+SHIFTED = [
+    EMU.model_copy(update={"snr_shift": s, "zero_terminal_snr": zero}) for s in (0.25, 3.0) for zero in (False, True)
+]
+
+
+@pytest.mark.parametrize("schedule", [*ALL, *SHIFTED, NoiseSchedule(num_steps=2, zero_terminal_snr=True)], ids=str)
+def test_log_snr_and_time_are_inverse_over_the_whole_schedule(schedule: NoiseSchedule) -> None:
+    N = schedule.num_steps
+    whole = torch.arange(N + 1)
+    torch.testing.assert_close(schedule.log_snr(whole), schedule.snr(whole).log(), rtol=1e-12, atol=1e-9)
+    t = torch.cat([torch.logspace(-9, 0, 40, dtype=torch.float64), torch.linspace(0, N, 1717, dtype=torch.float64)])
+    t = t.sort().values.unique()
+    log_snr = schedule.log_snr(t)
+    assert log_snr.dtype == torch.float64
+    assert (log_snr.diff() < 0).all()
+    assert log_snr[0] == math.inf
+    assert (log_snr[-1] == -math.inf) == schedule.zero_terminal_snr
+    torch.testing.assert_close(schedule.time(log_snr), t, rtol=1e-9, atol=1e-9)
+    alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+    torch.testing.assert_close(alpha**2 + sigma**2, torch.ones_like(alpha), rtol=0, atol=1e-14)
+    torch.testing.assert_close(2 * (alpha / sigma).log()[1:-1], log_snr[1:-1], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("schedule", ALL, ids=str)
+def test_whole_float_times_give_the_tables_entries_exactly(schedule: NoiseSchedule) -> None:
+    t = torch.arange(schedule.num_steps + 1)
+    for of in (schedule.alpha, schedule.sigma, schedule.snr, schedule.log_snr):
+        assert torch.equal(of(t.double()), of(t))
+        assert of(t.float().view(7, 11, 13)).shape == (7, 11, 13)
+
+
+def test_log_snr_is_linear_between_steps() -> None:
+    t = torch.arange(1, 1000)
+    below, above = EMU.log_snr(t), EMU.log_snr(t + 1)
+    torch.testing.assert_close(EMU.log_snr(t + 0.25), 0.75 * below + 0.25 * above, rtol=1e-12, atol=1e-12)
+
+
+def test_next_to_an_infinite_log_snr_the_vanishing_ratio_is_linear() -> None:
+    zero, one, last = EMU.model_copy(update={"zero_terminal_snr": True}), torch.tensor(1), torch.tensor(999)
+    fraction = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
+    ratio = zero.sigma(fraction) / zero.alpha(fraction)
+    torch.testing.assert_close(ratio, fraction * zero.sigma(one) / zero.alpha(one), rtol=1e-12, atol=0)
+    ratio = zero.alpha(999 + fraction) / zero.sigma(999 + fraction)
+    torch.testing.assert_close(ratio, (1 - fraction) * zero.alpha(last) / zero.sigma(last), rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("t", [-0.1, 1000.1, math.nan])
+def test_times_outside_the_schedule_are_refused(t: float) -> None:
+    for of in (EMU.alpha, EMU.sigma, EMU.log_snr):
+        with pytest.raises(ValueError, match=r"0\.\.1000"):
+            of(torch.tensor([5.0, t]))
+
+
+def test_more_noise_than_the_schedule_has_is_refused() -> None:
+    with pytest.raises(ValueError, match="zero_terminal_snr"):
+        EMU.time(torch.tensor([0.0, -6.0]))
+    assert EMU.model_copy(update={"zero_terminal_snr": True}).time(torch.tensor(-60.0)) < 1000
+
+
+@pytest.mark.parametrize("plain", [s for s, _ in PUBLISHED], ids=str)
+@pytest.mark.parametrize("shift", [0.5, 1.0, 4.0])
+def test_snr_shift_divides_every_snr(plain: NoiseSchedule, shift: float) -> None:
+    t = torch.arange(1, 1001)
+    shifted = plain.model_copy(update={"snr_shift": shift})
+    torch.testing.assert_close(shifted.snr(t) * shift, plain.snr(t), rtol=1e-9, atol=0)
+    assert shifted.alpha_bar[0] == 1
+    zero = shifted.model_copy(update={"zero_terminal_snr": True})
+    assert zero.alpha_bar[-1] == 0
+    assert zero.alpha_bar[1].item() == pytest.approx(shifted.alpha_bar[1].item(), rel=1e-15)
+    assert (zero.alpha_bar.diff() < 0).all()
+
+
+@pytest.mark.parametrize("zero", [False, True])
+def test_snr_shift_is_cogvideox_s(zero: bool) -> None:
+    peer = pytest.importorskip("diffusers.schedulers").CogVideoXDDIMScheduler(
+        snr_shift_scale=3.0, rescale_betas_zero_snr=zero
+    )
+    own = EMU.model_copy(update={"snr_shift": 3.0, "zero_terminal_snr": zero})
+    torch.testing.assert_close(own.alpha_bar[1:], peer.alphas_cumprod.double(), rtol=1e-6, atol=1e-9)
+
+
+# One step of linspace is numpy's first number there, the cleanest time: nothing can be sampled from it.
+TABLES = [(s, n) for s in ("trailing", "leading", "linspace") for n in (1, 4, 10, 25, 50, 333, 1000)]
+
+
+@pytest.mark.parametrize(("spacing", "steps"), [pair for pair in TABLES if pair != ("linspace", 1)])
+def test_spacings_are_diffusers(spacing: str, steps: int) -> None:
+    peer = pytest.importorskip("diffusers.schedulers").DDIMScheduler(timestep_spacing=spacing)
+    peer.set_timesteps(steps)
+    assert [int(t) + 1 for t in peer.timesteps] == EMU.times(steps, spacing)  # type: ignore[arg-type]

@@ -15,6 +15,9 @@ from videodiff.diffusion.schedule import NoiseSchedule
 from videodiff.errors import UserError
 
 Prediction = Literal["eps", "x0", "v"]
+# fixed: the caller's choice of beta or beta_tilde. learned_range: the network says where between them, with as many
+# output channels again (improved DDPM, eq. 15).
+Variance = Literal["fixed", "learned_range"]
 
 # (a, b) of output = a x0 + b eps. v is Salimans & Ho 2202.00512, appendix D.
 _MIX: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
@@ -28,17 +31,19 @@ _MIX: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
 class Estimate:
     """A denoiser's answer for x_t: the clean data and the noise, both [B, ...], with x_t = alpha x0 + sigma eps.
 
-    log_variance: of x_{t-1} given x_t, [B, ...], where the network learned it.
+    variance_fraction: v in [0, 1], [B, ...], where the network learned it (improved DDPM, eq. 15): the variance of x_s
+    given x_t is exp(v log beta + (1 - v) log beta_tilde), with the beta and beta_tilde of whichever step t -> s is
+    taken. 1 is the upper bound beta, 0 the lower one.
     shift: gradient [B, ...] of a log probability in x_t, to be added to the score (classifier guidance).
     """
 
     x0: Tensor
     eps: Tensor
-    log_variance: Tensor | None = None
+    variance_fraction: Tensor | None = None
     shift: Tensor | None = None
 
 
-Denoise = Callable[[Tensor, Tensor], Estimate]  # (x_t [B, ...], t int64 [B] in 1..N) -> Estimate
+Denoise = Callable[[Tensor, Tensor], Estimate]  # (x_t [B, ...], t [B] in (0, N], int64 or float) -> Estimate
 
 
 def check_pair(prediction: Prediction, schedule: NoiseSchedule) -> None:

@@ -2,6 +2,11 @@
 
 Time here runs 0..N: t = 0 is clean data, t = N the noisiest state. Published tables begin with the first noisy step:
 their index i is t = i + 1, and networks are fed t - 1.
+
+Between the steps, for samplers that choose their own noise levels, log-SNR is linear in t. Where an end of such an
+interval has none, the ratio that vanishes there is linear instead: sigma/alpha on (0, 1), since log-SNR is infinite at
+t = 0; alpha/sigma on (N - 1, N), where zero terminal SNR makes it -infinity at t = N. So t and log-SNR map onto each
+other one to one on the whole of [0, N], and alpha and sigma have no jump anywhere.
 """
 
 import math
@@ -25,6 +30,9 @@ class NoiseSchedule(Config):
     cosine: improved DDPM (Nichol & Dhariwal 2021, eq. 17), betas clipped at 0.999; it has no beta_start and beta_end.
     zero_terminal_snr: rescaled so that alpha_bar_N is exactly 0 (Lin et al. 2305.08891, algorithm 1). Without it the
     default leaks sqrt(alpha_bar_N) = 0.068 of the data into what sampling takes for pure noise.
+    snr_shift: every SNR is divided by it, alpha_bar / (s + (1 - s) alpha_bar), for larger pictures or longer clips,
+    whose neighbouring positions show more of each other (Hoogeboom et al. 2301.11093; CogVideoX 2408.06072). It comes
+    before zero_terminal_snr, as in CogVideoX: the last step is exactly 0, the first keeps its shifted value.
     """
 
     kind: Literal["linear", "scaled_linear", "cosine"] = "scaled_linear"
@@ -32,6 +40,7 @@ class NoiseSchedule(Config):
     beta_start: float = Field(8.5e-4, gt=0, lt=1)
     beta_end: float = Field(1.2e-2, gt=0, lt=1)
     zero_terminal_snr: bool = False
+    snr_shift: float = Field(1.0, gt=0)
 
     @model_validator(mode="after")
     def _betas_rise(self) -> "NoiseSchedule":
@@ -47,17 +56,68 @@ class NoiseSchedule(Config):
         return _alpha_bar(self, "cpu")
 
     def alpha(self, t: Tensor) -> Tensor:
-        """alpha_t = sqrt(alpha_bar_t), float64, shape and device of the integer tensor `t`."""
-        return _alpha_bar(self, str(t.device))[t].sqrt()
+        """alpha_t = sqrt(alpha_bar_t), float64, shape and device of `t`: integers, or floats in [0, N] (see above).
+
+        Whole floats give the table's entry exactly. Raises ValueError for floats outside [0, N].
+        """
+        return self._squares(t)[0].sqrt()
 
     def sigma(self, t: Tensor) -> Tensor:
-        """sigma_t = sqrt(1 - alpha_bar_t), float64, shape and device of the integer tensor `t`."""
-        return (1 - _alpha_bar(self, str(t.device))[t]).sqrt()
+        """sigma_t = sqrt(1 - alpha_bar_t), float64; `t` as in `alpha`."""
+        return self._squares(t)[1].sqrt()
 
     def snr(self, t: Tensor) -> Tensor:
-        """alpha_t^2 / sigma_t^2, float64: infinite at t = 0, exactly 0 at t = N with zero terminal SNR."""
-        alpha_bar = _alpha_bar(self, str(t.device))[t]
-        return alpha_bar / (1 - alpha_bar)
+        """alpha_t^2 / sigma_t^2, float64; `t` as in `alpha`. Infinite at t = 0, exactly 0 at zero terminal SNR."""
+        alpha_squared, sigma_squared = self._squares(t)
+        return alpha_squared / sigma_squared
+
+    def log_snr(self, t: Tensor) -> Tensor:
+        """log(alpha_t^2 / sigma_t^2), float64 (twice the lambda of DPM-Solver), shape and device of `t`.
+
+        t: integers or floats in [0, N]; infinite at t = 0, -infinite at t = N with zero terminal SNR, and strictly
+        decreasing between. Raises ValueError outside.
+        """
+        N, t = self.num_steps, t.to(torch.float64)
+        if not bool(((t >= 0) & (t <= N)).all()):
+            raise ValueError(f"times {t.flatten()[:4].tolist()} are not all within 0..{N}, the steps of the schedule")
+        table = _log_snr(self, str(t.device))
+        i = t.floor().long().clamp(max=N - 1)
+        above, below, fraction = table[i], table[i + 1], t - i
+        value = above + fraction * (below - above)  # NaN next to an infinite entry, replaced below
+        value = torch.where(i == 0, below - 2 * fraction.log(), value)
+        if self.zero_terminal_snr:
+            value = torch.where((i == N - 1) & (i > 0), above + 2 * (1 - fraction).log(), value)
+        # `below - inf` and the like are no concern of whole times: these are in the table.
+        return torch.where(fraction == 0, above, torch.where(fraction == 1, below, value))
+
+    def time(self, log_snr: Tensor) -> Tensor:
+        """The t in [0, N] of a log-SNR, float64: the inverse of `log_snr`, same shape and device.
+
+        Raises ValueError for a log-SNR below that of the last step, which no time of the schedule has.
+        """
+        N, value = self.num_steps, log_snr.to(torch.float64)
+        table = _log_snr(self, str(value.device))
+        if not bool((value >= table[N]).all()):
+            raise ValueError(
+                f"log-SNR {float(value.min()):.6g} lies below {float(table[N]):.6g}, that of the schedule's last step; "
+                "begin no noisier than the schedule ends, or use zero_terminal_snr"
+            )
+        i = (torch.searchsorted(-table, -value, right=True) - 1).clamp(max=N - 1)  # table[i] >= value > table[i + 1]
+        above, below = table[i], table[i + 1]
+        t = i + (above - value) / (above - below)
+        t = torch.where(i == 0, ((below - value) / 2).exp(), t)
+        if self.zero_terminal_snr:
+            t = torch.where((i == N - 1) & (i > 0), N - ((value - above) / 2).exp(), t)
+        return t
+
+    def _squares(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """(alpha_t^2, sigma_t^2)."""
+        table = _alpha_bar(self, str(t.device))
+        if not t.is_floating_point():
+            return table[t], 1 - table[t]
+        log_snr = self.log_snr(t)
+        whole, entry = t == t.floor(), table[t.floor().long()]
+        return torch.where(whole, entry, log_snr.sigmoid()), torch.where(whole, 1 - entry, (-log_snr).sigmoid())
 
     def times(self, steps: int, spacing: Spacing = "trailing") -> list[int]:
         """`steps` times at which a sampler asks its denoiser, strictly decreasing, within 1..N, without the final 0.
@@ -97,10 +157,20 @@ def _alpha_bar(schedule: NoiseSchedule, device: str) -> Tensor:
     else:
         f = torch.cos((torch.arange(N + 1, **like) / N + 0.008) / 1.008 * math.pi / 2) ** 2
         betas = (1 - f[1:] / f[:-1]).clamp(max=0.999)
-    root = (1 - betas).cumprod(0).sqrt()
+    alpha_bar = (1 - betas).cumprod(0)
+    root = (alpha_bar / (schedule.snr_shift + (1 - schedule.snr_shift) * alpha_bar)).sqrt()
     if schedule.zero_terminal_snr:
         # Lin et al., algorithm 1: shift sqrt(alpha_bar) to 0 at the end, scale so that the first noisy step stays.
         first, last = root[0].clone(), root[-1].clone()
         root = (root - last) * (first / (first - last))
         root[0] = first  # exact where the product rounds
     return torch.cat([torch.ones(1, **like), root**2])
+
+
+@lru_cache(maxsize=64)
+def _log_snr(schedule: NoiseSchedule, device: str) -> Tensor:
+    """float64 [N + 1], strictly decreasing from infinity."""
+    if device != "cpu":
+        return _log_snr(schedule, "cpu").to(device)
+    alpha_bar = schedule.alpha_bar
+    return alpha_bar.log() - (-alpha_bar).log1p()
