@@ -166,7 +166,7 @@ class DiffusionTask:
         sampler = config.sampling.sampler
         check_fit(base, network.config, config.data.size)
         check_pair(self.prediction, self.schedule)
-        self.schedule.times(sampler.steps, sampler.spacing)  # refuses more steps than there are
+        sampler.times(self.schedule)  # refuses what doesn't fit, such as more steps than there are
         network.checkpointing = config.activation_checkpointing
         self.loss_function, self.dropout = config.loss, config.dropout
         self.autoencoder, self.text = base.autoencoder.to(device()), base.text.to(device())
