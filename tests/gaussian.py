@@ -46,3 +46,29 @@ def at(schedule: NoiseSchedule, t: float) -> tuple[float, float]:
     """(alpha, sigma) at a time."""
     time = torch.tensor(float(t), dtype=torch.float64)
     return schedule.alpha(time).item(), schedule.sigma(time).item()
+
+
+class Mixture:
+    """Classes k of equal weight, x0 | k ~ N(means[k], s^2) in D dimensions: all densities at each noise level."""
+
+    def __init__(self, schedule: NoiseSchedule, means: Tensor, s: float = S) -> None:
+        self.schedule, self.means, self.s = schedule, means, s  # means [K, D]
+
+    def log_joint(self, x_t: Tensor, t: Tensor) -> Tensor:
+        """log p(x_t, k), [B, K]."""
+        alpha, sigma = coefficients(self.schedule, t, x_t)
+        variance = alpha**2 * self.s**2 + sigma**2
+        squares = ((x_t[:, None] - alpha[..., None] * self.means) ** 2).sum(-1)
+        normal = -squares / (2 * variance) - x_t.shape[1] / 2 * (2 * torch.pi * variance).log()
+        return normal - torch.tensor(float(len(self.means))).log()
+
+    def conditional(self, k: int) -> Denoise:
+        """The best denoiser of class k."""
+        return oracle(self.schedule, self.means[k], self.s)
+
+    def unconditional(self, x_t: Tensor, t: Tensor) -> Estimate:
+        """The best denoiser of all of it: those of the classes, weighted by p(k | x_t)."""
+        alpha, sigma = coefficients(self.schedule, t, x_t)
+        weights = self.log_joint(x_t, t).softmax(1)
+        x0 = sum(weights[:, [k]] * self.conditional(k)(x_t, t).x0 for k in range(len(self.means)))
+        return Estimate(x0, (x_t - alpha * x0) / sigma)  # type: ignore[arg-type,operator]
