@@ -255,11 +255,10 @@ def test_guidance_between_gaussians_is_gaussian(w: float, t: int) -> None:
     (m0, s0), (m1, s1) = (0.2, 0.8), (0.9, 0.4)
 
     def network(x: Tensor, time: Tensor, condition: Condition) -> Tensor:
-        told = condition.text_mask[0].all(1).view(-1, 1, 1, 1, 1)  # the null text keeps its first token alone
-        m, s = torch.where(told, m1, m0), torch.where(told, s1, s0)
-        alpha, sigma = (
-            c.to(x).view(-1, 1, 1, 1, 1) for c in (PLAIN.alpha(time.long() + 1), PLAIN.sigma(time.long() + 1))
-        )
+        told = condition.text_mask[0].all(1).double().view(-1, 1, 1, 1, 1)  # the null text keeps one token alone
+        m, s = m0 + (m1 - m0) * told, s0 + (s1 - s0) * told
+        t = time.long() + 1
+        alpha, sigma = (c.view(-1, 1, 1, 1, 1) for c in (PLAIN.alpha(t), PLAIN.sigma(t)))
         return sigma * (x - alpha * m) / (alpha**2 * s**2 + sigma**2)
 
     times, x = torch.full((B,), t), X_T.double()
@@ -269,7 +268,7 @@ def test_guidance_between_gaussians_is_gaussian(w: float, t: int) -> None:
     v0, v1 = (alpha**2 * s**2 + sigma**2 for s in (s0, s1))
     precision = (1 - w) / v0 + w / v1
     mean = alpha * ((1 - w) * m0 / v0 + w * m1 / v1) / precision
-    torch.testing.assert_close(-estimate.eps / sigma, -precision * (x - mean), rtol=0, atol=1e-6)
+    torch.testing.assert_close(-estimate.eps / sigma, -precision * (x - mean), rtol=0, atol=1e-9)
 
 
 def test_the_learned_variance_is_that_of_the_full_condition() -> None:

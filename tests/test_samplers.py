@@ -12,11 +12,17 @@ from gaussian import PLAIN, ZERO, AnySampler, M, S, affine, at, generators, orac
 from pydantic import TypeAdapter
 from torch import Tensor
 
+from stages.cli import SamplerChoice
+from stages.pipeline import adjusted
+from videodiff.batch import Condition
 from videodiff.config import Config, build, to_dict
+from videodiff.diffusion.denoiser import Denoiser
 from videodiff.diffusion.prediction import Estimate
 from videodiff.diffusion.samplers import DDIM, DDPM, DPMSolver, Heun, Langevin, PredictorCorrector, Sampler, SamplerKind
 from videodiff.diffusion.schedule import NoiseSchedule
 from videodiff.errors import UserError
+from videodiff.model import Sampling
+from videodiff.networks.unet import UNet, UNetConfig
 from videodiff.seeding import normals
 
 MEMBERS: list[type[AnySampler]] = list(get_args(get_args(Sampler)[0]))
@@ -170,6 +176,18 @@ def test_more_steps_than_the_schedule_has_are_refused(sampler: AnySampler) -> No
         with_steps(sampler, 1001)(oracle(ZERO), torch.zeros(1, 2), ZERO, generators(1))
 
 
+@pytest.mark.parametrize("sampler", SAMPLERS, ids=str)
+def test_a_real_network_is_led_to_finite_latents(sampler: AnySampler) -> None:
+    # What the oracle can't show: times between steps pass the network's embedding, and its output has the right shape.
+    config = UNetConfig(channels=2, model_channels=8, channel_mult=(1,), num_res_blocks=1, attention_levels=(False,),
+                        head_channels=8)  # fmt: skip
+    denoise = Denoiser(UNet(config).eval(), ZERO, "v").bind(Condition())
+    noise = normals((2, 1, 4, 4), 0, "noise", range(2))
+    made = with_steps(sampler, 4)(denoise, noise, ZERO, generators(2))
+    assert made.shape == noise.shape
+    assert made.isfinite().all()
+
+
 class Chosen(Config):
     sampler: Sampler
 
@@ -181,7 +199,15 @@ def test_a_sampler_is_its_configuration(sampler: AnySampler) -> None:
 
 
 def test_every_kind_can_be_named() -> None:
-    assert get_args(SamplerKind) == tuple(sampler.kind for sampler in SAMPLERS)
+    kinds = tuple(sampler.kind for sampler in SAMPLERS)
+    assert get_args(SamplerKind) == kinds
+    assert tuple(choice.value for choice in SamplerChoice) == kinds
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS, ids=str)
+def test_generate_can_ask_for_any_sampler(sampler: AnySampler) -> None:
+    asked = adjusted(Sampling(sampler=DDIM(steps=9)), sampler=sampler.kind, steps=4)
+    assert asked.sampler == with_steps(type(sampler)(), 4)
 
 
 @pytest.mark.parametrize(
