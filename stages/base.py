@@ -20,9 +20,10 @@ from videodiff import config as configs
 from videodiff.batch import Condition, VideoBatch
 from videodiff.config import Config, operational
 from videodiff.diffusion.denoiser import Denoiser
-from videodiff.diffusion.loss import DiffusionLoss, sample_times
+from videodiff.diffusion.loss import DiffusionLoss
 from videodiff.diffusion.prediction import Prediction, check_pair
 from videodiff.diffusion.schedule import NoiseSchedule
+from videodiff.diffusion.times import LossHistory
 from videodiff.errors import UserError
 from videodiff.model import DESCRIPTION, STAGES, DiffusionPart, File, Model, ModelConfig, Sampling, carry, write_weights
 from videodiff.networks.autoencoder import Autoencoder
@@ -167,8 +168,14 @@ class DiffusionTask:
         check_fit(base, network.config, config.data.size)
         check_pair(self.prediction, self.schedule)
         sampler.times(self.schedule)  # refuses what doesn't fit, such as more steps than there are
+        if config.loss.levels is not None:
+            raise UserError(
+                f"loss.levels: {config.loss.levels} grey levels are a matter of pixels; leave it out for latents"
+            )
         network.checkpointing = config.activation_checkpointing
         self.loss_function, self.dropout = config.loss, config.dropout
+        importance = config.loss.importance
+        self.history = LossHistory(importance, self.schedule.num_steps) if importance is not None else None
         self.autoencoder, self.text = base.autoencoder.to(device()), base.text.to(device())
         self.posteriors = PosteriorCache(self.autoencoder, int(config.latent_cache_gib * 2**30))
 
@@ -193,10 +200,30 @@ class DiffusionTask:
     def loss(self, module: Callable[..., Tensor], batch: VideoBatch, seed: int) -> LossOutput:
         x0 = self.latents(batch, seed)
         condition = self.condition(batch, x0).drop(*self.dropout.draw(seed, batch.numbers))
-        t = sample_times(self.schedule, seed, batch.numbers, self.loss_function.time_shift).to(x0.device)
-        eps = normals(tuple(x0.shape[1:]), seed, "noise", batch.numbers).to(x0.device)
-        denoiser = Denoiser(module, self.schedule, self.prediction, next(self.module.parameters()).dtype)
-        return LossOutput(per_sample=self.loss_function(denoiser, x0, eps, t, condition), metrics={})
+        t, weight = self.loss_function.draw_times(self.schedule, seed, batch.numbers, self.history)
+        eps = self.loss_function.draw_noise(tuple(x0.shape[1:]), seed, batch.numbers).to(x0.device)
+        losses = self.loss_function(self._denoiser(module), x0, eps, t.to(x0.device), condition)
+        seen = None
+        if self.history is not None:
+            known = losses.detach().cpu().double().where(batch.weight.cpu() > 0, torch.nan)  # nothing of a bad clip
+            seen = torch.stack([t.double(), known], dim=1)
+        return LossOutput(per_sample=losses * weight.to(losses), metrics={}, seen=seen)
+
+    def after_step(self, seen: Tensor) -> None:
+        """Take in (t, loss) [batch, 2] of the step's samples."""
+        if self.history is not None:
+            self.history.update(seen[:, 0], seen[:, 1])
+
+    def state(self) -> dict[str, Tensor]:
+        return {} if self.history is None else self.history.state()
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        if self.history is not None:
+            self.history.load_state(state)
+
+    def _denoiser(self, module: Callable[..., Tensor]) -> Denoiser:
+        dtype, variance = next(self.module.parameters()).dtype, self.module.config.variance
+        return Denoiser(module, self.schedule, self.prediction, dtype, variance)
 
     @torch.no_grad()
     def sample(self, module: nn.Module, batch: VideoBatch, folder: Path, step: int) -> None:
@@ -205,7 +232,7 @@ class DiffusionTask:
         x0 = self.latents(batch, seed=0)
         condition = self.condition(batch, x0)
         dtype = next(module.parameters()).dtype
-        denoiser = Denoiser(module, self.schedule, self.prediction, dtype)
+        denoiser = Denoiser(module, self.schedule, self.prediction, dtype, self.module.config.variance)
         sampling: Sampling = self.part["sampling"]
         # Each row's noise and what a random sampler adds at its steps come from one generator, and so are independent.
         generators = [generator(0, "sample", int(number)) for number in batch.numbers]

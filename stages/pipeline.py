@@ -74,7 +74,7 @@ class Pipeline:
         if stage not in self._denoisers:
             part = self.model.diffusion(stage)
             network = self.model.unet(stage).to(self.device)
-            self._denoisers[stage] = Denoiser(network, part.schedule, part.prediction)
+            self._denoisers[stage] = Denoiser(network, part.schedule, part.prediction, variance=part.network.variance)
         return self._denoisers[stage]
 
     @torch.no_grad()

@@ -110,6 +110,7 @@ def test_it_learns_and_guides() -> None:
         ({"context_dims": (8,)}, "encoder.context_dims is set"),
         ({"pooled_dim": 8}, "encoder.pooled_dim is set"),
         ({"known_channels": True}, "encoder.known_channels is set"),
+        ({"learn_variance": True}, "encoder.learn_variance is set"),
         ({"temporal": {"fps": True}}, "encoder.temporal.fps is set"),
         ({"head_channels": 7, "attention_levels": (False, False)}, "head_channels 7"),
     ],

@@ -7,10 +7,12 @@ from torch import Tensor
 from videodiff.batch import Condition
 from videodiff.config import build, to_dict
 from videodiff.diffusion.denoiser import Denoiser
-from videodiff.diffusion.loss import DiffusionLoss, sample_times
-from videodiff.diffusion.prediction import Prediction, target
+from videodiff.diffusion.loss import DiffusionLoss
+from videodiff.diffusion.prediction import Prediction, add_noise, target
+from videodiff.diffusion.reverse import bound_term, log_variance
 from videodiff.diffusion.schedule import NoiseSchedule
 from videodiff.errors import UserError
+from videodiff.seeding import normals
 
 PREDICTIONS: list[Prediction] = list(get_args(Prediction))
 PLAIN, ZERO = NoiseSchedule(), NoiseSchedule(zero_terminal_snr=True)
@@ -90,7 +92,10 @@ def test_a_samples_loss_does_not_depend_on_its_batch() -> None:
         torch.testing.assert_close(alone, whole[one], rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("data", [{"gamma": 0}, {"gamma": -1}, {"weighting": "p2"}])
+@pytest.mark.parametrize(
+    "data",
+    [{"gamma": 0}, {"gamma": -1}, {"weighting": "p2"}, {"variance_weight": 0}, {"levels": 1}, {"offset_noise": -1}],
+)
 def test_impossible_losses_are_refused(data: dict[str, object]) -> None:
     with pytest.raises(UserError):
         build(DiffusionLoss, data, "loss.yaml")
@@ -101,29 +106,125 @@ def test_a_loss_is_its_configuration() -> None:
     assert build(DiffusionLoss, to_dict(loss), "here") == loss
 
 
-def test_times_cover_the_schedule_evenly() -> None:
-    schedule = NoiseSchedule(num_steps=10)
-    t = sample_times(schedule, seed=0, numbers=torch.arange(5000))
-    assert t.dtype == torch.int64
-    counts = torch.bincount(t, minlength=11)
-    assert counts[0] == 0
-    assert len(counts) == 11
-    chi_squared = ((counts[1:] - 500.0) ** 2 / 500).sum()
-    assert chi_squared < 27.9  # 9 degrees of freedom: passed by chance once in a thousand
+def test_two_choices_of_times_are_refused() -> None:
+    with pytest.raises(UserError, match=r"time_shift 2\.0 and importance both .* importance: null"):
+        build(DiffusionLoss, {"time_shift": 2.0, "importance": {}}, "loss.yaml")
 
 
-def test_a_samples_time_does_not_depend_on_its_batch() -> None:
-    whole = sample_times(PLAIN, 3, torch.arange(20))
-    assert torch.equal(sample_times(PLAIN, 3, torch.tensor([7, 2])), whole[[7, 2]])
-    assert not torch.equal(sample_times(PLAIN, 4, torch.arange(20)), whole)
+# --- learned variance and the bound -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shift", [0.5, 1.0, 3.0])
-def test_shifted_times_follow_their_distribution(shift: float) -> None:
-    numbers, N = 5000, 1000
-    t = sample_times(NoiseSchedule(num_steps=N), seed=0, numbers=torch.arange(numbers), shift=shift)
-    assert t.min() >= 1
-    assert t.max() <= N
-    for share in (0.2, 0.5, 0.9):
-        below = share / (shift - (shift - 1) * share)  # the u whose shifted value is `share`
-        assert abs(float((t <= share * N).double().mean()) - below) < 4 * (below * (1 - below) / numbers) ** 0.5 + 1 / N
+def claims_both(x0: Tensor, v: Tensor, schedule: NoiseSchedule) -> Denoiser:
+    """As `claims`, in words of v-prediction, with the variance channels `v` beside it."""
+    plain = claims(x0, schedule, "v").network
+    return Denoiser(
+        lambda x, time, condition: torch.cat([plain(x, time, condition), v], dim=1),
+        schedule,
+        "v",
+        torch.float64,
+        variance="learned_range",
+    )
+
+
+@pytest.mark.parametrize("schedule", [PLAIN, ZERO], ids=["plain", "zero"])
+@pytest.mark.parametrize("levels", [None, 17])
+def test_the_bound_is_its_term_in_bits(schedule: NoiseSchedule, levels: int | None) -> None:
+    v, t = torch.linspace(-1.5, 1.5, X0.numel(), dtype=torch.float64).view(X0.shape), T
+    clean = (X0.clamp(-2, 2) * 4).round() / 8 if levels else X0
+    for denoiser, fraction in (
+        (claims_both(WRONG, v, schedule), (v + 1) / 2),
+        (claims(WRONG, schedule, "v"), torch.zeros_like(v)),  # a fixed variance is beta_tilde
+    ):
+        loss = DiffusionLoss(weighting="vlb", levels=levels)(denoiser, clean, EPS, t, Condition())
+        log_sigma = log_variance(fraction, schedule, t, t - 1)
+        nats = bound_term(clean, WRONG, log_sigma, schedule, t, t - 1, levels)
+        torch.testing.assert_close(loss, 1000 * nats / (96 * torch.tensor(2.0).double().log()), rtol=1e-5, atol=1e-9)
+
+
+def test_the_hybrid_trains_the_variance_and_leaves_the_mean_to_the_simple_loss() -> None:
+    def gradients(loss: DiffusionLoss) -> tuple[Tensor, Tensor, Tensor]:
+        mean, v = WRONG.clone().requires_grad_(), torch.full_like(WRONG, 0.2).requires_grad_()
+        value = loss(claims_both(mean, v, ZERO), X0, EPS, T, Condition())
+        value.sum().backward()
+        assert mean.grad is not None
+        return value.detach(), mean.grad, v.grad if v.grad is not None else torch.zeros_like(v)
+
+    hybrid, of_mean, of_v = gradients(DiffusionLoss(variance_weight=0.01))
+    bound, _, bound_of_v = gradients(DiffusionLoss(weighting="vlb"))
+    simple = DiffusionLoss()(claims(WRONG, ZERO, "v"), X0, EPS, T, Condition())
+    mean = WRONG.clone().requires_grad_()
+    DiffusionLoss()(claims(mean, ZERO, "v"), X0, EPS, T, Condition()).sum().backward()
+    torch.testing.assert_close(hybrid, simple + 0.01 * bound, rtol=1e-9, atol=0)
+    torch.testing.assert_close(of_mean, mean.grad, rtol=1e-9, atol=1e-15)
+    torch.testing.assert_close(of_v, 0.01 * bound_of_v, rtol=1e-9, atol=1e-20)
+    assert (of_v.flatten(1).abs().amax(1) > 0).all()
+
+
+def test_the_bound_moves_the_mean_too() -> None:
+    mean = WRONG.clone().requires_grad_()
+    loss = DiffusionLoss(weighting="vlb")(claims(mean, PLAIN, "v"), X0, EPS, T, Condition())
+    loss.sum().backward()
+    assert mean.grad is not None
+    assert mean.grad.isfinite().all()
+    assert torch.equal(mean.grad.sign(), (WRONG - X0).sign())
+
+
+def test_a_learned_variance_finds_the_size_of_the_errors() -> None:
+    """The best fraction under the bound is that of the mean square distance between the posterior's mean and ours."""
+    t = torch.full((5,), 500)
+    fractions = torch.linspace(-1, 1, 41, dtype=torch.float64)
+    small = X0 + 0.02 * WRONG  # an error far below the step's noise asks for beta_tilde
+    bounds = []
+    for v in fractions:
+        denoiser = claims_both(small, v.expand(X0.shape), PLAIN)
+        bounds.append(DiffusionLoss(weighting="vlb")(denoiser, X0, EPS, t, Condition()).mean())
+    assert torch.stack(bounds).argmin() == 0
+    alpha_bar = PLAIN.alpha_bar
+    a, b = alpha_bar[500], alpha_bar[499]
+    coefficient, beta, tilde = b.sqrt() * (1 - a / b) / (1 - a), 1 - a / b, (1 - b) / (1 - a) * (1 - a / b)
+    middle = (0.5 * (beta.log() + tilde.log())).exp()  # v = 0
+    off = ((middle - tilde).sqrt() / coefficient).expand(X0.shape)
+    bounds = []
+    for v in fractions:
+        denoiser = claims_both(X0 + off, v.expand(X0.shape), PLAIN)
+        bounds.append(DiffusionLoss(weighting="vlb")(denoiser, X0, EPS, t, Condition()).mean())
+    assert torch.stack(bounds).argmin() == 20
+
+
+def test_a_network_with_the_wrong_number_of_channels_is_refused() -> None:
+    single = claims(WRONG, ZERO, "v").network
+    with pytest.raises(ValueError, match=r"gives 2 channels .* learned_range takes 4: set network\.learn_variance"):
+        Denoiser(single, ZERO, "v", torch.float64, variance="learned_range").estimate(X0, T, Condition())
+    double = claims_both(WRONG, WRONG, ZERO).network
+    with pytest.raises(ValueError, match=r"gives 4 channels .* fixed takes 2"):
+        DiffusionLoss()(Denoiser(double, ZERO, "v", torch.float64), X0, EPS, T, Condition())
+
+
+def test_a_sampler_gets_the_fraction_within_its_bounds() -> None:
+    v = torch.linspace(-3, 3, X0.numel(), dtype=torch.float64).view(X0.shape)
+    estimate = claims_both(WRONG, v, ZERO).estimate(add_noise(X0, EPS, T, ZERO), T, Condition())
+    assert estimate.variance_fraction is not None
+    assert torch.equal(estimate.variance_fraction, ((v + 1) / 2).clamp(0, 1))
+    torch.testing.assert_close(estimate.x0, WRONG, rtol=1e-9, atol=1e-9)
+    assert claims(WRONG, ZERO, "v").estimate(X0, T, Condition()).variance_fraction is None
+
+
+# --- noise ------------------------------------------------------------------------------------------------------------
+
+
+def test_noise_without_an_offset_is_the_samples_own() -> None:
+    noise = DiffusionLoss().draw_noise((2, 3, 4, 4), 5, torch.arange(3))
+    assert torch.equal(noise, normals((2, 3, 4, 4), 5, "noise", range(3)))
+
+
+def test_offset_noise_moves_whole_channels() -> None:
+    strength, numbers = 0.5, torch.arange(400)
+    noise = DiffusionLoss(offset_noise=strength).draw_noise((3, 2, 4, 4), 5, numbers).double()
+    offset = noise - normals((3, 2, 4, 4), 5, "noise", numbers)
+    torch.testing.assert_close(offset, offset[:, :, :1, :1, :1].expand_as(offset), rtol=0, atol=1e-6)
+    drawn = offset[:, :, 0, 0, 0] / strength
+    assert abs(float(drawn.mean())) < 4 / 1200**0.5
+    assert abs(float(drawn.var()) - 1) < 4 * (2 / 1200) ** 0.5
+    assert (torch.corrcoef(drawn.T) - torch.eye(3)).abs().max() < 4 / 400**0.5  # channels apart
+    alone = DiffusionLoss(offset_noise=strength).draw_noise((3, 2, 4, 4), 5, numbers[[7]])
+    assert torch.equal(alone, noise[[7]].float())

@@ -9,6 +9,7 @@ from gaussian import PLAIN, ZERO, AnySampler, M, S, affine, at, coefficients, ge
 from torch import Tensor
 
 from videodiff.diffusion.prediction import Denoise, Estimate
+from videodiff.diffusion.reverse import log_variance
 from videodiff.diffusion.samplers import DDIM, DDPM, DPMSolver, Heun, Langevin, PredictorCorrector, invert
 from videodiff.diffusion.samplers.base import asker, at_times, folded
 from videodiff.diffusion.samplers.langevin import langevin_step
@@ -87,6 +88,19 @@ def test_learned_variance_lies_between_the_fixed_ones(schedule: NoiseSchedule) -
         torch.testing.assert_close(made(fraction), fixed, rtol=0, atol=1e-12)
     assert made(0.5).isfinite().all()
     assert not torch.allclose(made(0.5), made(0.0))
+
+
+def test_the_learned_variance_is_the_one_that_is_trained() -> None:
+    # What is sampled with is what the bound is computed with, also over strided steps.
+    x, fraction, (t, s) = torch.zeros(1, 9, dtype=torch.float64), torch.linspace(0, 1, 9).double()[None], (600, 550)
+    drawn = torch.ones_like(x)
+
+    def denoise(x_t: Tensor, t: Tensor) -> Estimate:
+        return Estimate(torch.zeros_like(x_t), torch.zeros_like(x_t), fraction)
+
+    made = next(iter(DDPM(variance="learned").path(asker(denoise), x, at_times(PLAIN, [t, s]), lambda _: drawn)))
+    expected = log_variance(fraction, PLAIN, torch.tensor([t]), torch.tensor([s]))
+    torch.testing.assert_close(made.square().log(), expected, rtol=0, atol=1e-9)
 
 
 def test_a_learned_variance_that_is_not_there_is_refused() -> None:

@@ -211,6 +211,43 @@ def test_the_image_stage_learns(toy_model: Path, tmp_path: Path) -> None:
     assert len(lines) == 20
 
 
+def test_a_learned_variance_goes_from_the_image_stage_to_the_video_stage(toy_model: Path, tmp_path: Path) -> None:
+    """With importance sampling, interrupted: 20 steps in one go are 10, a restart and 10, to the last bit."""
+    base = Model.load(toy_model)
+    network = {**configs.to_dict(base.diffusion("image").network), "learn_variance": True}
+    loss = {"importance": {"history": 1, "uniform_prob": 0.1}}
+    schedule = {"num_steps": 8, "beta_start": 0.05, "beta_end": 0.5, "zero_terminal_snr": True}
+    sampling = {"sampler": {"kind": "ddim", "steps": 4}}
+    told = {"network": network, "loss": loss, "schedule": schedule, "sampling": sampling}
+    models = []
+    for folder, parts in (("straight", (20,)), ("parts", (10, 20))):
+        for steps in parts:
+            torch.manual_seed(0)
+            config = stage_config(ImageStage, tmp_path / folder, frames=1, **told)
+            config = config.model_copy(update={"run": config.run.model_copy(update={"steps": steps, "save_every": 10})})
+            task = image.task(config, base)
+            assert task.module.conv_out.spatial.out_channels == 8
+            model = trained(config, task, Clips(1, 8.0))
+        assert task.history is not None
+        assert task.history.probabilities().std() > 0
+        models.append(model)
+    states = [model.state("image") for model in models]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert states[0]["conv_out.spatial.weight"][4:].abs().max() > 0  # the variance trained
+    x = torch.randn(2, 4, 1, 8, 8)
+    condition = task.condition(Clips(1, 8.0).batch([0, 1]), x)
+    estimate = models[0].denoiser("image").estimate(x, torch.tensor([8, 3]), condition)
+    assert estimate.x0.shape == x.shape
+    assert estimate.variance_fraction is not None
+    assert not (estimate.variance_fraction == 0.5).all()
+    video_task = video.task(_video(tmp_path, temporal={"fps": True}, sampling=sampling), models[0])
+    losses = video_task.loss(video_task.module, Clips(4, 8.0).batch([0, 1]), seed=0).per_sample
+    losses.sum().backward()
+    assert losses.isfinite().all()
+    (tmp_path / "pictures").mkdir()
+    video_task.sample(video_task.module, Clips(4, 8.0).batch([0, 1]), tmp_path / "pictures", 1)
+
+
 def test_the_interpolation_stage_starts_from_the_video_stage(toy_model: Path, tmp_path: Path) -> None:
     base = Model.load(toy_model)
     config = stage_config(InterpolationStage, tmp_path, frames=5, fps=16.0)
@@ -252,6 +289,7 @@ MISTAKES = {
     "tokens": ({"network": {"context_dims": [32]}}, r"network.context_dims: \[32\] does not fit .* \[16\]"),
     "pooled text": ({"network": {"pooled_dim": 32}}, "network.pooled_dim: 32 does not fit"),
     "steps": ({"sampling": {"sampler": {"kind": "ddim", "steps": 2000}}}, "sampler.steps is 2000"),
+    "grey levels": ({"loss": {"levels": 256}}, "loss.levels: 256 grey levels"),
     "pair": ({"prediction": "eps"}, "prediction eps with schedule.zero_terminal_snr"),
 }
 

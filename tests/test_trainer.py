@@ -75,18 +75,52 @@ def test_four_steps_are_two_and_a_restart_and_two(tmp_path: Path, stage: int, pr
     assert weights(straight, 4, "raw")["scale"] == torch.tensor([1 / 3])  # buffers in full precision
 
 
+def memory(config: TinyConfig, step: int) -> dict[str, torch.Tensor]:
+    return load_file(Path(config.run.dir, "checkpoints", f"step-{step:08d}", "memory.safetensors"))
+
+
+def test_what_a_task_remembers_is_kept_and_resumed_exactly(tmp_path: Path) -> None:
+    importance = {"history": 1, "uniform_prob": 0.1}
+    straight = tiny(tmp_path / "straight", importance=importance, bad=[5])
+    run_tiny(straight)
+    run_tiny(tiny(tmp_path / "parts", importance=importance, bad=[5], run__steps=2))
+    parts = tiny(tmp_path / "parts", importance=importance, bad=[5])
+    begun = {name: value.clone() for name, value in memory(parts, 2).items()}
+    run_tiny(parts)
+    assert_same_run(straight, parts)
+    kept = memory(straight, 4)
+    assert all(torch.equal(kept[name], memory(parts, 4)[name]) for name in kept)
+    assert begun["loss_counts"].tolist() == [1, 1, 1, 1]  # so that the steps after the restart drew by it
+    assert not torch.equal(begun["loss_history"], kept["loss_history"])
+    times = [line["mean_time"] for line in lines(straight)]
+    forgetful = tiny(tmp_path / "uniform", importance={"history": 1000}, bad=[5])
+    run_tiny(forgetful)
+    assert [line["mean_time"] for line in lines(forgetful)][:1] == times[:1]
+    assert [line["mean_time"] for line in lines(forgetful)] != times
+    assert memory(forgetful, 4)["loss_counts"].sum() == 31  # each sample of four steps but the bad one
+    # Cut into other micro-batches, the steps draw the same times.
+    pieces = tiny(tmp_path / "pieces", importance=importance, bad=[5], engine__micro_batch=8, run__steps=1)
+    run_tiny(pieces)
+    assert lines(pieces)[0]["mean_time"] == times[0]
+
+
 def test_two_processes_zero_1_2_3_resume_exactly(tmp_path: Path) -> None:
     def runs(name: str, steps: int) -> list[TinyConfig]:
-        return [
+        plain = [
             tiny(tmp_path / f"{name}-{stage}", run__steps=steps, engine__zero_stage=stage, engine__micro_batch=2)
             for stage in (1, 2, 3)
         ]
+        remembers = {"importance": {"history": 1, "uniform_prob": 0.1}, "engine__micro_batch": 2}
+        return [*plain, tiny(tmp_path / f"{name}-remembers", run__steps=steps, **remembers)]
 
     straight, first, rest = runs("straight", 4), runs("parts", 2), runs("parts", 4)
     launch(*straight, *first, ranks=2)
     output = launch(*rest, ranks=2)
     for a, b in zip(straight, rest, strict=True):
         assert_same_run(a, b)
+    kept = memory(straight[-1], 4)
+    assert kept["loss_counts"].min() == 1
+    assert all(torch.equal(kept[name], memory(rest[-1], 4)[name]) for name in kept)
     assert "resumed after step 2" in output
     assert "2 processes x 2 x 2 samples" in output
     assert not (tmp_path / "extensions").exists()  # nothing was compiled

@@ -302,6 +302,23 @@ def test_impossible_shapes_are_refused(broken: dict[str, object], words: str) ->
         build(UNetConfig, data, "unet")
 
 
+def test_a_learned_variance_comes_after_what_is_predicted() -> None:
+    spatial = SMALL.model_copy(update={"temporal": None, "known_channels": False})
+    plain, learns = UNet(spatial), UNet(spatial.model_copy(update={"learn_variance": True}))
+    fill(plain)
+    state = plain.state_dict()
+    for name in ("conv_out.spatial.weight", "conv_out.spatial.bias"):
+        state[name] = torch.cat([state[name], 1 - state[name]])
+    learns.load_state_dict(state)
+    x = normal(2, 3, 3, 4, 4)
+    with torch.no_grad():
+        alone, both = (network(x, TIME, frame(condition())) for network in (plain, learns))
+    assert both.shape == (2, 6, 3, 4, 4)
+    torch.testing.assert_close(both[:, :3], alone, rtol=1e-4, atol=1e-5)
+    assert (both[:, 3:] - alone).abs().max() > 0.1
+    assert (spatial.variance, learns.config.variance) == ("fixed", "learned_range")
+
+
 def test_wrong_calls_are_refused() -> None:
     network = UNet(SMALL)
     image_network = UNet(SMALL.model_copy(update={"temporal": None, "known_channels": False}))

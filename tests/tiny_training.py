@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from videodiff import config as configs
 from videodiff.batch import VideoBatch
 from videodiff.config import Config
+from videodiff.diffusion.times import LossHistory, LossSecondMoment
 from videodiff.errors import UserError
 from videodiff.seeding import generator, normals
 from videodiff.training import distributed
@@ -27,7 +28,10 @@ from videodiff.training.trainer import LossOutput, RunConfig, train
 
 
 class TinyConfig(Config):
-    """bad: samples whose clip did not decode. poison: samples that make the gradient infinite. on_sample: a signal."""
+    """bad: samples whose clip did not decode. poison: samples that make the gradient infinite. on_sample: a signal.
+
+    importance: each sample's loss is multiplied by one of four times, drawn by how large those losses were.
+    """
 
     run: RunConfig
     engine: EngineConfig = EngineConfig(learning_rate=1e-2)
@@ -36,6 +40,7 @@ class TinyConfig(Config):
     poison: tuple[int, ...] = ()
     signal: int | None = None
     signal_at: int | None = None
+    importance: LossSecondMoment | None = None
 
 
 class TinyTask:
@@ -47,6 +52,7 @@ class TinyTask:
         self.module = nn.Sequential(nn.Linear(24, 33), nn.Dropout(0.1), nn.SiLU(), nn.Linear(33, 7))
         self.module.register_buffer("scale", torch.tensor([1 / 3]))
         self.sampled: list[dict[str, Tensor]] = []
+        self.history = LossHistory(config.importance, 4) if config.importance is not None else None
 
     def trains(self, name: str) -> bool:
         return name != "0.bias"
@@ -57,7 +63,23 @@ class TinyTask:
         output, target = module(self.inputs(batch)).float(), normals((7,), seed, "target", batch.numbers)
         losses = (output - target).square().mean(1)
         factors = torch.tensor([torch.inf if n in self.config.poison else 1.0 for n in batch.numbers.tolist()])
-        return LossOutput(losses * factors, {"mean": output.detach().mean()})
+        if self.history is None:
+            return LossOutput(losses * factors, {"mean": output.detach().mean()})
+        t, weight = self.history.draw(seed, batch.numbers)
+        losses = losses * t**2
+        seen = torch.stack([t.double(), losses.detach().double().where(batch.weight > 0, torch.nan)], dim=1)
+        return LossOutput(losses * weight.float(), {"mean_time": t.double().mean()}, seen)
+
+    def after_step(self, seen: Tensor) -> None:
+        if self.history is not None:
+            self.history.update(seen[:, 0], seen[:, 1])
+
+    def state(self) -> dict[str, Tensor]:
+        return {} if self.history is None else self.history.state()
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        if self.history is not None:
+            self.history.load_state(state)
 
     def inputs(self, batch: VideoBatch) -> Tensor:
         return (batch.frames.flatten(1).float() / 255).to(next(self.module.parameters()).dtype)

@@ -208,7 +208,7 @@ class Model:
         """The stage's network behind the one door that samplers know."""
         part = self.diffusion(stage)
         network = self.unet(stage).to(dtype)
-        return Denoiser(network, part.schedule, part.prediction, dtype)
+        return Denoiser(network, part.schedule, part.prediction, dtype, part.network.variance)
 
     def _fill(self, network: torch.nn.Module, state: dict[str, Tensor], stage: str) -> None:
         wanted = network.state_dict()

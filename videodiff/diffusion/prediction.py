@@ -15,6 +15,9 @@ from videodiff.diffusion.schedule import NoiseSchedule
 from videodiff.errors import UserError
 
 Prediction = Literal["eps", "x0", "v"]
+# fixed: the caller's choice of beta or beta_tilde. learned_range: the network says where between them, with as many
+# output channels again (improved DDPM, eq. 15).
+Variance = Literal["fixed", "learned_range"]
 
 # (a, b) of output = a x0 + b eps. v is Salimans & Ho 2202.00512, appendix D.
 _MIX: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {

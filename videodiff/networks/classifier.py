@@ -29,13 +29,15 @@ class ClassifierConfig(Config):
 
     @model_validator(mode="after")
     def _sees_the_data_alone(self) -> "ClassifierConfig":
-        given = [name for name in ("context_dims", "pooled_dim", "known_channels") if getattr(self.encoder, name)]
+        given = [
+            name
+            for name in ("context_dims", "pooled_dim", "known_channels", "learn_variance")
+            if getattr(self.encoder, name)
+        ]
         if self.encoder.temporal is not None and self.encoder.temporal.fps:
             given.append("temporal.fps")
         if given:
-            raise ValueError(
-                f"encoder.{given[0]} is set, but a classifier is told nothing beside its input; leave it out"
-            )
+            raise ValueError(f"encoder.{given[0]} is set, of which a classifier of noisy data has no use; leave it out")
         width = self.encoder.model_channels * self.encoder.channel_mult[-1]
         if self.pooling == "attention" and width % self.encoder.head_channels:
             raise ValueError(

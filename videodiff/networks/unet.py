@@ -5,6 +5,7 @@ Architecture after Emu Video (Girdhar et al. 2023, section 3.2 and tables 1-2 of
 """
 
 from collections.abc import Iterator
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -45,7 +46,7 @@ class TemporalConfig(Config):
 class UNetConfig(Config):
     """Shape of the network. Attention follows every residual block of the levels marked, and stands in the middle."""
 
-    channels: int = Field(8, ge=1, description="latent channels in and out")
+    channels: int = Field(8, ge=1, description="latent channels in, and out unless learn_variance")
     model_channels: int = Field(ge=4)
     channel_mult: tuple[PositiveInt, ...] = Field((1, 2, 4, 4), min_length=1)
     num_res_blocks: PositiveInt | tuple[PositiveInt, ...] = 2
@@ -56,7 +57,17 @@ class UNetConfig(Config):
     context_dims: tuple[int, ...] = Field((), description="width of the tokens of each text encoder")
     pooled_dim: int | None = Field(None, description="width of the pooled text that joins the time embedding")
     known_channels: bool = Field(False, description="take condition.known and its mask on C+1 further channels")
+    learn_variance: bool = Field(False, description="give 2C channels: what is predicted, then its variance")
     temporal: TemporalConfig | None = None
+
+    @property
+    def variance(self) -> Literal["fixed", "learned_range"]:
+        """What a Denoiser makes of the output."""
+        return "learned_range" if self.learn_variance else "fixed"
+
+    @property
+    def out_channels(self) -> int:
+        return 2 * self.channels if self.learn_variance else self.channels
 
     @property
     def res_blocks(self) -> tuple[int, ...]:
@@ -137,7 +148,7 @@ def embedding_mlp(dim_in: int, dim: int) -> nn.Sequential:
 
 
 class UNet(nn.Module):
-    """network(x [B,C,T,H,W], time [B], condition) -> [B,C,T,H,W].
+    """network(x [B,C,T,H,W], time [B], condition) -> [B,C,T,H,W], [B,2C,T,H,W] with learn_variance.
 
     time: 0..N-1, float32; its sines are taken in float32 whatever the dtype of the weights.
     An image call (T == 1 and condition.known is None) runs the spatial layers alone: the result is that of an
@@ -192,7 +203,7 @@ class UNet(nn.Module):
             up.append(Level(blocks, SpaceTimeConv(channels, channels, kernel) if level else None))
         self.up = nn.ModuleList(up)
         self.norm_out = group_norm(channels)
-        self.conv_out = SpaceTimeConv(channels, config.channels, kernel, zero=True)
+        self.conv_out = SpaceTimeConv(channels, config.out_channels, kernel, zero=True)
 
     def forward(self, x: Tensor, time: Tensor, condition: Condition) -> Tensor:
         self._check(x, condition)

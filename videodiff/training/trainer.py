@@ -15,10 +15,11 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from pydantic import NonNegativeInt, PositiveInt
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from videodiff import config as configs
@@ -31,6 +32,7 @@ from videodiff.training.checkpoint import Checkpoints
 from videodiff.training.distributed import (
     device,
     from_first,
+    gather_rows,
     gather_to_first,
     raise_from_first,
     rank,
@@ -42,6 +44,7 @@ from videodiff.training.engine import Engine, EngineConfig
 from videodiff.training.metrics import Report
 
 CHECKPOINTS = "checkpoints"
+MEMORY = "memory.safetensors"
 MAX_BAD_STEPS = 10  # steps in a row with gradients that are not finite
 
 
@@ -59,10 +62,14 @@ class RunConfig(Config):
 
 @dataclass
 class LossOutput:
-    """per_sample: loss of each sample, [B] float32, unweighted. metrics: scalars to log, the same names each step."""
+    """per_sample: loss of each sample, [B] float32, unweighted. metrics: scalars to log, the same names each step.
+
+    seen: numbers [B, K] float64 that a task with a memory wants back of all the step's samples, see `Remembers`.
+    """
 
     per_sample: Tensor
     metrics: dict[str, Tensor] = field(default_factory=dict)
+    seen: Tensor | None = None
 
 
 class Task(Protocol):
@@ -82,6 +89,20 @@ class Task(Protocol):
 
     def export(self, state: dict[str, Tensor], folder: Path, file: str) -> None:
         """Write folder/file from the trained weights (and buffers), and what else makes the folder a Model."""
+
+
+@runtime_checkable
+class Remembers(Protocol):
+    """A task that learns something besides weights, equal on all ranks. It is kept in the run's checkpoints."""
+
+    def after_step(self, seen: Tensor) -> None:
+        """`LossOutput.seen` of the whole step, [batch, K] in the order of sample numbers, the same on every rank."""
+
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps; empty when there is nothing now."""
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Go on from what `state` gave."""
 
 
 class BatchSource(Protocol):
@@ -176,6 +197,7 @@ class _Trainer:
         scale = 1.0 / max(weight, 1e-6)  # a step of bad samples alone has no gradient at all
         loss = torch.zeros((), dtype=torch.float64, device=device())
         metrics: list[dict[str, Tensor]] = []
+        seen: list[Tensor] = []
         for index, batch in enumerate(micro_batches):
             # Dropout inside networks draws from torch's own generator: keyed too, exact for an equal number of ranks.
             torch.manual_seed(generator(self.run.seed, "layers", step, rank(), index).initial_seed())
@@ -185,7 +207,12 @@ class _Trainer:
             engine.backward(weighted * (scale * world()))  # the engine averages over ranks
             loss += weighted.detach().double() * scale
             metrics.append(output.metrics)
+            if output.seen is not None:
+                seen.append(torch.cat([batch.numbers.double()[:, None].cpu(), output.seen.cpu()], dim=1))
         result = engine.step(rate)
+        if seen and isinstance(self.task, Remembers):
+            rows = gather_rows(torch.cat(seen).to(device())).cpu()
+            self.task.after_step(rows[rows[:, 0].argsort(), 1:])
         self.progress.step += 1
         if result.applied:
             self.ema.update(engine.masters(), step, self.config.ema_decay)
@@ -251,6 +278,8 @@ class _Trainer:
             if state is not None:
                 self.task.export(state, folder, file)
         if rank() == 0:
+            if isinstance(self.task, Remembers) and (memory := self.task.state()):
+                save_file(memory, folder / MEMORY)
             (folder / "state.json").write_text(json.dumps(vars(self.progress), indent=1), encoding="utf-8")
 
     def _sample(self, batch: VideoBatch) -> None:
@@ -289,6 +318,8 @@ class _Trainer:
                 raise UserError(f"{checkpoint}: written with {name} {_short(before)}, now {_short(now)}; {remedy}")
         self.engine.load(checkpoint)
         self.ema.load(checkpoint / _average_file())
+        if isinstance(self.task, Remembers) and self.task.state():
+            self.task.load_state(load_file(checkpoint / MEMORY))
         self.progress = stored
 
     def _opening(self) -> str:

@@ -10,9 +10,9 @@ from pydantic import Field
 from torch import Tensor
 
 from videodiff.config import Config
-from videodiff.diffusion.loss import sample_times
 from videodiff.diffusion.prediction import Denoise, Estimate, add_noise
 from videodiff.diffusion.schedule import NoiseSchedule
+from videodiff.diffusion.times import sample_times
 from videodiff.seeding import normals
 
 LogProb: TypeAlias = Callable[[Tensor, Tensor], Tensor]  # (x_t [B, ...], t [B]) -> log p(y | x_t) [B]
