@@ -167,7 +167,7 @@ class DiffusionTask:
         sampler = config.sampling.sampler
         check_fit(base, network.config, config.data.size)
         check_pair(self.prediction, self.schedule)
-        self.schedule.times(sampler.steps, sampler.spacing)  # refuses more steps than there are
+        sampler.times(self.schedule)  # refuses what doesn't fit, such as more steps than there are
         if config.loss.levels is not None:
             raise UserError(
                 f"loss.levels: {config.loss.levels} grey levels are a matter of pixels; leave it out for latents"

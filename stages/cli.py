@@ -38,6 +38,10 @@ class SamplerChoice(str, Enum):
 
     ddim = "ddim"
     ddpm = "ddpm"
+    dpm_solver = "dpm_solver"
+    heun = "heun"
+    langevin = "langevin"
+    predictor_corrector = "predictor_corrector"
 
 
 @app.command()

@@ -113,7 +113,7 @@ def check(request: Request, model: Model) -> None:
     sampled: tuple[DiffusionStage, ...] = ("image",) if options.image_only else ("image", "video")
     for stage in sampled:
         sampler = _sampling(options, model, stage).sampler
-        model.diffusion(stage).schedule.times(sampler.steps, sampler.spacing)  # refuses more steps than there are
+        sampler.times(model.diffusion(stage).schedule)  # refuses what doesn't fit, such as more steps than there are
 
 
 def batches(jobs: Iterable[Job], batch_size: int) -> Iterator[list[Job]]:

@@ -8,12 +8,13 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import Field, field_validator
 
 from videodiff import config as configs
 from videodiff.config import Config
+from videodiff.diffusion.samplers import SamplerKind
 from videodiff.errors import UserError
 from videodiff.model import DESCRIPTION, Model, sha256
 
@@ -29,7 +30,7 @@ class Options(Config):
     num_samples: int = Field(1, ge=1)
     seed: int = 0
     steps: int | None = Field(None, ge=1)
-    sampler: Literal["ddim", "ddpm"] | None = None
+    sampler: SamplerKind | None = None
     text_guidance: float | None = Field(None, ge=0)
     image_guidance: float | None = Field(None, ge=0)
     frames: int | None = Field(None, ge=1)

@@ -111,8 +111,13 @@ def test_each_option_is_obeyed(generate: Callable[..., dict[str, Any]], tmp_path
     told = generate(
         "other", "--no-interpolation", "--steps", 2, "--sampler", "ddpm", "--text-guidance", 3, "--image-guidance", 2
     )
-    assert told["stages"]["image"]["sampler"] == {"kind": "ddpm", "steps": 2, "spacing": "trailing"}
-    assert told["stages"]["video"]["guidance"] == {"text": 3.0, "image": 2.0}
+    assert told["stages"]["image"]["sampler"] == {
+        "kind": "ddpm",
+        "steps": 2,
+        "spacing": "trailing",
+        "variance": "beta_tilde",
+    }
+    assert told["stages"]["video"]["guidance"] == {"text": 3.0, "image": 2.0, "rescale": 0.0, "interval": None}
     assert told["frames_sha256"] != plain["frames_sha256"]
     assert generate("frames", "--no-interpolation", "--frames", 4)["frames_sha256"] == plain["frames_sha256"]
 

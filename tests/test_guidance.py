@@ -1,18 +1,22 @@
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 
 from videodiff.batch import Condition
-from videodiff.config import build, to_dict
+from videodiff.config import build, load, save, to_dict
 from videodiff.diffusion.denoiser import Denoiser
 from videodiff.diffusion.guidance import ClassifierFree
-from videodiff.diffusion.prediction import target
+from videodiff.diffusion.prediction import Estimate, Prediction, target
 from videodiff.diffusion.samplers import DDIM
 from videodiff.diffusion.schedule import NoiseSchedule
 from videodiff.errors import UserError
+from videodiff.model import Sampling
 from videodiff.seeding import normals
 
-ZERO = NoiseSchedule(zero_terminal_snr=True)
+PLAIN, ZERO = NoiseSchedule(), NoiseSchedule(zero_terminal_snr=True)
 B, SHAPE = 2, (3, 4, 2, 2)
 S = 0.5
 M0, M_TEXT, M_IMAGE = 0.2, torch.tensor([0.3, -0.5]), torch.tensor([0.8, 0.1])
@@ -137,12 +141,149 @@ def test_guided_gaussians_are_sampled_in_closed_form(text: float, image: float) 
     torch.testing.assert_close(at_1 - at_0, torch.full_like(mean, S), rtol=2e-2, atol=0)
 
 
-@pytest.mark.parametrize("data", [{"text": -1}, {"image": float("nan")}, {"scale": 2}])
+@pytest.mark.parametrize(
+    "data",
+    [{"text": -1}, {"image": float("nan")}, {"scale": 2}, {"rescale": 1.5}, {"interval": [2, 1]}, {"interval": [-1, 1]},
+     {"interval": [1, 1]}, {"interval": 3}, {"interval": [1, float("inf")]}],
+)  # fmt: skip
 def test_impossible_scales_are_refused(data: dict[str, object]) -> None:
     with pytest.raises(UserError):
         build(ClassifierFree, data, "guidance.yaml")
 
 
-def test_guidance_is_its_configuration() -> None:
-    guidance = ClassifierFree(text=5, image=2)
+@pytest.mark.parametrize(
+    "guidance", [ClassifierFree(text=5, image=2), ClassifierFree(rescale=0.7, interval=(0.3, 5)),
+                 ClassifierFree(interval=(0.3, None))]
+)  # fmt: skip
+def test_guidance_is_its_configuration(guidance: ClassifierFree, tmp_path: Path) -> None:
     assert build(ClassifierFree, to_dict(guidance), "here") == guidance
+    save(guidance, tmp_path / "guidance.yaml")
+    assert load(ClassifierFree, tmp_path / "guidance.yaml") == guidance
+
+
+def test_a_card_from_before_rescale_and_interval_reads_the_same() -> None:
+    old = build(Sampling, {"guidance": {"text": 3.0, "image": 1.0}, "sampler": {"kind": "ddim", "steps": 9}}, "card")
+    assert old == Sampling(guidance=ClassifierFree(text=3, image=1, rescale=0, interval=None), sampler=DDIM(steps=9))
+
+
+def both(network: Callable[..., Tensor], guidance: ClassifierFree, prediction: Prediction = "v") -> Estimate:
+    return guidance(Denoiser(network, PLAIN, prediction), condition())(X_T, T)
+
+
+def smooth(x: Tensor, time: Tensor, condition: Condition) -> Tensor:
+    """Some network that hears what it is told."""
+    told = torch.stack([tokens[:, 0, 0] for tokens in condition.text]).sum(0)
+    told = told + condition.known[:, 0, 0, 0, 0]  # type: ignore[index]
+    return torch.tanh(x * (0.5 + told.view(-1, 1, 1, 1, 1))) + told.view(-1, 1, 1, 1, 1) * x.cos()
+
+
+def deviation(prediction: Prediction, estimate: Estimate) -> Tensor:
+    """Of what the network would have put out for this estimate, [B]."""
+    return target(prediction, estimate.x0, estimate.eps, PLAIN.alpha(T), PLAIN.sigma(T)).flatten(1).std(1)
+
+
+@pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
+@pytest.mark.parametrize("scales", [(7.5, 2.0), (4.0, 1.0), (0.0, 0.0)])
+def test_rescaled_guidance_keeps_the_deviation(prediction: Prediction, scales: tuple[float, float]) -> None:
+    text, image = scales
+    plain = both(smooth, ClassifierFree(text=1, image=1), prediction)
+    guided = both(smooth, ClassifierFree(text=text, image=image), prediction)
+    wanted, had = deviation(prediction, plain), deviation(prediction, guided)
+    assert ((had / wanted - 1).abs() > 0.1).all()
+    for phi in (0.7, 1.0):
+        estimate = both(smooth, ClassifierFree(text=text, image=image, rescale=phi), prediction)
+        torch.testing.assert_close(
+            deviation(prediction, estimate), phi * wanted + (1 - phi) * had, rtol=1e-4, atol=1e-5
+        )
+        alpha, sigma = (c.float().view(-1, 1, 1, 1, 1) for c in (PLAIN.alpha(T), PLAIN.sigma(T)))
+        torch.testing.assert_close(alpha * estimate.x0 + sigma * estimate.eps, X_T, rtol=0, atol=1e-4)
+
+
+def test_rescaling_is_per_sample_and_asks_only_for_what_it_measures() -> None:
+    def rows(guidance: ClassifierFree) -> int:
+        network = GaussianNetwork()
+        guidance(Denoiser(network, ZERO, "v"), condition())(X_T, T)
+        return network.rows[0]
+
+    assert rows(ClassifierFree(text=0, image=0, rescale=0.5)) == 2 * B  # the full condition is measured, at weight 0
+    assert rows(ClassifierFree(text=1, image=1, rescale=0.5)) == B
+    guidance = ClassifierFree(text=5, image=2, rescale=1)
+    whole = both(smooth, guidance)
+    one = guidance(Denoiser(smooth, PLAIN, "v"), condition().select(slice(1, 2)))(X_T[1:], T[1:])
+    close(one.x0, whole.x0[1:])
+
+
+def rows_at(interval: tuple[float, float | None], t: int, schedule: NoiseSchedule = ZERO) -> int:
+    network = GaussianNetwork()
+    guidance = ClassifierFree(text=5, image=2, interval=interval)
+    guidance(Denoiser(network, schedule, "v"), condition())(X_T, torch.full((B,), t))
+    return sum(network.rows)
+
+
+def test_outside_of_the_interval_only_the_conditional_pass_is_run() -> None:
+    noise = float(ZERO.sigma(torch.tensor(400)) / ZERO.alpha(torch.tensor(400)))
+    assert rows_at((0.9 * noise, 1.1 * noise), 400) == 3 * B
+    assert rows_at((1.1 * noise, None), 400) == B
+    assert rows_at((0.0, 0.9 * noise), 400) == B
+    assert rows_at((0.5, None), 1000) == 3 * B  # zero terminal SNR: infinite noise
+    assert rows_at((0.5, 1e9), 1000) == B
+
+
+def test_a_loop_with_an_interval_is_guided_within_it() -> None:
+    network, steps = GaussianNetwork(), 40
+    guidance = ClassifierFree(text=5, image=2, interval=(0.5, 3.0))
+    DDIM(steps=steps)(guidance(Denoiser(network, ZERO, "v"), condition()), X_T, ZERO)
+    t = torch.tensor(ZERO.times(steps))
+    noise = ZERO.sigma(t) / ZERO.alpha(t)
+    assert network.rows == [3 * B if 0.5 < level <= 3.0 else B for level in noise.tolist()]
+    assert 0 < sum(rows == 3 * B for rows in network.rows) < steps
+
+
+def test_rows_at_different_noise_levels_are_each_treated_as_alone() -> None:
+    guidance = ClassifierFree(text=5, image=2, interval=(0.0, 2.0))  # t = 400 within, t = 1000 outside
+    mixed = guidance(Denoiser(smooth, PLAIN, "v"), condition())(X_T, T)
+    close(mixed.x0[:1], both(smooth, ClassifierFree(text=1, image=1)).x0[:1])
+    close(mixed.x0[1:], both(smooth, ClassifierFree(text=5, image=2)).x0[1:])
+    close(mixed.eps[1:], both(smooth, ClassifierFree(text=5, image=2)).eps[1:])
+
+
+@pytest.mark.parametrize("t", [100, 900])
+@pytest.mark.parametrize("w", [0.5, 3.0])
+def test_guidance_between_gaussians_is_gaussian(w: float, t: int) -> None:
+    # Unconditional data N(m0, s0^2), conditional data N(m1, s1^2) with s1 < s0: the scores mix to one of precision
+    # (1 - w) / v0 + w / v1, and so does the guided noise.
+    (m0, s0), (m1, s1) = (0.2, 0.8), (0.9, 0.4)
+
+    def network(x: Tensor, time: Tensor, condition: Condition) -> Tensor:
+        told = condition.text_mask[0].all(1).double().view(-1, 1, 1, 1, 1)  # the null text keeps one token alone
+        m, s = m0 + (m1 - m0) * told, s0 + (s1 - s0) * told
+        t = time.long() + 1
+        alpha, sigma = (c.view(-1, 1, 1, 1, 1) for c in (PLAIN.alpha(t), PLAIN.sigma(t)))
+        return sigma * (x - alpha * m) / (alpha**2 * s**2 + sigma**2)
+
+    times, x = torch.full((B,), t), X_T.double()
+    denoiser = Denoiser(network, PLAIN, "eps", torch.float64)
+    estimate = ClassifierFree(text=w)(denoiser, condition(image=False))(x, times)
+    alpha, sigma = (float(c[0]) for c in (PLAIN.alpha(times), PLAIN.sigma(times)))
+    v0, v1 = (alpha**2 * s**2 + sigma**2 for s in (s0, s1))
+    precision = (1 - w) / v0 + w / v1
+    mean = alpha * ((1 - w) * m0 / v0 + w * m1 / v1) / precision
+    torch.testing.assert_close(-estimate.eps / sigma, -precision * (x - mean), rtol=0, atol=1e-9)
+
+
+def test_the_learned_variance_is_that_of_the_full_condition() -> None:
+    class Learned(Denoiser):
+        def estimate(self, x_t: Tensor, t: Tensor, condition: Condition) -> Estimate:
+            plain = super().estimate(x_t, t, condition)
+            told = condition.text_mask[0].all(1).view(-1, 1, 1, 1, 1)
+            return Estimate(plain.x0, plain.eps, torch.where(told, 0.8, 0.1).expand_as(x_t))
+
+    denoiser = Learned(GaussianNetwork(), ZERO, "v")
+    for guidance in (
+        ClassifierFree(text=5, image=2),
+        ClassifierFree(text=5, rescale=0.5),
+        ClassifierFree(text=5, interval=(0, 2)),
+    ):
+        fraction = guidance(denoiser, condition())(X_T, T).variance_fraction
+        assert fraction is not None
+        assert fraction.unique().tolist() == [pytest.approx(0.8)]

@@ -1,212 +1,231 @@
-"""Samplers against truth: data ~ N(m, s^2), whose best denoiser is known in closed form, and a peer's loops."""
+"""What holds for every sampler: each is led by data ~ N(m, s^2), whose best denoiser is known in closed form.
+
+A new member of the union is tested here at once.
+"""
+
+import itertools
+from typing import get_args
 
 import pytest
 import torch
+from gaussian import PLAIN, ZERO, AnySampler, M, S, affine, at, generators, oracle
 from pydantic import TypeAdapter
 from torch import Tensor
 
+from stages.cli import SamplerChoice
+from stages.pipeline import adjusted
+from videodiff.batch import Condition
 from videodiff.config import Config, build, to_dict
-from videodiff.diffusion.prediction import Denoise, Estimate, Prediction, split
-from videodiff.diffusion.samplers import DDIM, DDPM, Sampler
+from videodiff.diffusion.denoiser import Denoiser
+from videodiff.diffusion.prediction import Estimate
+from videodiff.diffusion.samplers import DDIM, DDPM, DPMSolver, Heun, Langevin, PredictorCorrector, Sampler, SamplerKind
 from videodiff.diffusion.schedule import NoiseSchedule
 from videodiff.errors import UserError
-from videodiff.seeding import generator, normals
+from videodiff.model import Sampling
+from videodiff.networks.unet import UNet, UNetConfig
+from videodiff.seeding import normals
 
-PLAIN, ZERO = NoiseSchedule(), NoiseSchedule(zero_terminal_snr=True)
-M, S = 0.7, 0.3  # mean and deviation of the data
-
-
-def oracle(schedule: NoiseSchedule, m: float = M, s: float = S) -> Denoise:
-    """E[x0 | x_t] for x0 ~ N(m, s^2): regression of x0 on x_t = alpha x0 + sigma eps."""
-
-    def denoise(x_t: Tensor, t: Tensor) -> Estimate:
-        alpha, sigma = (c.view(-1, *[1] * (x_t.dim() - 1)).to(x_t) for c in (schedule.alpha(t), schedule.sigma(t)))
-        x0 = m + alpha * s**2 / (alpha**2 * s**2 + sigma**2) * (x_t - alpha * m)
-        return Estimate(x0, (x_t - alpha * x0) / sigma)
-
-    return denoise
-
-
-def moments_of_ddim(steps: int, schedule: NoiseSchedule, **options: object) -> tuple[float, float]:
-    """Mean and deviation of what DDIM makes of N(0, 1): its map is affine for Gaussian data, so two points tell."""
-    points = torch.tensor([[0.0], [1.0]], dtype=torch.float64)
-    at_0, at_1 = DDIM(steps=steps, **options)(oracle(schedule), points, schedule).flatten().tolist()  # type: ignore[arg-type]
-    return at_0, at_1 - at_0
+MEMBERS: list[type[AnySampler]] = list(get_args(get_args(Sampler)[0]))
+SAMPLERS = [member() for member in MEMBERS]
+VARIANTS: list[AnySampler] = [
+    *SAMPLERS,
+    DDIM(eta=0.5),
+    DDIM(eta=1),
+    DDIM(spacing="linspace"),
+    DDPM(variance="beta"),
+    DPMSolver(spacing="linspace"),
+    Heun(rho=3),
+    Langevin(corrections=2, snr=0.3),
+    PredictorCorrector(corrections=3),
+]
+COUNT = 8_000
 
 
-def generators(n: int) -> list[torch.Generator]:
-    return [generator(0, "steps", i) for i in range(n)]
+def with_steps(sampler: AnySampler, steps: int) -> AnySampler:
+    return sampler.model_copy(update={"steps": steps})
 
 
-@pytest.mark.parametrize("spacing", ["trailing", "linspace"])
-def test_ddim_converges_to_the_data(spacing: str) -> None:
-    moments = [moments_of_ddim(steps, ZERO, spacing=spacing) for steps in (5, 10, 25, 50, 100, 200, 400)]
-    # The path through the mean is straight, so the mean is exact; the deviation converges at about first order.
-    assert all(mean == pytest.approx(M, abs=1e-12) for mean, _ in moments)
-    errors = [abs(deviation - S) for _, deviation in moments]
-    assert errors == sorted(errors, reverse=True)
-    assert errors[-1] < errors[-2] / 1.6 < errors[-3] / 1.6**2
+def moments(sampler: AnySampler, schedule: NoiseSchedule) -> tuple[float, float, float]:
+    """Mean, deviation, and five standard errors of the deviation (0 where both are exact)."""
+    if not sampler.random:
+        return *affine(sampler, schedule), 0.0
+    noise = normals((COUNT,), 0, "noise", [0])
+    x = sampler(oracle(schedule), noise, schedule, generators(1)).double()
+    return x.mean().item(), x.std().item(), 5 * S / (2 * COUNT) ** 0.5
 
 
-def test_ddim_converges_to_the_data_as_the_schedule_gets_finer() -> None:
+@pytest.mark.parametrize("sampler", VARIANTS, ids=str)
+def test_samples_converge_to_the_data(sampler: AnySampler) -> None:
+    # All end with the clean data expected at the first noisy step: its deviation is a little smaller than the data's.
+    alpha, sigma = at(ZERO, 1)
+    truth = S * alpha * S / (alpha**2 * S**2 + sigma**2) ** 0.5
+    assert truth == pytest.approx(S, rel=0.005)
     errors = []
-    for n in (1, 2, 4):
-        schedule = NoiseSchedule(num_steps=1000 * n, beta_start=8.5e-4 / n, beta_end=1.2e-2 / n, zero_terminal_snr=True)
-        errors.append(abs(moments_of_ddim(1000 * n, schedule)[1] - S) / S)
-    assert errors[2] < errors[1] / 1.8 < errors[0] / 1.8**2
-    assert errors[2] < 0.004
+    for steps in (4, 16, 64, 256):
+        mean, deviation, tolerance = moments(with_steps(sampler, steps), ZERO)
+        errors.append(abs(deviation - truth))
+    assert mean == pytest.approx(M, abs=2 * tolerance + 1e-9)
+    assert all(later < former / 1.5 + tolerance for former, later in itertools.pairwise(errors))
+    assert errors[-1] < 0.08 * S
 
 
-def test_zero_terminal_snr_removes_the_bias_of_the_mean() -> None:
-    # Without it sampling starts from N(0, 1) where the model expects N(alpha_N m, ...) (Lin et al., section 3.1).
-    (mean_plain, _), (mean_zero, _) = (moments_of_ddim(1000, schedule) for schedule in (PLAIN, ZERO))
-    assert mean_zero == pytest.approx(M, abs=1e-12)
-    assert abs(mean_plain - M) > 0.01
-
-
-@pytest.mark.parametrize("schedule", [PLAIN, ZERO], ids=["plain", "zero"])
-def test_ddim_follows_the_exact_flow(schedule: NoiseSchedule) -> None:
-    # The probability flow of Gaussian data keeps (x - alpha m) / sqrt(alpha^2 s^2 + sigma^2).
-    N = torch.tensor(1000)
-    alpha, sigma = schedule.alpha(N).item(), schedule.sigma(N).item()
+@pytest.mark.parametrize("sampler", [s for s in VARIANTS if not s.random], ids=str)
+def test_samplers_without_randomness_follow_the_exact_flow(sampler: AnySampler) -> None:
+    # The probability flow of Gaussian data keeps (x - alpha m) / sqrt(alpha^2 s^2 + sigma^2). From N(0, 1) at t = N,
+    # where the plain schedule still holds a part alpha m of the mean, it makes a bias, which is the flow's own.
+    alpha, sigma = at(PLAIN, 1000)
     scale = S / (alpha**2 * S**2 + sigma**2) ** 0.5
-    mean, deviation = moments_of_ddim(1000, schedule)
+    mean, deviation = affine(with_steps(sampler, 1000), PLAIN)
     assert mean == pytest.approx(M - scale * alpha * M, rel=3e-3)
     assert deviation == pytest.approx(scale, rel=1.5e-2)
 
 
-@pytest.mark.parametrize("sampler", [DDPM(), DDIM(eta=1), DDIM(eta=0.5)], ids=str)
-def test_random_samplers_converge_to_the_data(sampler: DDIM | DDPM) -> None:
-    n = 50_000
-    noise, errors = normals((n,), 0, "noise", [0]), []
-    for steps in (5, 20, 100, 1000):
-        x = sampler.model_copy(update={"steps": steps})(oracle(ZERO), noise, ZERO, generators(1)).double()
-        assert abs(x.mean().item() - M) < 5 * S / n**0.5
-        errors.append(S - x.std().item())
-    assert errors[0] > errors[1] > errors[2] > 3 * errors[3]  # the small variance makes it too narrow, never too wide
-    assert 0 < errors[3] < 0.04 * S
-
-
-@pytest.mark.parametrize("sampler", [DDIM(steps=1), DDIM(steps=1, eta=1), DDPM(steps=1)])
-def test_one_step_from_pure_noise_is_the_mean(sampler: DDIM | DDPM) -> None:
+@pytest.mark.parametrize("sampler", VARIANTS, ids=str)
+def test_one_step_from_pure_noise_is_the_mean(sampler: AnySampler) -> None:
     # At alpha = 0 nothing is known of x0 but its mean; the limit of each formula must be finite and say so.
     noise = normals((3, 4), 0, "noise", range(2))
-    torch.testing.assert_close(sampler(oracle(ZERO), noise, ZERO, generators(2)), torch.full_like(noise, M))
+    made = with_steps(sampler, 1)(oracle(ZERO), noise, ZERO, generators(2))
+    torch.testing.assert_close(made, torch.full_like(noise, M))
 
 
-@pytest.mark.parametrize("schedule", [PLAIN, ZERO], ids=["plain", "zero"])
-def test_ddim_with_eta_1_and_all_steps_is_ddpm(schedule: NoiseSchedule) -> None:
-    noise = normals((6,), 0, "noise", range(3)).double()
-    ddim = DDIM(steps=1000, eta=1.0)(oracle(schedule), noise, schedule, generators(3))
-    ddpm = DDPM(steps=1000)(oracle(schedule), noise, schedule, generators(3))
-    torch.testing.assert_close(ddim, ddpm, rtol=0, atol=1e-9)
+@pytest.mark.parametrize("sampler", VARIANTS, ids=str)
+def test_two_steps_from_pure_noise_pass_through_the_exact_state(sampler: AnySampler) -> None:
+    # x_s given x_N is alpha_s E[x0] + sigma_s eps for whichever sampler: normal with that mean, and deviation sigma_s
+    # if what comes from x_N and what is drawn add up. The larger variance is 1 there, right for white data alone.
+    seen: list[tuple[float, Tensor]] = []
+
+    def watched(x_t: Tensor, t: Tensor) -> Estimate:
+        seen.append((float(t[0]), x_t))
+        return oracle(ZERO)(x_t, t)
+
+    noise = normals((COUNT,), 0, "noise", [0])
+    made = with_steps(sampler, 2)(watched, noise, ZERO, generators(1))
+    assert made.isfinite().all()
+    (first, _), (s, x_s) = seen[:2]
+    alpha, sigma = at(ZERO, s)
+    assert first == 1000
+    assert 1 <= s < 1000
+    assert x_s.mean().item() == pytest.approx(alpha * M, abs=5 / COUNT**0.5)
+    deviation = 1.0 if isinstance(sampler, DDPM) and sampler.variance == "beta" else sigma
+    assert x_s.std().item() == pytest.approx(deviation, rel=5 / (2 * COUNT) ** 0.5)
 
 
-def test_eta_0_is_deterministic_and_eta_is_not_ignored() -> None:
-    noise = normals((6,), 0, "noise", range(2))
-    plain = DDIM(steps=10)(oracle(ZERO), noise, ZERO)
-    assert torch.equal(plain, DDIM(steps=10)(oracle(ZERO), noise, ZERO, generators(2)))
-    assert not torch.allclose(plain, DDIM(steps=10, eta=0.5)(oracle(ZERO), noise, ZERO, generators(2)))
+@pytest.mark.parametrize("sampler", VARIANTS, ids=str)
+def test_a_sampler_is_a_function_of_noise_and_generators(sampler: AnySampler) -> None:
+    sampler, noise = with_steps(sampler, 6), normals((6,), 0, "noise", range(2))
+    made = sampler(oracle(ZERO), noise, ZERO, generators(2))
+    assert torch.equal(made, sampler(oracle(ZERO), noise, ZERO, generators(2)))
+    other = sampler(oracle(ZERO), noise, ZERO, generators(2, first=7))
+    assert torch.equal(made, other) == (not sampler.random)
+    if not sampler.random:
+        assert torch.equal(made, sampler(oracle(ZERO), noise, ZERO))
 
 
-@pytest.mark.parametrize("sampler", [DDIM(steps=10), DDIM(steps=10, eta=1), DDPM(steps=10)])
-def test_a_sample_does_not_depend_on_its_batch(sampler: DDIM | DDPM) -> None:
-    noise = normals((2, 3), 0, "noise", range(4))
+@pytest.mark.parametrize("sampler", VARIANTS, ids=str)
+def test_a_sample_does_not_depend_on_its_batch(sampler: AnySampler) -> None:
+    sampler, noise = with_steps(sampler, 6), normals((2, 3), 0, "noise", range(4))
     whole = sampler(oracle(ZERO), noise, ZERO, generators(4))
-    some = sampler(oracle(ZERO), noise[[3, 1]], ZERO, [generator(0, "steps", i) for i in (3, 1)])
+    some = sampler(oracle(ZERO), noise[[3, 1]], ZERO, [generators(1, first=i)[0] for i in (3, 1)])
     torch.testing.assert_close(some, whole[[3, 1]], rtol=1e-6, atol=1e-6)
 
 
-def test_random_samplers_need_a_generator_for_each_sample() -> None:
-    noise = normals((2,), 0, "noise", range(3))
-    for sampler in (DDPM(steps=5), DDIM(steps=5, eta=0.1)):
-        with pytest.raises(UserError, match="one generator per sample"):
-            sampler(oracle(ZERO), noise, ZERO)
-        with pytest.raises(ValueError, match="2 generators for 3 samples"):
-            sampler(oracle(ZERO), noise, ZERO, generators(2))
-
-
-def test_progress_and_precision() -> None:
+@pytest.mark.parametrize("sampler", VARIANTS, ids=str)
+def test_progress_precision_and_gradients(sampler: AnySampler) -> None:
     seen: list[tuple[int, int]] = []
+    weight = torch.ones((), requires_grad=True)
+
+    def denoise(x_t: Tensor, t: Tensor) -> Estimate:
+        assert x_t.dtype == torch.float32
+        estimate = oracle(ZERO)(x_t, t)
+        return Estimate(weight * estimate.x0, estimate.eps)
+
     noise = normals((2,), 0, "noise", [0]).bfloat16()
-    x = DDIM(steps=3)(oracle(ZERO), noise, ZERO, on_step=lambda done, steps: seen.append((done, steps)))
+    made = with_steps(sampler, 3)(denoise, noise, ZERO, generators(1), lambda done, steps: seen.append((done, steps)))
     assert seen == [(1, 3), (2, 3), (3, 3)]
-    assert x.dtype == torch.float32
+    assert made.dtype == torch.float32
+    assert not made.requires_grad
 
 
-def test_more_steps_than_the_schedule_has_are_refused() -> None:
+@pytest.mark.parametrize("sampler", VARIANTS, ids=str)
+@pytest.mark.parametrize("schedule", [PLAIN, ZERO, NoiseSchedule(kind="cosine", num_steps=50)], ids=str)
+def test_times_fall_within_the_trained_ones(sampler: AnySampler, schedule: NoiseSchedule) -> None:
+    times = with_steps(sampler, 7).times(schedule)
+    assert len(times) == 7
+    assert all(former > later for former, later in itertools.pairwise(times))
+    assert times[-1] >= 1
+    assert times[0] <= schedule.num_steps
+    if schedule.zero_terminal_snr:
+        assert times[0] == schedule.num_steps
+
+
+@pytest.mark.parametrize("sampler", [s for s in VARIANTS if s.random], ids=str)
+def test_random_samplers_need_a_generator_for_each_sample(sampler: AnySampler) -> None:
+    with pytest.raises(UserError, match="one generator per sample"):
+        sampler(oracle(ZERO), normals((2,), 0, "noise", range(3)), ZERO)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS, ids=str)
+def test_another_number_of_generators_is_an_error(sampler: AnySampler) -> None:
+    with pytest.raises(ValueError, match="2 generators for 3 samples"):
+        sampler(oracle(ZERO), normals((2,), 0, "noise", range(3)), ZERO, generators(2))
+
+
+@pytest.mark.parametrize("sampler", [s for s in SAMPLERS if hasattr(s, "spacing")], ids=str)
+def test_more_steps_than_the_schedule_has_are_refused(sampler: AnySampler) -> None:
     with pytest.raises(UserError, match="1 to 1000"):
-        DDIM(steps=1001)(oracle(ZERO), torch.zeros(1, 2), ZERO)
+        with_steps(sampler, 1001)(oracle(ZERO), torch.zeros(1, 2), ZERO, generators(1))
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS, ids=str)
+def test_a_real_network_is_led_to_finite_latents(sampler: AnySampler) -> None:
+    # What the oracle can't show: times between steps pass the network's embedding, and its output has the right shape.
+    config = UNetConfig(channels=2, model_channels=8, channel_mult=(1,), num_res_blocks=1, attention_levels=(False,),
+                        head_channels=8)  # fmt: skip
+    denoise = Denoiser(UNet(config).eval(), ZERO, "v").bind(Condition())
+    noise = normals((2, 1, 4, 4), 0, "noise", range(2))
+    made = with_steps(sampler, 4)(denoise, noise, ZERO, generators(2))
+    assert made.shape == noise.shape
+    assert made.isfinite().all()
 
 
 class Chosen(Config):
     sampler: Sampler
 
 
-@pytest.mark.parametrize("sampler", [DDIM(steps=7, eta=0.25, spacing="leading"), DDPM(steps=9)])
-def test_a_sampler_is_its_configuration(sampler: DDIM | DDPM) -> None:
+@pytest.mark.parametrize("sampler", [*VARIANTS, DDIM(steps=7, eta=0.25, spacing="leading")], ids=str)
+def test_a_sampler_is_its_configuration(sampler: AnySampler) -> None:
     assert build(Chosen, to_dict(Chosen(sampler=sampler)), "here").sampler == sampler
     assert type(TypeAdapter(Sampler).validate_python({"kind": sampler.kind})) is type(sampler)
 
 
+def test_every_kind_can_be_named() -> None:
+    kinds = tuple(sampler.kind for sampler in SAMPLERS)
+    assert get_args(SamplerKind) == kinds
+    assert tuple(choice.value for choice in SamplerChoice) == kinds
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS, ids=str)
+def test_generate_can_ask_for_any_sampler(sampler: AnySampler) -> None:
+    asked = adjusted(Sampling(sampler=DDIM(steps=9)), sampler=sampler.kind, steps=4)
+    assert asked.sampler == with_steps(type(sampler)(), 4)
+
+
 @pytest.mark.parametrize(
-    "data", [{"kind": "ddim", "steps": 0}, {"kind": "ddim", "steps": 7.5}, {"kind": "ddim", "eta": 2}]
+    "data",
+    [
+        {"kind": "ddim", "steps": 0},
+        {"kind": "ddim", "steps": 7.5},
+        {"kind": "ddim", "eta": 2},
+        {"kind": "ddpm", "variance": "large"},
+        {"kind": "dpm_solver", "order": 3},
+        {"kind": "heun", "rho": 0},
+        {"kind": "heun", "noise_min": 2, "noise_max": 1},
+        {"kind": "langevin", "snr": 1},
+        {"kind": "langevin", "corrections": 0},
+        {"kind": "predictor_corrector", "snr": 0},
+        {"kind": "euler"},
+    ],
 )
 def test_impossible_samplers_are_refused(data: dict[str, object]) -> None:
     with pytest.raises(UserError):
         build(Chosen, {"sampler": data}, "here")
-
-
-# A peer's loops. The "network" is any smooth function of (x, t): both sides must lead it to the same result.
-
-
-def network(x: Tensor, t: int) -> Tensor:
-    return torch.tanh(x + 0.3) * (0.4 + t / 2000) - 0.1 * x
-
-
-PEER_NAMES = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
-
-
-def peers_result(peer, steps: int, noise: Tensor, **options: object) -> Tensor:  # type: ignore[no-untyped-def]
-    peer.set_timesteps(steps)
-    x = noise
-    for t in peer.timesteps:
-        x = peer.step(network(x, int(t) + 1), t, x, **options).prev_sample
-    return x
-
-
-@pytest.mark.parametrize("spacing", ["trailing", "leading"])
-@pytest.mark.parametrize(
-    ("schedule", "prediction"),
-    [(ZERO, "v"), (ZERO, "x0"), (PLAIN, "eps"), (PLAIN, "v"), (NoiseSchedule(kind="cosine"), "v")],
-)
-@pytest.mark.parametrize("sampler_type", [DDIM, DDPM])
-def test_agreement_with_diffusers(
-    sampler_type: type[DDIM] | type[DDPM], schedule: NoiseSchedule, prediction: Prediction, spacing: str
-) -> None:
-    schedulers = pytest.importorskip("diffusers.schedulers")
-    settings = {
-        "num_train_timesteps": 1000,
-        "beta_start": schedule.beta_start,
-        "beta_end": schedule.beta_end,
-        "beta_schedule": {"scaled_linear": "scaled_linear", "cosine": "squaredcos_cap_v2"}[schedule.kind],
-        "prediction_type": PEER_NAMES[prediction],
-        "timestep_spacing": spacing,
-        "rescale_betas_zero_snr": schedule.zero_terminal_snr,
-        "clip_sample": False,
-    }
-
-    def denoise(x: Tensor, t: Tensor) -> Estimate:
-        return split(prediction, network(x, int(t[0])), x, schedule.alpha(t), schedule.sigma(t))
-
-    noise, steps = normals((3, 4, 4), 0, "noise", range(2)), 20
-    if sampler_type is DDIM:
-        ours = DDIM(steps=steps, spacing=spacing, eta=0.6)(denoise, noise, schedule, generators(2))  # type: ignore[arg-type]
-        peer = schedulers.DDIMScheduler(**settings, set_alpha_to_one=True)
-        theirs = peers_result(peer, steps, noise, eta=0.6, generator=generators(2))
-    else:
-        ours = DDPM(steps=steps, spacing=spacing)(denoise, noise, schedule, generators(2))  # type: ignore[arg-type]
-        peer = schedulers.DDPMScheduler(**settings, variance_type="fixed_small")
-        theirs = peers_result(peer, steps, noise, generator=generators(2))
-    assert [int(t) + 1 for t in peer.timesteps] == schedule.times(steps, spacing)  # type: ignore[arg-type]
-    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
