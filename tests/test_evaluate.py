@@ -134,7 +134,7 @@ def test_an_oracle_is_right_and_loses_nothing(tmp_path: Path) -> None:
     ids=lambda value: type(value).__name__ if isinstance(value, Oracle) else None,
 )
 def test_a_stage_that_errs_is_found_out(tmp_path: Path, road: Oracle, row: str, wrong: set, kept: set) -> None:
-    plan = Plan(("image", "video_real", "video_generated"), 64, 16, 8.0, 1, 3, 5, SAMPLING)
+    plan = Plan(("image", "video_real", "video_generated"), 64, 16, 8.0, 1, 3, 3, 5, SAMPLING)
     report = evaluate(road, plan, IDENTITY, tmp_path, QUIET)
     got = shares(report, row)
     # Of shuffled frames, a clip that stands still is right all the same.
@@ -152,7 +152,7 @@ def test_a_stage_that_errs_is_found_out(tmp_path: Path, road: Oracle, row: str, 
 
 
 def test_a_stopped_run_goes_on_and_gives_the_same(tmp_path: Path) -> None:
-    plan = Plan(("image", "video_generated"), 64, 16, 8.0, 1, 9, 5, SAMPLING)
+    plan = Plan(("image", "video_generated"), 64, 16, 8.0, 1, 9, 9, 5, SAMPLING)
     whole = evaluate(Oracle(), plan, IDENTITY, tmp_path / "whole", QUIET)
 
     class Stopped(Oracle):
@@ -220,7 +220,7 @@ def test_an_unwritable_folder_is_a_plain_message(tmp_path: Path) -> None:
 
 
 def test_measure_keeps_the_order_of_the_batch() -> None:
-    plan = Plan(("image",), 64, 16, 8.0, 1, 4, 5, SAMPLING)
+    plan = Plan(("image",), 64, 16, 8.0, 1, 4, 0, 5, SAMPLING)
     batch = planned_prompts(4, 0, 5)
     for prompt, measured in zip(batch, measure(Oracle(), plan, batch), strict=True):
         assert measured.rows["image"]["read"]["colour"] == prompt.combination.colour
