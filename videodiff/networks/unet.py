@@ -102,7 +102,9 @@ class UNetConfig(Config):
         for name, given in sizes.items():
             if given != levels:
                 raise ValueError(f"{name} has {given} entries, channel_mult has {levels}; give one for each level")
-        heads = self.num_heads if isinstance(self.num_heads, tuple) else (self.num_heads or self.head_channels,) * levels
+        heads = (
+            self.num_heads if isinstance(self.num_heads, tuple) else (self.num_heads or self.head_channels,) * levels
+        )
         name = "head_channels" if self.num_heads is None else "num_heads"
         for level, attention in enumerate((*self.attention_levels[:-1], True)):
             width = self.model_channels * self.channel_mult[level]
@@ -114,7 +116,9 @@ class UNetConfig(Config):
             if self.norm_groups is not None and width % self.norm_groups:
                 raise ValueError(f"norm_groups {self.norm_groups} does not divide model_channels x mult {width}")
         if self.attention == "plain" and self.context_dims:
-            raise ValueError("attention plain sees no text, but context_dims names some; use transformer, or leave it out")
+            raise ValueError(
+                "attention plain sees no text, but context_dims names some; use transformer, or leave it out"
+            )
         return self
 
 
