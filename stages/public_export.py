@@ -1,4 +1,4 @@
-"""`videodiff export --format diffusers`: the image stage, its autoencoder and its text tower as a diffusers pipeline."""
+"""`videodiff export --format diffusers`: image stage, autoencoder and text tower as a diffusers pipeline."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def export_diffusers(model: Model, out: Path, half: bool = False) -> None:
     statistics = (vae.latent_mean, vae.latent_std)
     if any((values != values[0]).any() for values in statistics):
         raise UserError(
-            f"{model.folder}: the latents' statistics differ from channel to channel, and Stable Diffusion's autoencoder "
-            "has one scale for all; leave --format out"
+            f"{model.folder}: the latents' statistics differ from channel to channel, and Stable Diffusion has "
+            "one scale for all; leave --format out"
         )
     mean, std = (float(values[0]) for values in statistics)
     latent_size = image.size // vae.factor

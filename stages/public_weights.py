@@ -1,4 +1,4 @@
-"""`videodiff import`: folders in diffusers' format become a model of ours with the stages autoencoder, text and image."""
+"""`videodiff import`: folders in diffusers' format become a model with the stages autoencoder, text and image."""
 
 from __future__ import annotations
 
@@ -193,7 +193,7 @@ def _from_open_clip(name: str, weights: Path | None, width: int, draft: Path) ->
         )
     if width not in _READING:
         raise UserError(
-            f"--text {OPEN_CLIP}{name}: the image model takes tokens of width {width}, neither Stable Diffusion 1's 768 "
+            f"--text {OPEN_CLIP}{name}: the image model takes tokens of width {width}, not Stable Diffusion 1's 768 "
             "nor 2's 1024, so how it read its text is not known; name a text_encoder folder"
         )
     layer, padding = _READING[width]

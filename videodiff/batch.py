@@ -142,5 +142,5 @@ def _zero(x: OptionalTensor, dropped: Tensor) -> OptionalTensor:
 
 
 def _choose(x: Tensor, null: Tensor, dropped: Tensor) -> Tensor:
-    """`null` where `dropped` [B] (or [1]) holds, else `x`, both [B, ...]; a NaN goes too, which a product would keep."""
+    """`null` where `dropped` [B] (or [1]) holds, else `x`, both [B, ...]; NaN goes too, which a product would keep."""
     return torch.where(dropped.to(x.device).view(-1, *[1] * (x.dim() - 1)), null, x)

@@ -156,7 +156,7 @@ def unet_state(network: UNet, given: Mapping[str, Tensor], where: str) -> dict[s
 def autoencoder_state(network: Autoencoder, given: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
     """Weights of an AutoencoderKL as the state of `network`, older names of the attention included; with the latent
     statistics that `network` has."""
-    statistics = {name: value for name, value in network.named_buffers()}
+    statistics = dict(network.named_buffers())
     wanted = {name: value for name, value in network.state_dict().items() if name not in statistics}
     names = autoencoder_names(network.config, wanted)
     given = {_new_attention(name): value for name, value in given.items()}
@@ -226,7 +226,7 @@ def text_state(text: nn.Module, layers: int, given: Mapping[str, Tensor], where:
 
 
 def public_text_state(state: Mapping[str, Tensor], layers: int) -> dict[str, Tensor]:
-    """The state of an open_clip text tower under the names of transformers' CLIPTextModel, its first `layers` layers."""
+    """The first `layers` layers of an open_clip text tower under the names of transformers' CLIPTextModel."""
     plain, joint = _text_names(layers)
     public = {f"text_model.{theirs}": state[ours] for ours, theirs in plain.items()}
     for ours, parts in joint.items():
