@@ -8,14 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
-
-from stages import video
-from stages.cli import main
-from stages.public_export import export_diffusers
-from stages.public_weights import import_model
-from tests.public_folders import (
+from public_folders import (
     CAPTIONS,
     LENGTH,
     WIDTH,
@@ -27,6 +20,14 @@ from tests.public_folders import (
     write_json,
     write_pipeline,
 )
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from stages import video
+from stages.cli import main
+from stages.pipeline import Pipeline, SampleKey, adjusted
+from stages.public_export import export_diffusers
+from stages.public_weights import import_model
 from videodiff.batch import Condition
 from videodiff.errors import UserError
 from videodiff.model import Model
@@ -137,6 +138,23 @@ def test_transformers_gives_the_same_tokens_and_hidden_states(
     assert torch.equal(ids, tower.tokenizer(CAPTIONS))
     with torch.no_grad():
         assert_equal(tower.encode(CAPTIONS).tokens, peer(ids).last_hidden_state)
+
+
+def test_a_whole_diffusers_pipeline_gives_the_same_latents(
+    imported: dict[int, Path], generation: int, tmp_path: Path
+) -> None:
+    pytest.importorskip("transformers")
+    model = Model.load(imported[generation])
+    export_diffusers(model, tmp_path / "out")
+    peer = diffusers().StableDiffusionPipeline.from_pretrained(tmp_path / "out")
+    sampling = adjusted(model.diffusion("image").sampling, steps=4, text=3.0)
+    key = SampleKey(0, CAPTIONS[0])
+    made = Pipeline(model).image([key], sampling)
+    noise = torch.randn(4, 1, 8, 8, generator=key.generator("image"))
+    latents = noise.transpose(0, 1)
+    told = {"guidance_scale": 3.0, "num_inference_steps": 4, "output_type": "latent"}
+    wanted = peer(CAPTIONS[0], height=16, width=16, latents=latents, **told).images
+    assert_equal(made[:, :, 0], wanted, 1e-3)
 
 
 def test_export_is_loaded_by_diffusers_and_equal(imported: dict[int, Path], generation: int, tmp_path: Path) -> None:
