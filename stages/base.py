@@ -191,9 +191,7 @@ class DiffusionTask:
         """What the network is told of the batch, nothing dropped."""
         with torch.no_grad():
             features = self.text.encode(list(batch.captions))
-        condition = Condition(
-            text=(features.tokens,), text_mask=(features.mask,), pooled=features.pooled, fps=batch.fps
-        )
+        condition = features.condition(batch.fps)
         slots = self.known_slots(latents.shape[2])
         return with_known(condition, latents, slots) if slots else condition
 

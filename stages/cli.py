@@ -44,6 +44,13 @@ class SamplerChoice(str, Enum):
     predictor_corrector = "predictor_corrector"
 
 
+class FormatChoice(str, Enum):
+    """What `videodiff export --format` takes."""
+
+    videodiff = "videodiff"
+    diffusers = "diffusers"
+
+
 @app.command()
 def train(
     config: Annotated[Path, typer.Argument(help="A stage's YAML, e.g. configs/demo/image.yaml")],
@@ -129,12 +136,43 @@ def export(
     raw: Annotated[
         bool, typer.Option("--raw", help="The raw weights of the newest stage, not the averaged ones")
     ] = False,
+    form: Annotated[
+        FormatChoice, typer.Option("--format", help="diffusers: the image stage alone, as its pipelines load it")
+    ] = FormatChoice.videodiff,
 ) -> None:
     """Copy a model's inference weights into one folder that stands alone."""
     from videodiff.model import Model
     from videodiff.model import export as export_model
 
-    export_model(Model.load(model, "raw" if raw else "ema"), out, half)
+    opened = Model.load(model, "raw" if raw else "ema")
+    if form is FormatChoice.diffusers:
+        from stages.public_export import export_diffusers
+
+        export_diffusers(opened, out, half)
+    else:
+        export_model(opened, out, half)
+    typer.echo(f"wrote {out}")
+
+
+@app.command("import")
+def import_public(
+    image_model: Annotated[
+        Path, typer.Option(help="Stable Diffusion 1.x or 2.x in diffusers' format: a pipeline's folder, or its unet/")
+    ],
+    out: Annotated[Path, typer.Option(help="The new model folder")],
+    autoencoder: Annotated[
+        Path | None, typer.Option(help="A vae/ folder or a pipeline's [default: the image model's]")
+    ] = None,
+    text: Annotated[
+        str | None,
+        typer.Option(help="A text_encoder/ folder, a pipeline's, or open_clip:NAME [default: the image model's]"),
+    ] = None,
+    text_weights: Annotated[Path | None, typer.Option(help="Weights of open_clip:NAME; nothing is downloaded")] = None,
+) -> None:
+    """Turn public image weights (safetensors) into a model to generate with, or to train a video stage on."""
+    from stages.public_weights import import_model
+
+    import_model(image_model, autoencoder, text, text_weights, out)
     typer.echo(f"wrote {out}")
 
 

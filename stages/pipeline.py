@@ -82,8 +82,7 @@ class Pipeline:
         """What the networks are told of the prompts."""
         features = self.model.text.encode(list(prompts))
         rate = torch.full((len(prompts),), float(fps))
-        told = Condition(text=(features.tokens,), text_mask=(features.mask,), pooled=features.pooled, fps=rate)
-        return told.to(self.device)
+        return features.condition(rate).to(self.device)
 
     def image(self, keys: Sequence[SampleKey], sampling: Sampling, on_step: OnStep = None) -> Tensor:
         """Stage 1: the first image of each prompt, [B,C,1,H,W]."""

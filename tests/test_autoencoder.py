@@ -12,9 +12,12 @@ from videodiff.networks.autoencoder import Autoencoder, AutoencoderConfig, Autoe
 CONFIG = AutoencoderConfig(latent_channels=3, patch=1, widths=(8, 16), num_res_blocks=1, chunk=3)
 
 
-def make() -> Autoencoder:
+LDM = CONFIG.model_copy(update={"layout": "ldm", "norm_groups": 4})
+
+
+def make(config: AutoencoderConfig = CONFIG) -> Autoencoder:
     torch.manual_seed(0)
-    return Autoencoder(CONFIG).eval()
+    return Autoencoder(config).eval()
 
 
 def clips(*shape: int) -> Tensor:
@@ -36,8 +39,9 @@ def test_shapes_and_factor() -> None:
     assert Autoencoder(AutoencoderConfig()).factor == 8
 
 
-def test_chunked_is_unchunked() -> None:
-    network = make()
+@pytest.mark.parametrize("config", [CONFIG, LDM], ids=["light", "ldm"])
+def test_chunked_is_unchunked(config: AutoencoderConfig) -> None:
+    network = make(config)
     frames = clips(2, 7, 8, 8)
     whole = network.encode(to_float(frames))
     chunked = network.encode_clip(frames)  # by 3, 3 and 1
@@ -90,6 +94,23 @@ def test_latents_are_normalised_and_come_back() -> None:
 def test_statistics_without_spread_are_refused(std: list[float]) -> None:
     with pytest.raises(ValueError, match="std > 0"):
         make().set_latent_statistics(torch.zeros(3), torch.tensor(std))
+
+
+def test_stable_diffusions_autoencoder_has_its_published_size() -> None:
+    # The number of weights in the published vae/ folders of Stable Diffusion 1.5 and 2.1.
+    shape = {"latent_channels": 4, "patch": 1, "widths": (128, 256, 512, 512), "num_res_blocks": 2}
+    with torch.device("meta"):
+        network = Autoencoder(AutoencoderConfig(layout="ldm", norm_groups=32, **shape))
+    assert sum(parameter.numel() for parameter in network.parameters()) == 83_653_863
+    assert network.factor == 8
+
+
+def test_norm_groups_change_the_output_and_must_divide() -> None:
+    frames = to_float(clips(1, 1, 8, 8))
+    means = [make(LDM.model_copy(update={"norm_groups": groups})).encode(frames).mean for groups in (2, 4)]
+    assert (means[0] - means[1]).abs().max() > 1e-3
+    with pytest.raises(ConfigError, match="norm_groups 5 does not divide the width 64"):
+        build(AutoencoderConfig, {"norm_groups": 5}, "the test")
 
 
 def test_a_level_without_channels_is_refused() -> None:

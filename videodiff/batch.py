@@ -45,8 +45,9 @@ class Condition:
     """All that a network is told besides the noisy latents and their noise level. Absent parts are () or None.
 
     The null value of a part, used for dropout in training and for guidance in sampling alike: text is zeros with a
-    mask that keeps the first token (attention needs one), pooled text is zeros; the image is `known`, `known_mask`
-    and `known_time` all zeros. The frame rate is never dropped.
+    mask that keeps the first token (attention needs one), or `null_text` with the mask as it is (Stable Diffusion's
+    empty caption); pooled text is zeros; the image is `known`, `known_mask` and `known_time` all zeros. The frame rate
+    is never dropped.
     """
 
     text: tuple[Tensor, ...] = ()  # one [B, L, D] for each text tower
@@ -56,6 +57,7 @@ class Condition:
     known_mask: Tensor | None = None  # [B, 1, T, H, W], 1 on known frames
     fps: Tensor | None = None  # [B], frames per second
     known_time: Tensor | None = None  # [B], noise level t of the known frames, 0 = clean
+    null_text: tuple[Tensor, ...] = ()  # one [B, L, D] for each text tower, tokens that stand for no text; () for zeros
 
     @property
     def has_text(self) -> bool:
@@ -76,14 +78,18 @@ class Condition:
 
     def drop(self, text: Tensor, image: Tensor) -> Condition:
         """The parts of single samples at their null value: `text` and `image` are bool [B], True where dropped."""
-        first_token = [torch.arange(mask.shape[1], device=mask.device) == 0 for mask in self.text_mask]
+        null_text = self.null_text or tuple(torch.zeros_like(tokens) for tokens in self.text)
+        masks = self.text_mask
+        if not self.null_text:
+            first_token = [torch.arange(mask.shape[1], device=mask.device) == 0 for mask in masks]
+            masks = tuple(
+                torch.where(text.to(mask.device)[:, None], first, mask)
+                for mask, first in zip(masks, first_token, strict=True)
+            )
         return replace(
             self,
-            text=tuple(_zero(tokens, text) for tokens in self.text),
-            text_mask=tuple(
-                torch.where(text.to(mask.device)[:, None], first, mask)
-                for mask, first in zip(self.text_mask, first_token, strict=True)
-            ),
+            text=tuple(_choose(tokens, null, text) for tokens, null in zip(self.text, null_text, strict=True)),
+            text_mask=masks,
             pooled=_zero(self.pooled, text),
             known=_zero(self.known, image),
             known_mask=_zero(self.known_mask, image),
@@ -99,6 +105,7 @@ class Condition:
         return replace(
             moved,
             text=tuple(tokens.to(dtype=dtype) for tokens in moved.text),
+            null_text=tuple(tokens.to(dtype=dtype) for tokens in moved.null_text),
             **{n: x.to(dtype=dtype) for n in ("pooled", "known", "known_mask") if (x := getattr(moved, n)) is not None},
         )
 
@@ -131,7 +138,10 @@ class Condition:
 
 
 def _zero(x: OptionalTensor, dropped: Tensor) -> OptionalTensor:
-    """`x` [B, ...] with zeros where `dropped` [B] (or [1]) holds; a NaN there goes too, which a product would keep."""
-    if x is None:
-        return x
-    return torch.where(dropped.to(x.device).view(-1, *[1] * (x.dim() - 1)), torch.zeros_like(x), x)
+    """`x` [B, ...] with zeros where `dropped` [B] (or [1]) holds."""
+    return x if x is None else _choose(x, torch.zeros_like(x), dropped)
+
+
+def _choose(x: Tensor, null: Tensor, dropped: Tensor) -> Tensor:
+    """`null` where `dropped` [B] (or [1]) holds, else `x`, both [B, ...]; NaN goes too, which a product would keep."""
+    return torch.where(dropped.to(x.device).view(-1, *[1] * (x.dim() - 1)), null, x)

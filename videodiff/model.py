@@ -11,7 +11,8 @@ import errno
 import hashlib
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
@@ -296,7 +297,17 @@ def carry(model: Model, folder: Path) -> ModelConfig:
 def export(model: Model, folder: Path, half: bool = False) -> None:
     """Write the chosen weights of every stage into a new folder that stands alone; `half` stores them in float16.
 
-    The folder is there when it is whole: it is filled under another name. Raises UserError when it can't be written.
+    Raises UserError when the folder can't be written.
+    """
+    with new_folder(folder) as draft:
+        _fill_folder(model, draft, half)
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A folder to fill under another name, which is renamed to `folder` when all went well: it is whole, or not there.
+
+    Raises UserError when `folder` holds something already or can't be written.
     """
     folder = folder.resolve()
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
@@ -305,7 +316,7 @@ def export(model: Model, folder: Path, half: bool = False) -> None:
     draft = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
         draft.mkdir(parents=True)
-        _fill_folder(model, draft, half)
+        yield draft
         draft.replace(folder)
     except OSError as error:
         where = Path(error.filename2 or error.filename or folder).name

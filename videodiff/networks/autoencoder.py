@@ -5,10 +5,11 @@ Frames are float in [-1,1] inside, uint8 [B,T,H,W,3] at `encode_clip` and `decod
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from videodiff.config import Config
@@ -23,13 +24,35 @@ class AutoencoderConfig(Config):
 
     With `patch` 2 the network sees squares of 2x2 pixels as channels, so that nothing runs at full size, where norms
     and activations cost more than the convolutions do.
+
+    layout "ldm" is the autoencoder of latent diffusion and Stable Diffusion (Rombach et al. 2022): a residual block on
+    either side of the attention, one more in each level of the decoder, 1x1 convolutions around the latent, padding on
+    one side only where the size is halved, and norms with eps 1e-6. Stable Diffusion's: latent_channels 4, patch 1,
+    widths [128, 256, 512, 512], num_res_blocks 2, norm_groups 32.
     """
+
+    layout: Literal["light", "ldm"] = "light"
 
     latent_channels: int = Field(8, ge=1)
     patch: int = Field(2, ge=1, description="side of the squares of pixels that become channels at the input")
     widths: tuple[PositiveInt, ...] = Field((64, 128, 128), min_length=1)
     num_res_blocks: int = Field(1, ge=1, description="per level, in the encoder and in the decoder")
     chunk: int = Field(16, ge=1, description="frames of one clip that go through together: bounds memory")
+    norm_groups: PositiveInt | None = Field(None, description="of every group norm; None: 32, or fewer if it is narrow")
+
+    @model_validator(mode="after")
+    def _check(self) -> "AutoencoderConfig":
+        if self.norm_groups is not None and (odd := [w for w in self.widths if w % self.norm_groups]):
+            raise ValueError(f"norm_groups {self.norm_groups} does not divide the width {odd[0]}")
+        return self
+
+    @property
+    def ldm(self) -> bool:
+        return self.layout == "ldm"
+
+    def norm(self, channels: int) -> nn.GroupNorm:
+        """A group norm of this autoencoder."""
+        return group_norm(channels, self.norm_groups, 1e-6 if self.ldm else 1e-5)
 
 
 @dataclass(frozen=True)
@@ -45,11 +68,11 @@ class Posterior:
 
 
 class ResBlock(nn.Module):
-    def __init__(self, channels_in: int, channels_out: int) -> None:
+    def __init__(self, config: AutoencoderConfig, channels_in: int, channels_out: int) -> None:
         super().__init__()
-        self.norm_in = group_norm(channels_in)
+        self.norm_in = config.norm(channels_in)
         self.conv_in = nn.Conv2d(channels_in, channels_out, 3, padding=1)
-        self.norm_out = group_norm(channels_out)
+        self.norm_out = config.norm(channels_out)
         self.conv_out = nn.Conv2d(channels_out, channels_out, 3, padding=1)
         self.skip = nn.Conv2d(channels_in, channels_out, 1) if channels_in != channels_out else nn.Identity()
 
@@ -61,10 +84,10 @@ class ResBlock(nn.Module):
 class AttentionBlock(nn.Module):
     """One head over all positions, at the smallest size only."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, config: AutoencoderConfig, channels: int) -> None:
         super().__init__()
-        self.norm = group_norm(channels)
-        self.attention = Attention(channels, channels)
+        self.norm = config.norm(channels)
+        self.attention = Attention(channels, channels, bias=config.ldm)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + to_map(self.attention(to_tokens(self.norm(x))), x)
@@ -87,28 +110,39 @@ def make_encoder(config: AutoencoderConfig) -> nn.Sequential:
     ]
     channels = config.widths[0]
     for level, width in enumerate(config.widths):
-        if level > 0:
+        if level > 0 and config.ldm:
+            layers += [nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(channels, channels, 3, stride=2)]
+        elif level > 0:
             layers.append(nn.Conv2d(channels, channels, 3, stride=2, padding=1))
         for _ in range(config.num_res_blocks):
-            layers.append(ResBlock(channels, width))
+            layers.append(ResBlock(config, channels, width))
             channels = width
-    layers += [AttentionBlock(channels), ResBlock(channels, channels)]
-    layers += [group_norm(channels), nn.SiLU(), nn.Conv2d(channels, 2 * config.latent_channels, 3, padding=1)]
+    if config.ldm:
+        layers.append(ResBlock(config, channels, channels))
+    layers += [AttentionBlock(config, channels), ResBlock(config, channels, channels)]
+    layers += [config.norm(channels), nn.SiLU(), nn.Conv2d(channels, 2 * config.latent_channels, 3, padding=1)]
+    if config.ldm:
+        layers.append(nn.Conv2d(2 * config.latent_channels, 2 * config.latent_channels, 1))
     return nn.Sequential(*layers)
 
 
 def make_decoder(config: AutoencoderConfig) -> nn.Sequential:
     """[N,C,h,w] -> [N,3,H,W]."""
     channels = config.widths[-1]
-    layers: list[nn.Module] = [nn.Conv2d(config.latent_channels, channels, 3, padding=1)]
-    layers += [ResBlock(channels, channels), AttentionBlock(channels)]
+    layers: list[nn.Module] = []
+    if config.ldm:
+        layers.append(nn.Conv2d(config.latent_channels, config.latent_channels, 1))
+    layers.append(nn.Conv2d(config.latent_channels, channels, 3, padding=1))
+    layers += [ResBlock(config, channels, channels), AttentionBlock(config, channels)]
+    if config.ldm:
+        layers.append(ResBlock(config, channels, channels))
     for level, width in reversed(list(enumerate(config.widths))):
-        for _ in range(config.num_res_blocks):
-            layers.append(ResBlock(channels, width))
+        for _ in range(config.num_res_blocks + config.ldm):
+            layers.append(ResBlock(config, channels, width))
             channels = width
         if level > 0:
             layers.append(Upsample(channels))
-    layers += [group_norm(channels), nn.SiLU(), nn.Conv2d(channels, 3 * config.patch**2, 3, padding=1)]
+    layers += [config.norm(channels), nn.SiLU(), nn.Conv2d(channels, 3 * config.patch**2, 3, padding=1)]
     layers += [nn.PixelShuffle(config.patch)]
     return nn.Sequential(*layers)
 

@@ -8,6 +8,7 @@ and positions are views of the same memory and nothing is copied between a convo
 import itertools
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -46,10 +47,11 @@ def zeroed(layer: nn.Module) -> nn.Module:
     return layer
 
 
-def group_norm(channels: int) -> nn.GroupNorm:
-    """At most 32 groups of at least four channels: 32 for every width from 128 on that 32 divides."""
-    groups = next(count for count in range(max(1, min(32, channels // 4)), 0, -1) if channels % count == 0)
-    return nn.GroupNorm(groups, channels)
+def group_norm(channels: int, groups: int | None = None, eps: float = 1e-5) -> nn.GroupNorm:
+    """`groups`, or at most 32 of at least four channels: 32 for every width from 128 on that 32 divides."""
+    if groups is None:
+        groups = next(count for count in range(max(1, min(32, channels // 4)), 0, -1) if channels % count == 0)
+    return nn.GroupNorm(groups, channels, eps)
 
 
 def sinusoid(position: Tensor, channels: int, longest: float = 10_000.0) -> Tensor:
@@ -115,12 +117,12 @@ class FeedForward(nn.Module):
 class Attention(nn.Module):
     """Multi-head attention of x [rows, queries, D] over itself or over a context [rows, keys, context_dim]."""
 
-    def __init__(self, width: int, head_channels: int, context_dim: int | None = None) -> None:
+    def __init__(self, width: int, head_channels: int, context_dim: int | None = None, bias: bool = False) -> None:
         super().__init__()
         self.head_channels = head_channels
-        self.query = nn.Linear(width, width, bias=False)
-        self.key = nn.Linear(context_dim or width, width, bias=False)
-        self.value = nn.Linear(context_dim or width, width, bias=False)
+        self.query = nn.Linear(width, width, bias=bias)
+        self.key = nn.Linear(context_dim or width, width, bias=bias)
+        self.value = nn.Linear(context_dim or width, width, bias=bias)
         self.leave = nn.Linear(width, width)
 
     def split(self, x: Tensor) -> Tensor:
@@ -168,25 +170,61 @@ class TransformerLayer(nn.Module):
         return x + self.feed_forward(self.norm_feed(x))
 
 
+class PointConv(nn.Conv2d):
+    """A linear layer on [...,C] whose weights have the shape of a 1x1 convolution, as Stable Diffusion 1 keeps them."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.flatten(1), self.bias)
+
+
 class SpatialTransformer(nn.Module):
     """Transformer layers over the positions of each frame, as a residual on [N,C,H,W]."""
 
     def __init__(
-        self, channels: int, head_channels: int, context_dims: tuple[int, ...], num_layers: int, factor: float
+        self,
+        channels: int,
+        head_channels: int,
+        context_dims: tuple[int, ...],
+        num_layers: int,
+        factor: float,
+        norm_groups: int | None = None,
+        norm_eps: float = 1e-5,
+        projection: Literal["linear", "conv"] = "linear",
     ) -> None:
         super().__init__()
-        self.norm = group_norm(channels)
-        self.enter = nn.Linear(channels, channels)
+
+        def project() -> nn.Module:
+            return nn.Linear(channels, channels) if projection == "linear" else PointConv(channels)
+
+        self.norm = group_norm(channels, norm_groups, norm_eps)
+        self.enter = project()
         self.layers = nn.ModuleList(
             TransformerLayer(channels, head_channels, context_dims, factor) for _ in range(num_layers)
         )
-        self.leave = zeroed(nn.Linear(channels, channels))
+        self.leave = zeroed(project())
 
     def forward(self, x: Tensor, signals: Signals) -> Tensor:
         tokens = self.enter(to_tokens(self.norm(x)))
         for layer in self.layers:
             tokens = layer(tokens, signals)
         return x + to_map(self.leave(tokens), x)
+
+
+class SpatialAttention(nn.Module):
+    """Self-attention over the positions of each frame and nothing else, as a residual on [N,C,H,W]: the attention block
+    of Dhariwal & Nichol 2021, section 3."""
+
+    def __init__(self, channels: int, head_channels: int, norm_groups: int | None = None) -> None:
+        super().__init__()
+        self.norm = group_norm(channels, norm_groups)
+        self.attention = Attention(channels, head_channels, bias=True)
+        zeroed(self.attention.leave)
+
+    def forward(self, x: Tensor, signals: Signals) -> Tensor:
+        return x + to_map(self.attention(to_tokens(self.norm(x))), x)
 
 
 class TemporalConv(nn.Module):
@@ -316,21 +354,46 @@ class SpaceTimeConv(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """GroupNorm, SiLU, convolution, twice; time and pooled text scale and shift the second norm (Dhariwal & Nichol
-    2021, section 3): [N,C_in,H,W] -> [N,C_out,H,W]."""
+    """GroupNorm, SiLU, convolution, twice: [N,C_in,H,W] -> [N,C_out,H,W].
 
-    def __init__(self, channels_in: int, channels_out: int, embedding_dim: int, temporal_kernel: int | None) -> None:
+    time_embedding: "scale_shift" scales and shifts the second norm by time and pooled text (AdaGN; Dhariwal & Nichol
+    2021, section 3), "add" adds them before it (Ho et al. 2020; Stable Diffusion).
+    resample: "down" and "up" halve and double H and W between the first activation and its convolution, and beside it
+    (BigGAN's blocks; Dhariwal & Nichol 2021, section 3).
+    """
+
+    def __init__(
+        self,
+        channels_in: int,
+        channels_out: int,
+        embedding_dim: int,
+        temporal_kernel: int | None,
+        norm_groups: int | None = None,
+        time_embedding: Literal["scale_shift", "add"] = "scale_shift",
+        resample: Literal["down", "up"] | None = None,
+    ) -> None:
         super().__init__()
-        self.norm_in = group_norm(channels_in)
+        self.scale_shift = time_embedding == "scale_shift"
+        self.resample = resample
+        self.norm_in = group_norm(channels_in, norm_groups)
         self.conv_in = SpaceTimeConv(channels_in, channels_out, temporal_kernel)
-        self.modulation = nn.Linear(embedding_dim, 2 * channels_out)
-        self.norm_out = group_norm(channels_out)
+        self.modulation = nn.Linear(embedding_dim, (2 if self.scale_shift else 1) * channels_out)
+        self.norm_out = group_norm(channels_out, norm_groups)
         self.conv_out = SpaceTimeConv(channels_out, channels_out, temporal_kernel, zero=True)
         self.skip = nn.Conv2d(channels_in, channels_out, 1) if channels_in != channels_out else nn.Identity()
 
     def forward(self, x: Tensor, signals: Signals) -> Tensor:
-        hidden = self.conv_in(F.silu(self.norm_in(x)), signals)
-        modulation = self.modulation(signals.embedding).repeat_interleave(signals.frames, dim=0)
-        scale, shift = modulation[:, :, None, None].chunk(2, dim=1)
-        hidden = self.norm_out(hidden) * (1 + scale) + shift
+        hidden = F.silu(self.norm_in(x))
+        if self.resample is not None:
+            hidden, x = self._resample(hidden), self._resample(x)
+        hidden = self.conv_in(hidden, signals)
+        modulation = self.modulation(signals.embedding).repeat_interleave(signals.frames, dim=0)[:, :, None, None]
+        if self.scale_shift:
+            scale, shift = modulation.chunk(2, dim=1)
+            hidden = self.norm_out(hidden) * (1 + scale) + shift
+        else:
+            hidden = self.norm_out(hidden + modulation)
         return self.skip(x) + self.conv_out(F.silu(hidden), signals)
+
+    def _resample(self, x: Tensor) -> Tensor:
+        return F.avg_pool2d(x, 2) if self.resample == "down" else F.interpolate(x, scale_factor=2.0, mode="nearest")

@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from videodiff.batch import Condition
 from videodiff.config import Config
 from videodiff.errors import UserError
 from videodiff.video_io import atomic_path
@@ -107,13 +108,17 @@ def build_vocabulary(
         best = min(pairs, key=lambda pair: (-pairs[pair], pair))
         merges.append(best)
         spelled = {word: _merge(parts, best) for word, parts in spelled.items()}
-    lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
-    # No time and no name in the gzip header: the file is a function of the captions. No last newline: an empty line
-    # would be read as one more merge.
-    with atomic_path(vocabulary) as temporary:
-        temporary.write_bytes(gzip.compress("\n".join(lines).encode(), mtime=0))
+    write_vocabulary([" ".join(pair) for pair in merges], vocabulary)
     with atomic_path(words) as temporary:
         temporary.write_text("\n".join(sorted(counts)) + "\n", encoding="utf-8")
+
+
+def write_vocabulary(merges: Iterable[str], vocabulary: str | Path) -> None:
+    """Write the file that open_clip's SimpleTokenizer reads from merges "a b", in their order."""
+    # No time and no name in the gzip header: the file is a function of the merges. No last newline: an empty line
+    # would be read as one more merge.
+    with atomic_path(vocabulary) as temporary:
+        temporary.write_bytes(gzip.compress("\n".join(["#version: 0.2", *merges]).encode(), mtime=0))
 
 
 def _merge(parts: list[str], pair: tuple[str, str]) -> list[str]:
@@ -138,7 +143,12 @@ class PretrainedText(Config):
 
 class TextConfig(Config):
     """A small CLIP of our own, trained on the captions of the data, or with `pretrained` a public one: then shape,
-    context length and tokenizer are that model's."""
+    context length and tokenizer are that model's.
+
+    padding: what follows the end of a caption. "masked": nothing attends to it, and no text is zeros. "zero" and "end"
+    are how Stable Diffusion 2 and 1 were trained: token 0, or the end again, attended to like words; no text is the
+    empty caption, and there is no pooled vector.
+    """
 
     width: int = Field(128, ge=1)
     layers: int = Field(3, ge=1)
@@ -146,6 +156,8 @@ class TextConfig(Config):
     context_length: int = Field(32, ge=3)
     embed_dim: int = Field(128, ge=1, description="width of the pooled vector")
     layer: Literal[-1, -2] = Field(-1, description="layer whose tokens are used; either passes the final LayerNorm")
+    quick_gelu: bool = Field(False, description="x sigmoid(1.702 x), as in OpenAI's CLIP; a pretrained model knows")
+    padding: Literal["masked", "zero", "end"] = "masked"
     image_size: int = Field(64, ge=8, description="pictures of the image half, which only training and scores use")
     patch_size: int = Field(8, ge=1)
     image_layers: int = Field(3, ge=1)
@@ -170,17 +182,27 @@ class TextConfig(Config):
 
 @dataclass(frozen=True)
 class TextFeatures:
-    """tokens [B,L,D]; mask [B,L] bool, True up to and with the end of the text; pooled [B,E] of length 1."""
+    """tokens [B,L,D]; mask [B,L] bool, True where there is something to attend to; pooled [B,E] of length 1 or None;
+    null [B,L,D] the tokens that stand for no text, None for zeros."""
 
     tokens: Tensor
     mask: Tensor
-    pooled: Tensor
+    pooled: Tensor | None
+    null: Tensor | None = None
+
+    def condition(self, fps: Tensor) -> Condition:
+        """The condition of these captions at fps [B], without known frames."""
+        null = () if self.null is None else (self.null,)
+        return Condition(text=(self.tokens,), text_mask=(self.mask,), null_text=null, pooled=self.pooled, fps=fps)
 
 
 class Tokenizer:
-    """Captions -> ids [B,L]. `vocabulary` None is CLIP's own; `words` None means that no word is unknown."""
+    """Captions -> ids [B,L]. `vocabulary` None is CLIP's own; `words` None means that no word is unknown;
+    `pad_with_end` repeats the end of the text where there would be zeros."""
 
-    def __init__(self, vocabulary: str | None, words: str | None, context_length: int) -> None:
+    def __init__(
+        self, vocabulary: str | None, words: str | None, context_length: int, pad_with_end: bool = False
+    ) -> None:
         self.words = None if words is None else frozenset(_read_text(words).split())
         arguments = {}
         if vocabulary is not None:
@@ -192,10 +214,23 @@ class Tokenizer:
         self.context_length = context_length
         self.size: int = self._tokenizer.vocab_size
         self.end: int = self._tokenizer.eot_token_id
+        self.pad_with_end = pad_with_end
 
     def __call__(self, captions: Sequence[str]) -> Tensor:
         """int64 [B,L]: start, tokens, end, zeros. What is too long is cut: see `lost_words`."""
-        return self._tokenizer(list(captions))
+        ids: Tensor = self._tokenizer(list(captions))
+        if self.pad_with_end:
+            after = (ids == self.end).cumsum(dim=1) > 0
+            ids = torch.where(after, self.end, ids)
+        return ids
+
+    def tokens(self) -> list[str]:
+        """The token of each id; the last two are start and end."""
+        return list(self._tokenizer.encoder)
+
+    def merges(self) -> list[str]:
+        """The merges of the vocabulary, "a b", in their order."""
+        return [" ".join(pair) for pair in self._tokenizer.bpe_ranks]
 
     def decode(self, ids: Tensor) -> str:
         """The text of one row of ids, without start and end, as far as it was kept."""
@@ -226,7 +261,7 @@ def own_tokenizer(config: TextConfig) -> Tokenizer:
     """The tokenizer of a small model. Raises UserError where its configuration names no vocabulary."""
     if config.vocabulary is None:
         raise UserError("text.vocabulary: none is named; give the file that the text stage wrote beside its weights")
-    return Tokenizer(config.vocabulary, config.words, config.context_length)
+    return Tokenizer(config.vocabulary, config.words, config.context_length, config.padding == "end")
 
 
 class ContrastiveTextModel(nn.Module):
@@ -240,6 +275,8 @@ class ContrastiveTextModel(nn.Module):
         super().__init__()
         if config.pretrained is not None:
             raise UserError("text.pretrained: a public model is used as it is, not trained; leave out the text stage")
+        if config.padding != "masked" or config.quick_gelu:
+            raise UserError("text.padding and text.quick_gelu are for public weights, not for training; leave them out")
         self.config = config
         self.tokenize = own_tokenizer(config)
         open_clip = _open_clip()
@@ -288,20 +325,26 @@ class TextTower(nn.Module):
             if state is None:
                 raise UserError("text: a tower without weights; train the text stage or name text.pretrained")
             self.tokenizer = own_tokenizer(config)
-            settings, quick_gelu = config.model_dump(), False
+            settings, quick_gelu = config.model_dump(), config.quick_gelu
         else:
             settings, quick_gelu = _public_settings(public.name)
-            self.tokenizer = Tokenizer(None, None, settings["context_length"])
+            self.tokenizer = Tokenizer(None, None, settings["context_length"], config.padding == "end")
             state = _read_weights(public.path) if state is None else state
-        self.text = _make_text(settings, self.tokenizer.size, quick_gelu)
+        # None where there is no pooled vector.
+        self.embed_dim: int | None = settings["embed_dim"] if config.padding == "masked" else None
+        self.text = _make_text(settings, self.tokenizer.size, quick_gelu, self.embed_dim)
         self.width: int = settings["width"]
-        self.embed_dim: int = settings["embed_dim"]
+        self.num_layers: int = settings["layers"]
+        self.num_heads: int = settings["heads"]
+        self.quick_gelu: bool = quick_gelu
         self._load(state, "text weights" if public is None else public.path)
         self.requires_grad_(False).eval()
 
     def _load(self, state: dict[str, Tensor], where: str) -> None:
         state = {name.removeprefix("clip."): value for name, value in state.items()}
         state = {name: value for name, value in state.items() if _is_text(name)}
+        if self.embed_dim is None:
+            state.pop("text_projection", None)
         own = self.text.state_dict()
         rows = state.get("token_embedding.weight")
         if rows is not None and rows.shape[0] != self.tokenizer.size:
@@ -330,6 +373,9 @@ class TextTower(nn.Module):
         ends = (ids == self.tokenizer.end).int().argmax(dim=-1)
         last = self.text.ln_final(hidden[-1])
         tokens = last if self.config.layer == -1 else self.text.ln_final(hidden[self.config.layer])
+        if self.config.padding != "masked":
+            null = tokens if not any(captions) else self.encode([""]).tokens.expand_as(tokens)
+            return TextFeatures(tokens, torch.ones_like(ids, dtype=torch.bool), None, null)
         mask = torch.arange(ids.shape[1], device=ids.device) <= ends[:, None]
         pooled = last[torch.arange(len(ids), device=ids.device), ends] @ self.text.text_projection
         return TextFeatures(tokens, mask, F.normalize(pooled, dim=-1))
@@ -347,8 +393,8 @@ def _is_text(name: str) -> bool:
     return not name.startswith("visual.") and name not in ("logit_scale", "logit_bias", "attn_mask")
 
 
-def _make_text(settings: dict[str, Any], vocabulary_size: int, quick_gelu: bool = False) -> Any:
-    """open_clip's TextTransformer, which has the names of the text half of its CLIP."""
+def _make_text(settings: dict[str, Any], vocabulary_size: int, quick_gelu: bool, embed_dim: int | None) -> Any:
+    """open_clip's TextTransformer, which has the names of the text half of its CLIP; without projection for None."""
     from open_clip.transformer import QuickGELU, TextTransformer
 
     return TextTransformer(
@@ -357,9 +403,17 @@ def _make_text(settings: dict[str, Any], vocabulary_size: int, quick_gelu: bool 
         width=settings["width"],
         heads=settings["heads"],
         layers=settings["layers"],
-        output_dim=settings["embed_dim"],
+        output_dim=embed_dim,
         act_layer=QuickGELU if quick_gelu else nn.GELU,
     )
+
+
+def text_shapes(config: TextConfig, vocabulary_size: int) -> nn.Module:
+    """The text half that a TextTower of this configuration has, on the meta device: names and shapes alone."""
+    _open_clip()
+    with torch.device("meta"):
+        text: nn.Module = _make_text(config.model_dump(), vocabulary_size, config.quick_gelu, None)
+    return text
 
 
 def _public_settings(name: str) -> tuple[dict[str, Any], bool]:

@@ -1,7 +1,9 @@
 """One U-Net for images and clips: an image is a clip with one frame, and an image call skips the temporal layers.
 
 Shapes: B clips, T frames, N = B*T, C latent channels, H W latent size, L text tokens, D width, E embedding width.
-Architecture after Emu Video (Girdhar et al. 2023, section 3.2 and tables 1-2 of its appendix).
+Architecture after Emu Video (Girdhar et al. 2023, section 3.2 and tables 1-2 of its appendix). By configuration also
+that of Stable Diffusion 1 and 2 (Rombach et al. 2022) and of ADM (Dhariwal & Nichol 2021), each with or without the
+temporal layers.
 """
 
 from collections.abc import Iterator
@@ -19,6 +21,7 @@ from videodiff.networks.layers import (
     ResBlock,
     Signals,
     SpaceTimeConv,
+    SpatialAttention,
     SpatialTransformer,
     TemporalTransformer,
     group_norm,
@@ -44,7 +47,11 @@ class TemporalConfig(Config):
 
 
 class UNetConfig(Config):
-    """Shape of the network. Attention follows every residual block of the levels marked, and stands in the middle."""
+    """Shape of the network. Attention follows every residual block of the levels marked, and stands in the middle.
+
+    Stable Diffusion: time_embedding add, norm_groups 32, transformer_norm_eps 1e-6, no pooled text; 1.x has eight heads
+    everywhere and conv projections, 2.x 64 channels a head and linear ones. ADM: attention plain, resample residual.
+    """
 
     channels: int = Field(8, ge=1, description="latent channels in, and out unless learn_variance")
     model_channels: int = Field(ge=4)
@@ -52,6 +59,15 @@ class UNetConfig(Config):
     num_res_blocks: PositiveInt | tuple[PositiveInt, ...] = 2
     attention_levels: tuple[bool, ...] = (True, True, True, False)
     head_channels: int = Field(64, ge=1)
+    num_heads: PositiveInt | tuple[PositiveInt, ...] | None = Field(
+        None, description="heads of each attention, or of those of each level, in place of head_channels"
+    )
+    attention: Literal["transformer", "plain"] = Field("transformer", description="plain: self-attention alone")
+    projection: Literal["linear", "conv"] = Field("linear", description="shape of the weights around a transformer")
+    transformer_norm_eps: float = Field(1e-5, gt=0)
+    norm_groups: PositiveInt | None = Field(None, description="of every group norm; None: 32, or fewer if it is narrow")
+    time_embedding: Literal["scale_shift", "add"] = "scale_shift"
+    resample: Literal["conv", "residual"] = Field("conv", description="residual: blocks halve and double the size")
     num_transformer_layers: int = Field(1, ge=1)
     feed_forward_factor: float = Field(4.0, gt=0)
     context_dims: tuple[int, ...] = Field((), description="width of the tokens of each text encoder")
@@ -75,6 +91,13 @@ class UNetConfig(Config):
             return (self.num_res_blocks,) * len(self.channel_mult)
         return self.num_res_blocks
 
+    def head_width(self, level: int) -> int:
+        """Channels of a head at a level; the middle is at the last one."""
+        if self.num_heads is None:
+            return self.head_channels
+        heads = self.num_heads if isinstance(self.num_heads, int) else self.num_heads[level]
+        return self.model_channels * self.channel_mult[level] // heads
+
     @property
     def divisor(self) -> int:
         """Latent height and width must be a multiple of this."""
@@ -83,40 +106,75 @@ class UNetConfig(Config):
     @model_validator(mode="after")
     def _check(self) -> "UNetConfig":
         levels = len(self.channel_mult)
-        for name, given in (("num_res_blocks", len(self.res_blocks)), ("attention_levels", len(self.attention_levels))):
+        sizes = {"num_res_blocks": len(self.res_blocks), "attention_levels": len(self.attention_levels)}
+        if isinstance(self.num_heads, tuple):
+            sizes["num_heads"] = len(self.num_heads)
+        for name, given in sizes.items():
             if given != levels:
                 raise ValueError(f"{name} has {given} entries, channel_mult has {levels}; give one for each level")
-        for mult, attention in zip(self.channel_mult, (*self.attention_levels[:-1], True), strict=True):
-            if attention and self.model_channels * mult % self.head_channels:
+        heads = (
+            self.num_heads if isinstance(self.num_heads, tuple) else (self.num_heads or self.head_channels,) * levels
+        )
+        name = "head_channels" if self.num_heads is None else "num_heads"
+        for level, attention in enumerate((*self.attention_levels[:-1], True)):
+            width = self.model_channels * self.channel_mult[level]
+            if attention and width % heads[level]:
                 raise ValueError(
-                    f"head_channels {self.head_channels} does not divide model_channels x mult "
-                    f"{self.model_channels * mult}; choose one that divides every level with attention"
+                    f"{name} {heads[level]} does not divide model_channels x mult {width}; choose one that divides "
+                    "every level with attention"
                 )
+            if self.norm_groups is not None and width % self.norm_groups:
+                raise ValueError(f"norm_groups {self.norm_groups} does not divide model_channels x mult {width}")
+        if self.attention == "plain" and self.context_dims:
+            raise ValueError(
+                "attention plain sees no text, but context_dims names some; use transformer, or leave it out"
+            )
         return self
+
+
+def res_block(
+    config: UNetConfig, channels_in: int, channels_out: int, resample: Literal["down", "up"] | None = None
+) -> ResBlock:
+    kernel = config.temporal.kernel if config.temporal else None
+    return ResBlock(
+        channels_in,
+        channels_out,
+        4 * config.model_channels,
+        kernel,
+        config.norm_groups,
+        config.time_embedding,
+        resample,
+    )
 
 
 class Block(nn.Module):
     """A residual block with the spatial and the temporal attention that follow it: what is checkpointed as one."""
 
-    def __init__(self, config: UNetConfig, channels_in: int, channels_out: int, attention: bool) -> None:
+    def __init__(self, config: UNetConfig, channels_in: int, level: int, attention: bool) -> None:
         super().__init__()
         temporal = config.temporal
         embedding_dim = 4 * config.model_channels
-        self.res = ResBlock(channels_in, channels_out, embedding_dim, temporal.kernel if temporal else None)
-        self.attention = None
+        channels, head_channels = config.model_channels * config.channel_mult[level], config.head_width(level)
+        self.res = res_block(config, channels_in, channels)
+        self.attention: nn.Module | None = None
         self.temporal = None
-        if attention:
+        if attention and config.attention == "plain":
+            self.attention = SpatialAttention(channels, head_channels, config.norm_groups)
+        elif attention:
             self.attention = SpatialTransformer(
-                channels_out,
-                config.head_channels,
+                channels,
+                head_channels,
                 config.context_dims,
                 config.num_transformer_layers,
                 config.feed_forward_factor,
+                config.norm_groups,
+                config.transformer_norm_eps,
+                config.projection,
             )
         if attention and temporal:
             self.temporal = TemporalTransformer(
-                channels_out,
-                config.head_channels,
+                channels,
+                head_channels,
                 embedding_dim,
                 config.context_dims,
                 temporal.num_layers,
@@ -135,9 +193,9 @@ class Block(nn.Module):
 
 
 class Level(nn.Module):
-    """The blocks at one resolution, and the convolution that leads to the next."""
+    """The blocks at one resolution, and what leads to the next: a convolution, or a residual block that resamples."""
 
-    def __init__(self, blocks: list[Block], resize: SpaceTimeConv | None) -> None:
+    def __init__(self, blocks: list[Block], resize: SpaceTimeConv | ResBlock | None) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
         self.resize = resize
@@ -177,32 +235,45 @@ class UNet(nn.Module):
             self.known_conv = nn.Conv2d(config.channels + 1, base, 3, padding=1, bias=False)
             nn.init.zeros_(self.known_conv.weight)
 
+        residual = config.resample == "residual"
         widths = [base * mult for mult in config.channel_mult]
         last = len(widths) - 1
         channels, skips = base, [base]
+        resize: SpaceTimeConv | ResBlock | None
         down = []
         for level, width in enumerate(widths):
             blocks = []
             for _ in range(config.res_blocks[level]):
-                blocks.append(Block(config, channels, width, config.attention_levels[level]))
+                blocks.append(Block(config, channels, level, config.attention_levels[level]))
                 channels = width
                 skips.append(width)
             resize = None
             if level < last:
-                resize = SpaceTimeConv(width, width, kernel, stride=2)
+                resize = (
+                    res_block(config, width, width, "down")
+                    if residual
+                    else SpaceTimeConv(width, width, kernel, stride=2)
+                )
                 skips.append(width)
             down.append(Level(blocks, resize))
         self.down = nn.ModuleList(down)
-        self.middle = nn.ModuleList([Block(config, channels, channels, True), Block(config, channels, channels, False)])
+        self.middle = nn.ModuleList([Block(config, channels, last, True), Block(config, channels, last, False)])
         up = []
         for level in reversed(range(len(widths))):
             blocks = []
             for _ in range(config.res_blocks[level] + 1):
-                blocks.append(Block(config, channels + skips.pop(), widths[level], config.attention_levels[level]))
+                blocks.append(Block(config, channels + skips.pop(), level, config.attention_levels[level]))
                 channels = widths[level]
-            up.append(Level(blocks, SpaceTimeConv(channels, channels, kernel) if level else None))
+            resize = None
+            if level:
+                resize = (
+                    res_block(config, channels, channels, "up")
+                    if residual
+                    else SpaceTimeConv(channels, channels, kernel)
+                )
+            up.append(Level(blocks, resize))
         self.up = nn.ModuleList(up)
-        self.norm_out = group_norm(channels)
+        self.norm_out = group_norm(channels, config.norm_groups)
         self.conv_out = SpaceTimeConv(channels, config.out_channels, kernel, zero=True)
 
     def forward(self, x: Tensor, time: Tensor, condition: Condition) -> Tensor:
@@ -230,7 +301,9 @@ class UNet(nn.Module):
             for block in level.blocks:
                 hidden = self._run(block, torch.cat([hidden, skips.pop()], dim=1), signals)
             if level.resize is not None:
-                hidden = level.resize(F.interpolate(hidden, scale_factor=2.0, mode="nearest"), signals)
+                if self.config.resample == "conv":
+                    hidden = F.interpolate(hidden, scale_factor=2.0, mode="nearest")
+                hidden = level.resize(hidden, signals)
         out = self.conv_out(F.silu(self.norm_out(hidden)), signals)
         return out.unflatten(0, (clips, frames)).transpose(1, 2)
 
