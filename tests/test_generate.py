@@ -89,7 +89,7 @@ def test_a_prompt_becomes_a_video_a_picture_and_a_sidecar(
     assert told["result"] == {"frames": 7, "fps": 16.0, "height": 32, "width": 32}
     assert told["stages"]["video"] == {
         "sampler": {"kind": "ddim", "steps": 3, "eta": 0.0, "spacing": "trailing"},
-        "guidance": {"text": 2.0, "image": 1.5},
+        "guidance": {"text": 2.0, "image": 1.5, "rescale": 0.0, "interval": None},
     }
     assert set(told["stages"]) == {"image", "video", "interpolation"}
     assert json.loads(read_metadata(tmp_path / "out.mp4") or "")["seed"] == 5
