@@ -293,6 +293,7 @@ def public_schedule(schedule: NoiseSchedule, prediction: Prediction) -> Settings
         "prediction_type": {ours: theirs for theirs, ours in _PREDICTIONS.items()}[prediction],
         "rescale_betas_zero_snr": schedule.zero_terminal_snr,
         "set_alpha_to_one": True,
+        "steps_offset": 1,
         "timestep_spacing": "trailing",
     }
 

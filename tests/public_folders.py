@@ -44,6 +44,25 @@ def make_unet(generation: int) -> Any:
     )
 
 
+# The published configurations: what unet/config.json and vae/config.json of Stable Diffusion 1.5 and 2.1 set.
+FULL_UNET: dict[int, dict[str, Any]] = {
+    1: {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8},
+    2: {
+        "sample_size": 96,
+        "cross_attention_dim": 1024,
+        "attention_head_dim": (5, 10, 20, 20),
+        "use_linear_projection": True,
+        "upcast_attention": True,
+    },
+}
+FULL_VAE: dict[str, Any] = {
+    "block_out_channels": (128, 256, 512, 512),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "layers_per_block": 2,
+}
+
+
 def make_vae() -> Any:
     torch.manual_seed(3)
     return (
@@ -137,7 +156,8 @@ def write_text(folder: Path, generation: int) -> None:
     tokens = [*own.tokens()[:-2], "<|startoftext|>", "<|endoftext|>"]
     write_json(tokenizer / "vocab.json", {token: number for number, token in enumerate(tokens)})
     (tokenizer / "merges.txt").write_text("\n".join(["#version: 0.2", *own.merges(), ""]), encoding="utf-8")
-    pad = {"content": "<|endoftext|>", "lstrip": False} if generation == 1 else "!"
+    added = {"__type": "AddedToken", "content": "<|endoftext|>", "lstrip": False, "normalized": True, "rstrip": False}
+    pad = {**added, "single_word": False} if generation == 1 else "!"
     write_json(tokenizer / "tokenizer_config.json", {"tokenizer_class": "CLIPTokenizer", "pad_token": pad})
     encoder = folder / "text_encoder"
     encoder.mkdir()

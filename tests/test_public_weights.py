@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import pytest
 import torch
 from public_folders import (
     CAPTIONS,
+    FULL_UNET,
+    FULL_VAE,
     LENGTH,
     WIDTH,
     diffusers,
@@ -26,12 +29,16 @@ from torch import Tensor
 from stages import video
 from stages.cli import main
 from stages.pipeline import Pipeline, SampleKey, adjusted
+from stages.public_configs import autoencoder_config, unet_config
 from stages.public_export import export_diffusers
-from stages.public_weights import import_model
-from videodiff.batch import Condition
+from stages.public_weights import import_model, read_weights
+from videodiff import config as configs
+from videodiff.batch import Condition, VideoBatch
 from videodiff.errors import UserError
 from videodiff.model import Model
-from videodiff.networks.unet import TemporalConfig, UNet, temporal_parameter_names
+from videodiff.networks.autoencoder import Autoencoder
+from videodiff.networks.unet import UNet, temporal_parameter_names
+from videodiff.networks.weights import autoencoder_state, unet_state
 
 
 @pytest.fixture(scope="module", params=[1, 2])
@@ -181,22 +188,82 @@ def test_export_is_loaded_by_diffusers_and_equal(imported: dict[int, Path], gene
     assert again.part("text") == model.part("text")
 
 
-def test_a_video_stage_gives_the_image_models_frames_at_the_start(imported: dict[int, Path], generation: int) -> None:
+def test_a_video_stage_gives_the_image_models_frames_at_the_start(
+    imported: dict[int, Path], generation: int, tmp_path: Path
+) -> None:
     model = Model.load(imported[generation])
     image = model.unet("image")
-    config = image.config.model_copy(update={"temporal": TemporalConfig(), "known_channels": True})
-    network = UNet(config).eval()
-    loaded = network.load_state_dict(model.state("image"), strict=False)
-    assert set(loaded.missing_keys) == temporal_parameter_names(network)
-    x, known = normal(2, 4, 3, 8, 8), normal(2, 4, 3, 8, 8, seed=2)
-    condition = told(normal(2, LENGTH, WIDTH, seed=1))
-    mask = torch.zeros(2, 1, 3, 8, 8)
-    mask[:, :, list(video.known_slots(3))] = 1
-    clip = Condition(text=condition.text, text_mask=condition.text_mask, known=known * mask, known_mask=mask)
+    tree = {
+        "stage": "video",
+        "run": {"dir": str(tmp_path), "steps": 1},
+        "data": {"shards": "none", "batch_size": 2, "frames": 3, "fps": 8, "size": 16},
+    }
+    task = video.task(configs.build(video.VideoStage, tree, "the test"), model)
+    frames = torch.randint(0, 256, (2, 3, 16, 16, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(4))
+    batch = VideoBatch(frames, tuple(CAPTIONS), torch.full((2,), 8.0), torch.arange(2), ("a", "b"), torch.ones(2))
+    condition = task.condition(batch, task.latents(batch, seed=0))
+    assert condition.known is not None
+    x = normal(2, 4, 3, 8, 8)
     with torch.no_grad():
-        made = network(x, TIME, clip)
+        made = task.module(x, TIME, condition)
+        alone = replace(condition, known=None, known_mask=None)
         for frame in range(3):
-            assert_equal(made[:, :, frame : frame + 1], image(x[:, :, frame : frame + 1], TIME, condition), 1e-5)
+            assert_equal(made[:, :, frame : frame + 1], image(x[:, :, frame : frame + 1], TIME, alone), 1e-5)
+    # And it trains: what is new gets gradients, among them the projections that start at zero.
+    task.loss(task.module, batch, seed=0).per_sample.sum().backward()
+    moved = {name for name, parameter in task.module.named_parameters() if parameter.grad is not None}
+    assert temporal_parameter_names(task.module) <= moved
+    assert task.module.get_parameter("middle.0.temporal.leave.weight").grad.any()
+
+
+# --- full size --------------------------------------------------------------------------------------------------------
+
+
+def test_full_size_names_and_shapes_fit(tmp_path: Path, generation: int) -> None:
+    library = diffusers()
+    with torch.device("meta"):
+        peer = library.UNet2DConditionModel(**FULL_UNET[generation])
+        peer_vae = library.AutoencoderKL(**FULL_VAE)
+    for one, name in ((peer, "unet"), (peer_vae, "vae")):
+        one.save_config(tmp_path / name)
+    config, size = unet_config(tmp_path / "unet" / "config.json")
+    assert size == FULL_UNET[generation]["sample_size"]
+    with torch.device("meta"):
+        network = UNet(config)
+        autoencoder = Autoencoder(autoencoder_config(tmp_path / "vae" / "config.json")[0])
+    unet_state(network, peer.state_dict(), "unet")
+    autoencoder_state(autoencoder, peer_vae.state_dict(), "vae")
+
+
+@pytest.mark.slow
+def test_full_size_networks_give_what_diffusers_gives(
+    pipelines: dict[int, Path], tmp_path: Path, generation: int
+) -> None:
+    library = diffusers()
+    torch.manual_seed(0)
+    folder = tmp_path / "pipeline"
+    shutil.copytree(pipelines[generation] / "scheduler", folder / "scheduler")
+    with torch.no_grad():
+        peer = library.UNet2DConditionModel(**FULL_UNET[generation]).eval()
+        peer.save_pretrained(folder / "unet", max_shard_size="1GB")
+        width = FULL_UNET[generation]["cross_attention_dim"]
+        x, tokens = normal(1, 4, 16, 16), normal(1, 77, width, seed=1)
+        wanted = peer(x, TIME[:1], tokens).sample
+        del peer
+        config, _ = unet_config(folder / "unet" / "config.json")
+        network = UNet(config).eval()
+        given = read_weights(folder / "unet", "diffusion_pytorch_model")
+        network.load_state_dict(unet_state(network, given, "unet"))
+        del given
+        assert_equal(network(x[:, :, None], TIME[:1], told(tokens))[:, :, 0], wanted)
+        del network
+        vae = library.AutoencoderKL(**FULL_VAE).eval()
+        vae.save_config(folder / "vae")
+        vae_config, mean, std = autoencoder_config(folder / "vae" / "config.json")
+        autoencoder = Autoencoder(vae_config).eval()
+        autoencoder.set_latent_statistics(torch.full((4,), mean), torch.full((4,), std))
+        autoencoder.load_state_dict(autoencoder_state(autoencoder, vae.state_dict(), "vae"))
+        same_autoencoder(vae, autoencoder)
 
 
 # --- folders that are odd and right -----------------------------------------------------------------------------------
