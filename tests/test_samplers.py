@@ -69,13 +69,14 @@ def test_samples_converge_to_the_data(sampler: AnySampler) -> None:
     assert errors[-1] < 0.08 * S
 
 
+@pytest.mark.parametrize("schedule", [PLAIN, ZERO], ids=["plain", "zero"])
 @pytest.mark.parametrize("sampler", [s for s in VARIANTS if not s.random], ids=str)
-def test_samplers_without_randomness_follow_the_exact_flow(sampler: AnySampler) -> None:
+def test_samplers_without_randomness_follow_the_exact_flow(sampler: AnySampler, schedule: NoiseSchedule) -> None:
     # The probability flow of Gaussian data keeps (x - alpha m) / sqrt(alpha^2 s^2 + sigma^2). From N(0, 1) at t = N,
     # where the plain schedule still holds a part alpha m of the mean, it makes a bias, which is the flow's own.
-    alpha, sigma = at(PLAIN, 1000)
+    alpha, sigma = at(schedule, 1000)
     scale = S / (alpha**2 * S**2 + sigma**2) ** 0.5
-    mean, deviation = affine(with_steps(sampler, 1000), PLAIN)
+    mean, deviation = affine(with_steps(sampler, 1000), schedule)
     assert mean == pytest.approx(M - scale * alpha * M, rel=3e-3)
     assert deviation == pytest.approx(scale, rel=1.5e-2)
 

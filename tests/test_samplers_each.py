@@ -13,7 +13,7 @@ from videodiff.diffusion.reverse import log_variance
 from videodiff.diffusion.samplers import DDIM, DDPM, DPMSolver, Heun, Langevin, PredictorCorrector, invert
 from videodiff.diffusion.samplers.base import asker, at_times, folded
 from videodiff.diffusion.samplers.langevin import langevin_step
-from videodiff.diffusion.schedule import NoiseSchedule
+from videodiff.diffusion.schedule import NoiseSchedule, Spacing
 from videodiff.errors import UserError
 from videodiff.seeding import normals
 
@@ -40,6 +40,28 @@ def shifted(denoise: Denoise, shift: Callable[[Tensor, Tensor], Tensor]) -> Deno
 
 
 # --- DDIM and DDPM ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("spacing", ["trailing", "linspace"])
+def test_ddim_converges_to_the_data(spacing: Spacing) -> None:
+    moments = [affine(DDIM(steps=steps, spacing=spacing), ZERO) for steps in (5, 10, 25, 50, 100, 200, 400)]
+    # The path through the mean is straight, so the mean is exact; the deviation converges at about first order.
+    assert all(mean == pytest.approx(M, abs=1e-12) for mean, _ in moments)
+    errors = [abs(deviation - S) for _, deviation in moments]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < errors[-2] / 1.6 < errors[-3] / 1.6**2
+
+
+@pytest.mark.parametrize("sampler", [DDPM(), DDIM(eta=1), DDIM(eta=0.5)], ids=str)
+def test_the_small_variance_is_too_narrow_and_never_too_wide(sampler: AnySampler) -> None:
+    n = 50_000
+    noise, errors = normals((n,), 0, "noise", [0]), []
+    for steps in (5, 20, 100, 1000):
+        x = sampler.model_copy(update={"steps": steps})(oracle(ZERO), noise, ZERO, generators(1)).double()
+        assert abs(x.mean().item() - M) < 5 * S / n**0.5
+        errors.append(S - x.std().item())
+    assert errors[0] > errors[1] > errors[2] > 3 * errors[3]
+    assert 0 < errors[3] < 0.04 * S
 
 
 def test_ddim_converges_to_the_data_as_the_schedule_gets_finer() -> None:
