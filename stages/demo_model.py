@@ -36,7 +36,10 @@ STAGE_SHARDS = {"image": "images"}
 # Runs in their order -> the stage's YAML in configs/demo, and what differs from it.
 RECIPE: dict[str, tuple[str, tuple[str, ...]]] = {
     "autoencoder": ("autoencoder", ()),
-    "decoder": ("autoencoder", ("run.seed=6",)),  # goes on with the autoencoder: only its decoder trains
+    "decoder": (
+        "autoencoder",
+        ("run.seed=6", "run.steps=1000", "engine.decay_steps=1000"),
+    ),  # goes on with the autoencoder: only its decoder trains
     "text": ("text", ()),
     "image": ("image", ()),
     "video": ("video", ()),
