@@ -24,7 +24,7 @@ from stages.evaluate_report import percent
 from stages.evaluate_statistics import ROWS
 from stages.pipeline import Pipeline, SampleKey
 from videodiff import resources
-from videodiff.model import DESCRIPTION, Model, export, sha256
+from videodiff.model import DESCRIPTION, STAGES, Model, export, sha256
 from videodiff.video_io import Frames, save_sheet
 
 # Folder of the shards -> what `videodiff data world` is asked for. The image stage sees the first frames of scenes.
@@ -33,18 +33,6 @@ SHARDS: dict[str, dict[str, int]] = {
     "images": {"num-clips": 8192, "size": 64, "frames": 1, "fps": 16, "seed": 2},
 }
 STAGE_SHARDS = {"image": "images"}
-# Runs in their order -> the stage's YAML in configs/demo, and what differs from it.
-RECIPE: dict[str, tuple[str, tuple[str, ...]]] = {
-    "autoencoder": ("autoencoder", ()),
-    "decoder": (
-        "autoencoder",
-        ("run.seed=6", "run.steps=1000", "engine.decay_steps=1000"),
-    ),  # goes on with the autoencoder: only its decoder trains
-    "text": ("text", ()),
-    "image": ("image", ()),
-    "video": ("video", ()),
-    "interpolation": ("interpolation", ()),
-}
 # glibc gives freed memory back at once, and large tensors fault their pages in anew: on a CPU that can double a step.
 KEEP_MEMORY = {
     "MALLOC_MMAP_THRESHOLD_": str(8 << 30),
@@ -63,21 +51,19 @@ SEED = 12345  # of the figures on the card
 
 
 def main(out: Path, num_prompts: int, num_held_out: int, install: bool) -> None:
-    """Make the data, train by RECIPE, export, evaluate, write the card; `install` replaces the bundled model."""
+    """Make the data, train the five stages, export, evaluate, write the card; `install` replaces the bundled model."""
     for name, arguments in SHARDS.items():
         options = [part for key, value in arguments.items() for part in (f"--{key}", str(value))]
         _videodiff("data", "world", "--out", str(out / "shards" / name), *options)
-    before = None
-    for name, (stage, changes) in RECIPE.items():
+    for before, stage in zip((None, *STAGES[:-1]), STAGES, strict=True):
         shards = out / "shards" / STAGE_SHARDS.get(stage, "clips")
-        overrides = [f"run.dir={out / name}", f"data.shards={shards}", *changes]
+        overrides = [f"run.dir={out / stage}", f"data.shards={shards}"]
         if before is not None:
             overrides.append(f"model={out / before}")
         _videodiff("train", str(resources.path(f"configs/demo/{stage}.yaml")), *overrides)
-        before = name
     model = out / "model"
     shutil.rmtree(model, ignore_errors=True)
-    export(Model.load(out / list(RECIPE)[-1]), model, half=True)
+    export(Model.load(out / STAGES[-1]), model, half=True)
     judged = out / f"evaluation-{sha256(model / DESCRIPTION)[:12]}"  # goes on for the same weights, begins for others
     counts = ("--num-prompts", str(num_prompts), "--num-held-out", str(num_held_out))
     _videodiff("evaluate", str(model), *counts, "--seed", str(SEED), "--out", str(judged))
@@ -133,17 +119,19 @@ def card(out: Path, model: Path, report: dict[str, Any], counts: Sequence[str]) 
         "",
         f"Files: {megabytes:.1f} MB in float16. {_clip(model)}",
         "",
-        "| run | steps | batch | seed | hours | final loss |",
+        "| stage | steps | batch | seed | hours | final loss |",
         "|---|---|---|---|---|---|",
     ]
-    for name, (stage, changes) in RECIPE.items():
-        records = [json.loads(line) for line in (out / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    for stage in STAGES:
+        records = [
+            json.loads(line) for line in (out / stage / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        ]
         last = records[-100:]
         hours = sum(record["seconds"] for record in records) / 3600
-        config = load_stage(resources.path(f"configs/demo/{stage}.yaml"), changes)
+        config = load_stage(resources.path(f"configs/demo/{stage}.yaml"))
         seed, batch = config.run.seed, config.data.batch_size
         loss = sum(record["loss"] for record in last) / len(last)
-        lines.append(f"| {name} | {len(records)} | {batch} | {seed} | {hours:.2f} | {loss:.4f} |")
+        lines.append(f"| {stage} | {len(records)} | {batch} | {seed} | {hours:.2f} | {loss:.4f} |")
     lines += [
         "",
         "Data: " + "; ".join(f"{name}: `videodiff data world {_shown(a)}`" for name, a in SHARDS.items()) + ".",
