@@ -229,8 +229,7 @@ class DiffusionTask:
         batch = batch.select(slice(8))
         x0 = self.latents(batch, seed=0)
         condition = self.condition(batch, x0)
-        dtype = next(module.parameters()).dtype
-        denoiser = Denoiser(module, self.schedule, self.prediction, dtype, self.module.config.variance)
+        denoiser = self._denoiser(module)
         sampling: Sampling = self.part["sampling"]
         # Each row's noise and what a random sampler adds at its steps come from one generator, and so are independent.
         generators = [generator(0, "sample", int(number)) for number in batch.numbers]

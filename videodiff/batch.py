@@ -30,7 +30,7 @@ class VideoBatch:
     numbers: Tensor  # int64 [B]
     keys: tuple[str, ...]  # names of the samples in their shards
     weight: Tensor  # float32 [B]
-    paraphrases: tuple[str, ...] = ()  # of each sample a second of its captions, where it has more than one
+    paraphrases: tuple[str, ...] = ()  # of each sample another of its captions, or its only one again
 
     def __len__(self) -> int:
         return self.frames.shape[0]
