@@ -25,7 +25,18 @@ from videodiff.diffusion.prediction import Prediction, check_pair
 from videodiff.diffusion.schedule import NoiseSchedule
 from videodiff.diffusion.times import LossHistory
 from videodiff.errors import UserError
-from videodiff.model import DESCRIPTION, STAGES, DiffusionPart, File, Model, ModelConfig, Sampling, carry, write_weights
+from videodiff.model import (
+    DESCRIPTION,
+    EXTRAS,
+    STAGES,
+    DiffusionPart,
+    File,
+    Model,
+    ModelConfig,
+    Sampling,
+    carry,
+    write_weights,
+)
 from videodiff.networks.autoencoder import Autoencoder
 from videodiff.networks.unet import UNet, UNetConfig
 from videodiff.seeding import generator, normals, uniforms
@@ -275,6 +286,7 @@ def write_part(
 
 
 def stages_before(base: Model, stage: str) -> Model:
-    """The stages before `stage`: later ones were trained on top of another one than this."""
-    later = dict.fromkeys(STAGES[STAGES.index(stage) :])
+    """What `stage` stands on: later stages, and what stands beside the road, were trained on top of another one than
+    this; beside the road, only the part itself gives way."""
+    later = dict.fromkeys((stage,) if stage in EXTRAS else (*STAGES[STAGES.index(stage) :], *EXTRAS))
     return Model(base.folder, base.config.model_copy(update=later), base.weights)

@@ -32,12 +32,15 @@ from videodiff.diffusion.samplers import DDIM, Sampler
 from videodiff.diffusion.schedule import NoiseSchedule
 from videodiff.errors import UserError
 from videodiff.networks.autoencoder import Autoencoder, AutoencoderConfig
+from videodiff.networks.classifier import ClassifierConfig
 from videodiff.networks.text import PretrainedText, TextConfig, TextTower
 from videodiff.networks.unet import UNet, UNetConfig, is_temporal
 
 DESCRIPTION = "model.yaml"
 VOCABULARY, WORDS = "vocabulary.txt.gz", "words.txt"
 STAGES = ("autoencoder", "text", "image", "video", "interpolation")
+# What may stand beside the road: each is trained on a model with an image stage and changes none of its stages.
+EXTRAS = ("classifier", "control", "upscale")
 DiffusionStage = Literal["image", "video", "interpolation"]
 Weights = Literal["ema", "raw"]
 
@@ -75,7 +78,8 @@ class Sampling(Config):
 
 
 class DiffusionPart(Config):
-    """A trained diffusion stage: `frames` x `size` x `size` at `fps`; `factor` is the gain in frame rate."""
+    """A trained diffusion stage: `frames` x `size` x `size` at `fps`; `factor` is the gain in frame rate, and for
+    upscale the gain in height and width."""
 
     network: UNetConfig
     schedule: NoiseSchedule
@@ -89,6 +93,28 @@ class DiffusionPart(Config):
     raw: File | None = None
 
 
+class ClassifierPart(Config):
+    """A trained classifier of noisy latents: which attribute it tells, and the names of its classes in their order."""
+
+    network: ClassifierConfig
+    schedule: NoiseSchedule
+    attribute: str
+    classes: tuple[str, ...]
+    size: int
+    weights: File
+    raw: File | None = None
+
+
+class ControlPart(Config):
+    """A trained ControlNet of the image stage: what its hint pictures are."""
+
+    network: UNetConfig
+    hint: Literal["edges"]
+    size: int
+    weights: File
+    raw: File | None = None
+
+
 class ModelConfig(Config):
     """The content of `model.yaml`."""
 
@@ -98,10 +124,13 @@ class ModelConfig(Config):
     image: DiffusionPart | None = None
     video: DiffusionPart | None = None
     interpolation: DiffusionPart | None = None
+    classifier: ClassifierPart | None = None
+    control: ControlPart | None = None
+    upscale: DiffusionPart | None = None
 
     def stages(self) -> list[str]:
-        """Names of the stages that the model holds, in the order of the road."""
-        return [stage for stage in STAGES if getattr(self, stage) is not None]
+        """Names of the stages that the model holds, in the order of the road, then of what stands beside it."""
+        return [stage for stage in (*STAGES, *EXTRAS) if getattr(self, stage) is not None]
 
 
 class Model:
@@ -144,7 +173,7 @@ class Model:
             raise UserError(f"{path}: not the file that {DESCRIPTION} was written with (sha256 differs); copy it again")
         return path
 
-    def part(self, stage: str) -> AutoencoderPart | TextPart | DiffusionPart:
+    def part(self, stage: str) -> AutoencoderPart | TextPart | DiffusionPart | ClassifierPart | ControlPart:
         """The description of a stage; UserError when the model has no such stage."""
         part = getattr(self.config, stage, None)
         if part is None:
