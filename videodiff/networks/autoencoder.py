@@ -226,10 +226,11 @@ class Autoencoder(nn.Module):
 
 
 class AutoencoderLoss(Config):
-    """Mean absolute error, pixels near edges of the target counted up to `edge_weight` times, plus `kl_weight` times
-    the KL divergence of N(mean, exp(log_variance)) from N(0, 1), summed over the latent of a frame.
+    """Mean over the pixels of the absolute error times a weight, 1 and near edges of the target up to `edge_weight`,
+    plus `kl_weight` times the KL divergence of N(mean, exp(log_variance)) from N(0, 1), summed over a frame's latent.
 
-    Without the edge weight an object's outline, a small share of its pixels, is learned last.
+    Without the edge weight an object's outline, a small share of its pixels, is learned last. The weights are not
+    brought to a mean of 1: before a chequered ground, all edges, an outline would then count as little as without.
     """
 
     edge_weight: float = Field(7.0, ge=1)
@@ -241,8 +242,7 @@ class AutoencoderLoss(Config):
         """[N,3,H,W] twice, [N,C,h,w] twice -> float32 [N], one value a frame, and the means of its two parts."""
         weight = 1 + (self.edge_weight - 1) * edges(frames)
         error = (reconstruction.float() - frames.float()).abs().mean(dim=1, keepdim=True)
-        # Divided by the weights' sum: a frame with many edges counts no more than a plain one.
-        weighted = (error * weight).sum(dim=(1, 2, 3)) / weight.sum(dim=(1, 2, 3))
+        weighted = (error * weight).mean(dim=(1, 2, 3))
         mean, log_variance = mean.float(), log_variance.float()
         kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum(dim=(1, 2, 3))
         metrics = {"reconstruction": weighted.detach().mean(), "kl": kl.detach().mean()}
