@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
 from data_pipeline.loader import ShardSource
@@ -15,8 +16,8 @@ from stages.base import StageConfig, check_size, write_part
 from videodiff.batch import VideoBatch
 from videodiff.errors import UserError
 from videodiff.model import AutoencoderPart, Model
-from videodiff.networks.autoencoder import Autoencoder, AutoencoderConfig, AutoencoderLoss, to_float
-from videodiff.seeding import normals
+from videodiff.networks.autoencoder import Autoencoder, AutoencoderConfig, AutoencoderLoss, crops, to_float
+from videodiff.seeding import normals, uniforms
 from videodiff.training.trainer import LossOutput
 from videodiff.video_io import contact_sheet, write_png
 
@@ -31,6 +32,7 @@ class AutoencoderStage(StageConfig):
     stage: Literal["autoencoder"]
     network: AutoencoderConfig = AutoencoderConfig()
     loss: AutoencoderLoss = AutoencoderLoss()
+    crop: PositiveInt | None = Field(None, description="side of the piece of each frame to train on; None: all of it")
 
 
 class AutoencoderTask:
@@ -57,6 +59,9 @@ class AutoencoderTask:
         clips, count = batch.frames.shape[:2]
         weight = next(self.module.parameters())
         frames = to_float(batch.frames.to(weight.device))  # [B*T,3,H,W]
+        if self.config.crop is not None:
+            places = uniforms(seed, "crop", batch.numbers, (count, 3)).flatten(0, 1)
+            frames = crops(frames, self.config.crop, self.module.factor, places)
         noise = normals((count, *self._latent_shape(frames)), seed, "posterior", batch.numbers).flatten(0, 1)
         reconstruction, mean, log_variance = module(frames.to(weight.dtype), noise.to(weight.device))
         per_frame, metrics = self.config.loss(reconstruction, frames, mean, log_variance)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from videodiff.config import ConfigError, build
-from videodiff.networks.autoencoder import Autoencoder, AutoencoderConfig, AutoencoderLoss, edges, to_float
+from videodiff.networks.autoencoder import Autoencoder, AutoencoderConfig, AutoencoderLoss, crops, edges, to_float
 
 CONFIG = AutoencoderConfig(latent_channels=3, patch=1, widths=(8, 16), num_res_blocks=1, chunk=3)
 
@@ -173,6 +173,55 @@ def test_the_loss_looks_at_edges() -> None:
     assert weighted[0] / weighted[1] == pytest.approx(7)
     # A constant error costs the same whatever the weights: frames with many edges do not count more.
     assert by_weight[7.0](target + 0.5, target, zero, zero)[0].item() == pytest.approx(0.5)
+
+
+def test_the_loss_squares_what_it_is_told_to() -> None:
+    target, zero = torch.zeros(1, 3, 8, 8), torch.zeros(1, 3, 2, 2)
+    loss, _ = AutoencoderLoss(square_weight=2.0)(target - 0.5, target, zero, zero)
+    assert loss.item() == pytest.approx(0.5 + 2 * 0.25)
+
+
+def test_crops_hold_an_edge_and_whole_cells() -> None:
+    size, step = 16, 8
+    frames = -torch.ones(1, 3, 64, 64)
+    frames[..., 40:46, 21:27] = 1
+    frames = torch.cat([frames, -torch.ones(1, 3, 64, 64)]).repeat_interleave(200, 0)
+    # The frame's own place, to be read off the pieces.
+    frames[:, 2] += 1e-3 * torch.arange(64.0)[:, None] / 64 + 1e-5 * torch.arange(64.0) / 64
+    uniform = torch.rand(400, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    pieces = crops(frames, size, step, uniform)
+    assert pieces.shape == (400, 3, size, size)
+    assert torch.equal(pieces, crops(frames, size, step, uniform))
+    tiles = frames.unfold(2, size, step).unfold(3, size, step)  # [N,3,7,7,size,size], all that the rule allows
+    same = (tiles == pieces[:, :, None, None]).all(dim=-1).all(dim=-1).all(dim=1)
+    assert torch.equal(same.flatten(1).sum(1), torch.ones(400, dtype=torch.long))
+    near = edges(frames)[:, 0].unfold(1, size, step).unfold(2, size, step).amax(dim=(-1, -2)) > 0.5
+    assert (near & same)[:200].flatten(1).any(1).float().mean() > 0.95
+    # Without an edge all corners come up.
+    assert same[200:].any(0).float().mean() > 0.9
+
+
+def test_rms_norm_measures_each_position_alone() -> None:
+    config = AutoencoderConfig(latent_channels=3, widths=(16, 16), norm="rms", attention=False)
+    norm = config.make_norm(16)
+    x = torch.randn(2, 16, 4, 4, generator=torch.Generator().manual_seed(0))
+    wanted = x / (x.square().mean(1, keepdim=True) + 1e-5).sqrt()
+    torch.testing.assert_close(norm(x), wanted)
+    # No attention and no common norm: what is far away changes nothing.
+    network = Autoencoder(config).eval()
+    frames = torch.zeros(1, 3, 128, 128)
+    other = frames.clone()
+    other[..., 96:, 96:] = 1
+    with torch.no_grad():
+        one, two = (network.encode(picture).mean for picture in (frames, other))
+    assert torch.equal(one[..., :8, :8], two[..., :8, :8])
+    assert not torch.equal(one, two)
+
+
+def test_rms_norm_is_refused_where_groups_are_meant() -> None:
+    for more in ({"layout": "ldm"}, {"norm_groups": 4}):
+        with pytest.raises(ValueError, match="norm"):
+            AutoencoderConfig(widths=(16, 16), norm="rms", **more)
 
 
 def test_the_loss_is_per_frame() -> None:

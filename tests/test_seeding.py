@@ -58,3 +58,5 @@ def test_draws_have_the_right_moments() -> None:
 def test_no_samples_are_no_rows() -> None:
     assert normals((2, 3), 0, "noise", []).shape == (0, 2, 3)
     assert uniforms(0, "time", []).shape == (0,)
+    assert uniforms(0, "time", [], (2, 3)).shape == (0, 2, 3)
+    assert torch.equal(uniforms(7, "crop", [3, 1], (2, 3)), uniforms(7, "crop", range(6), (2, 3))[[3, 1]])
