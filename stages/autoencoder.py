@@ -49,7 +49,13 @@ class AutoencoderTask:
         self.module = Autoencoder(self.network)
         if base is not None:
             self.module.load_state_dict(self._given)
-        check_size(config.data.size, self.module.factor, "autoencoder's factor")
+        factor = self.module.factor
+        check_size(config.data.size, factor, "autoencoder's factor")
+        if config.crop is not None and (config.crop % factor or config.crop > config.data.size):
+            raise UserError(
+                f"crop: {config.crop} is not a multiple of the autoencoder's factor {factor} up to data.size "
+                f"{config.data.size}; use {factor}, for one, or leave it out"
+            )
         self._calibration: Tensor | None = None
 
     def trains(self, name: str) -> bool:

@@ -313,6 +313,13 @@ def test_an_autoencoder_refuses_a_size_that_it_cannot_halve(tmp_path: Path) -> N
         AutoencoderTask(configs.build(AutoencoderStage, tree, "the test"))
 
 
+@pytest.mark.parametrize("crop", [12, 64])
+def test_an_autoencoder_refuses_pieces_that_are_no_cells_of_a_frame(crop: int, tmp_path: Path) -> None:
+    config = stage_config(AutoencoderStage, tmp_path, frames=1, crop=crop)
+    with pytest.raises(UserError, match=rf"crop: {crop} .* factor 8 .* 32"):
+        AutoencoderTask(config)
+
+
 def test_the_image_network_takes_the_text_towers_widths(toy_model: Path, tmp_path: Path) -> None:
     base = Model.load(toy_model)
     network = configs.to_dict(base.diffusion("image").network)
@@ -411,9 +418,10 @@ def _autoencoder(base: Model) -> dict[str, Any]:
     return configs.to_dict(base.part("autoencoder").network)  # type: ignore[union-attr]
 
 
-def test_the_autoencoder_learns_and_measures_its_latents(toy_model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("crop", [None, 16])
+def test_the_autoencoder_learns_and_measures_its_latents(crop: int | None, toy_model: Path, tmp_path: Path) -> None:
     shards = write_world_shards(tmp_path / "shards", 6, 32, 1, 8.0, 0).parent
-    config = stage_config(AutoencoderStage, tmp_path, frames=1, network=_autoencoder(Model.load(toy_model)))
+    config = stage_config(AutoencoderStage, tmp_path, frames=1, crop=crop, network=_autoencoder(Model.load(toy_model)))
     config = config.model_copy(update={"data": config.data.model_copy(update={"shards": str(shards)})})
     source = Clips(1, 8.0)  # what trains; the task opens the shards itself to measure
     task = AutoencoderTask(config)
