@@ -1,8 +1,8 @@
 """python -m benchmarks.digits [--only SECTION ...] [--quick] [--runs FOLDER] [--docs FOLDER]
 
-Trains, measures and writes core-results.md with its pictures into the docs folder. Networks, samples and finished sections
-are kept in the runs folder: the same command goes on where it was interrupted. `--only` renews single sections and leaves
-the others as they were; `--quick` runs every line with sizes that mean nothing, into the runs folder alone.
+Trains, measures and writes core-results.md with its pictures into the docs folder. Networks, samples and finished
+sections are kept in the runs folder: the same command goes on where it was interrupted. `--only` renews single sections
+and leaves the others as they were; `--quick` runs every line with sizes that mean nothing, into the runs folder alone.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ import torch
 from benchmarks.digits import ddim, ddpm, guidance, latents, solvers
 from benchmarks.digits.bench import Bench
 from benchmarks.digits.cache import Cache
+from benchmarks.digits.data import LEVELS
 from benchmarks.digits.judge import FEATURES
+from benchmarks.digits.report import wrapped
 from benchmarks.digits.settings import QUICK, Settings
 
 SECTIONS = {
@@ -44,41 +46,45 @@ def main(arguments: list[str] | None = None) -> None:
         print(title, flush=True)
         start = time.perf_counter()
         text = run(bench)
-        (runs / f"{name}.md").write_text(f"## {title}\n\n{text}\n", encoding="utf-8")
+        (runs / f"{name}.md").write_text(wrapped(f"## {title}\n\n{text}\n"), encoding="utf-8")
         print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
     report = docs / "core-results.md"
     finished = [runs / f"{name}.md" for name in SECTIONS]
     texts = [path.read_text(encoding="utf-8") for path in finished if path.exists()]
-    report.write_text("\n".join([introduction(bench), *texts]), encoding="utf-8")
+    report.write_text("\n".join([wrapped(introduction(bench)), *texts]), encoding="utf-8")
     print(f"written: {report}")
 
 
 def introduction(bench: Bench) -> str:
     settings, digits, judge = bench.settings, bench.digits, bench.judge
     again = digits.train[: len(digits.test)]
-    return f"""# The core on real data
-
-Written by `python -m benchmarks.digits` (`make bench-digits`) from what it measured; do not edit. Nothing was tuned
-towards the papers: one width, one learning rate, one number of steps for all networks of digits.
-
-**Data.** scikit-learn's {len(digits.train) + len(digits.test):,} handwritten digits, 8x8 pixels with 17 grey levels, in
-a fixed split of {len(digits.train):,} to train on and {len(digits.test)} to judge by.
-
-**Networks.** The U-Net of `videodiff.networks` with {settings.width} channels at 8x8 and {2 * settings.width} at 4x4,
-attention at 4x4, T = {settings.num_steps}, eps prediction, {settings.train_steps:,} steps with batches of
-{settings.batch}, Adam at {settings.learning_rate:g}, averaged weights.
-
-**Judges.** Frechet distance, precision and recall are taken in the {FEATURES} features before the last layer of a small
-convolutional classifier (test accuracy {judge.network_accuracy()}), not in Inception's: they compare with each other
-only. Real digits of the training half score a Frechet distance of {judge.frechet(again)} against the test digits, recall
-{judge.recall(again)}, precision {judge.precision(again)}. Labels are read by a support vector machine on pixels (test accuracy
-{judge.accuracy(digits.test, digits.test_labels)}). Samples are rounded to the data's grey levels, as real pictures are.
-
-**Verdicts.** An effect counts where it exceeds two standard deviations, or where a 95 % interval leaves out 0; otherwise it
-is called not decided. Deviations tell the spread of samples, not of training again from other weights.
-
-Versions: torch {torch.__version__}, scikit-learn {sklearn.__version__}.
-"""
+    return "\n\n".join(
+        [
+            "# The core on real data",
+            "Written by `python -m benchmarks.digits` (`make bench-digits`) from what it measured; do not edit. "
+            "Nothing was tuned towards the papers: one width, one learning rate and one number of steps for all "
+            "networks of digits.",
+            f"**Data.** scikit-learn's {len(digits.train) + len(digits.test):,} handwritten digits, 8x8 pixels with "
+            f"{LEVELS} grey levels, in a fixed split of {len(digits.train):,} to train on and {len(digits.test)} to "
+            "judge by.",
+            f"**Networks.** The U-Net of `videodiff.networks` with {settings.width} channels at 8x8 and "
+            f"{2 * settings.width} at 4x4, attention at 4x4, T = {settings.num_steps}, eps prediction, "
+            f"{settings.train_steps:,} steps with batches of {settings.batch}, Adam at {settings.learning_rate:g}, "
+            "averaged weights. No estimate of x0 is clipped while sampling.",
+            f"**Judges.** Frechet distance, precision and recall are taken in the {FEATURES} features before the last "
+            f"layer of a small convolutional classifier (test accuracy {judge.network_accuracy()}), not in "
+            f"Inception's, and scaled to a total variance of 1 over the test digits. {len(again)} real digits of the training half score a "
+            f"Frechet distance of {judge.frechet(again)} against the test digits, recall {judge.recall(again)}, "
+            f"precision {judge.precision(again)}. Labels are read by a support vector machine on pixels (test accuracy "
+            f"{judge.accuracy(digits.test, digits.test_labels)}). Samples are rounded to the data's grey levels, as "
+            "real pictures are.",
+            "**Verdicts.** An effect counts where it exceeds two standard deviations, or where a 95 % interval leaves "
+            "out 0; otherwise it is called not decided. Deviations tell the spread of samples, not of training again "
+            "from other weights. Where a verdict isn't yes, the line names what differs from the paper's setting.",
+            f"Versions: torch {torch.__version__}, scikit-learn {sklearn.__version__}.",
+            "",
+        ]
+    )
 
 
 if __name__ == "__main__":

@@ -36,8 +36,8 @@ def run(bench: Bench) -> str:
     blocks = [
         f"N = {len(labels)} samples for each scale, every digit asked for equally often, DDIM with "
         f"{bench.settings.guided_steps} steps. Accuracy: the share that a support vector machine on pixels reads as "
-        "what was asked for. Precision and recall (1904.06991, three neighbours) in the features of the small classifier, "
-        "against the test digits. ± one standard deviation.",
+        "what was asked for. Precision and recall (1904.06991, three neighbours) in the features of the small "
+        "classifier, against the test digits. ± one standard deviation.",
     ]
     for name, curve in curves.items():
         header = ["scale", "label accuracy", "precision", "recall (diversity)", "Frechet distance"]
@@ -110,7 +110,8 @@ def _claims(name: str, curve: list[Point]) -> str:
     best = max(curve, key=lambda p: p.accuracy.value)
     paper = {"classifier": "ADM, figure 4", "free": "Classifier-free guidance, section 4"}[name]
     differs = (
-        "digits are told apart easily, so that the label leaves little to gain; see the table for the scales between."
+        f"ten classes of 8x8 pixels; without guidance {100 * start.accuracy.value:.0f} % of the labels are right and "
+        f"the recall is {start.recall.value:.2f}."
     )
     return "\n".join(
         [

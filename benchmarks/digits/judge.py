@@ -5,6 +5,7 @@ N pictures, D features.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,8 +27,9 @@ class Score:
     deviation: float
 
     def __str__(self) -> str:
-        digits = 3 if abs(self.value) < 1 else 2
-        return f"{self.value:.{digits}f} ± {self.deviation:.{digits}f}"
+        # Two digits of the deviation, and the figure as far as they go.
+        places = 3 if self.deviation <= 0 else max(0, 1 - math.floor(math.log10(self.deviation)))
+        return f"{self.value:.{places}f} ± {self.deviation:.{places}f}"
 
     def below(self, other: Score) -> bool | None:
         """Whether this is the smaller one; None where two deviations of the difference don't tell."""
@@ -71,6 +73,9 @@ class Judge:
 
     def __init__(self, network: FeatureNet, digits: Digits, resamples: int) -> None:
         self.network, self.digits, self.resamples = network, digits, resamples
+        # Distances are told in units of the spread of real digits: a classifier's features have no scale of their own.
+        self.scale = 1.0
+        self.scale = float(self._features(digits.test).var(0).sum()) ** -0.5
         self.real = self._features(digits.test)
         # Another kind of classifier than those that guide or give features; a support vector machine on pixels.
         self.machine = SVC().fit(digits.train.flatten(1).numpy(), digits.train_labels.numpy())
@@ -102,7 +107,7 @@ class Judge:
 
     @torch.no_grad()
     def _features(self, pictures: Tensor) -> Tensor:
-        return self.network.features(pictures).double()
+        return self.scale * self.network.features(pictures).double()
 
 
 def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:

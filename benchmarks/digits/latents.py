@@ -180,16 +180,17 @@ def _report(bench: Bench, sides: dict[str, Side], ceilings: dict[str, Shares], d
     latent, pixel = (sides[name].shares["all"] for name in ("latent", "pixel"))
     return "\n\n".join(
         [
-            f"Single pictures of the built-in world, 64x64, told their {', '.join(SEEN)}: {settings.world_pictures} to "
-            f"train on, batches of {settings.world_batch}, as many steps as make up equal floating-point operations. The "
-            "latent network works on the bundled autoencoder's 8x8 latents, the pixel network is the same U-Net with three "
-            "levels more on top. Training the autoencoder isn't counted; it serves all stages and was done before. Decoding "
-            f"a picture costs {decoding / 1e6:.0f} million operations, once for {STEPS} steps of DDIM.",
+            f"Single pictures of the built-in world, 64x64, told their {', '.join(SEEN)}: {settings.world_pictures:,} "
+            f"to train on, batches of {settings.world_batch}, as many steps as make up equal floating-point "
+            "operations. The latent network works on the bundled autoencoder's 8x8 latents, the pixel network is the "
+            "same U-Net with three levels more on top. Training the autoencoder isn't counted; it serves all stages "
+            f"and was done before. Decoding a picture costs {decoding / 1e6:.0f} million operations, once for {STEPS} "
+            "steps of DDIM.",
             table(
                 ["diffusion", "parameters", "million operations a pass", "steps", "10^12 operations of training"], costs
             ),
-            f"Share of N = {settings.world_samples} pictures that the world's reader reads as what was asked for, ± one "
-            "standard deviation, without guidance.",
+            f"Share of N = {settings.world_samples} pictures that the world's reader reads as what was asked for, ± "
+            "one standard deviation, without guidance.",
             table(["pictures", *SEEN, "all"], [[name, *found.values()] for name, found in rows.items()]),
             claim(
                 "Latent diffusion, section 4.1: at equal compute diffusion of latents is better than that of pixels.",

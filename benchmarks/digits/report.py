@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -35,7 +36,19 @@ def all_of(answers: Sequence[bool | None]) -> bool | None:
 
 
 def picture(name: str, text: str) -> str:
-    return f"![{text}](core-results/{name}.png)\n\n*{text}*"
+    return f"![{name.replace('-', ' ')}](core-results/{name}.png)\n\n*{text}*"
+
+
+def wrapped(text: str) -> str:
+    """Markdown with its paragraphs and list entries broken at the house's width."""
+
+    def line(said: str) -> str:
+        if said.startswith(("|", "!", "#")):
+            return said
+        indent = "  " if said.startswith("- ") else ""
+        return textwrap.fill(said, 120, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+
+    return "\n".join(line(said) for said in text.split("\n"))
 
 
 def axes(width: float = 5.5, height: float = 3.6) -> tuple[Figure, plt.Axes]:

@@ -43,17 +43,17 @@ def run(bench: Bench) -> str:
     save(figure, bench.pictures, "solvers")
     header = ["sampler", *(f"about {b}" for b in budgets)]
     lines = [[name, *(f"{p.frechet} ({p.evaluations})" for p in curve)] for name, curve in curves.items()]
-    best = [min(curves, key=lambda name: curves[name][i].frechet.value) for i in range(len(budgets))]  # noqa: B023
+    best = [min(curves, key=lambda name: curves[name][i].frechet.value) for i in range(len(budgets))]
     few = min(range(len(budgets)), key=lambda i: abs(budgets[i] - 10))
     ddim, ddpm = curves["DDIM, eta 0"][few].frechet, curves["DDPM, beta-tilde"][few].frechet
     solver = curves["DPM-Solver++(2M)"][few].frechet
     at = f"{budgets[few]} evaluations"
-    differs = "the linear schedule's trailing steps, 8x8 pixels and a network of few weights; x0 isn't clipped."
+    differs = "8x8 pixels, the linear schedule with trailing steps, a small network, no clipping of x0."
     return "\n\n".join(
         [
-            f"Frechet distance of N = {bench.settings.num_samples} samples of the network linear-simple, ± deviation under "
-            "resampling, and in brackets how often the network was really asked for each sample. Every sampler has its "
-            "default settings; Heun and Langevin begin and end at noise levels of their own.",
+            f"Frechet distance of N = {bench.settings.num_samples} samples of the network linear-simple, ± deviation "
+            "under resampling, and in brackets how often the network was really asked for each sample. Every sampler "
+            "has its default settings; Heun and Langevin begin and end at noise levels of their own.",
             table(header, lines),
             "- Best at each budget: " + "; ".join(f"{b}: {name}" for b, name in zip(budgets, best, strict=True)) + ".",
             claim(
