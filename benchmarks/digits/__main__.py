@@ -73,11 +73,11 @@ def introduction(bench: Bench) -> str:
             "averaged weights. No estimate of x0 is clipped while sampling.",
             f"**Judges.** Frechet distance, precision and recall are taken in the {FEATURES} features before the last "
             f"layer of a small convolutional classifier (test accuracy {judge.network_accuracy()}), not in "
-            f"Inception's, and scaled to a total variance of 1 over the test digits. {len(again)} real digits of the training half score a "
-            f"Frechet distance of {judge.frechet(again)} against the test digits, recall {judge.recall(again)}, "
-            f"precision {judge.precision(again)}. Labels are read by a support vector machine on pixels (test accuracy "
-            f"{judge.accuracy(digits.test, digits.test_labels)}). Samples are rounded to the data's grey levels, as "
-            "real pictures are.",
+            "Inception's; they are scaled so that the test digits have a total variance of 1. "
+            f"{len(again)} real digits of the training half score a Frechet distance of {judge.frechet(again)} against "
+            f"the test digits, recall {judge.recall(again)}, precision {judge.precision(again)}. Labels are read by a "
+            f"support vector machine on pixels (test accuracy {judge.accuracy(digits.test, digits.test_labels)}). "
+            "Samples are rounded to the data's grey levels, as real pictures are.",
             "**Verdicts.** An effect counts where it exceeds two standard deviations, or where a 95 % interval leaves "
             "out 0; otherwise it is called not decided. Deviations tell the spread of samples, not of training again "
             "from other weights. Where a verdict isn't yes, the line names what differs from the paper's setting.",

@@ -93,7 +93,7 @@ class Bench:
         loss = denoiser_loss(denoiser, recipe.loss, self.digits.train, condition)
         key = (recipe, self.settings.width)
         seconds = self.trained(name, key, denoiser.network, loss, self.settings.train_steps)
-        return Trained(name, denoiser, digest((key, *self._training)), seconds)
+        return Trained(name, denoiser, digest((key, self.settings.train_steps, *self._training)), seconds)
 
     def classifier(self, schedule: NoiseSchedule) -> NoisyClassifier:
         """The classifier of noisy digits that guides."""
@@ -119,7 +119,7 @@ class Bench:
 
     @property
     def _training(self) -> tuple[object, ...]:
-        return self.settings.train_steps, self.settings.batch, self.settings.learning_rate
+        return self.settings.batch, self.settings.learning_rate
 
     def samples(
         self, trained: Trained, sampler: SamplerConfig, how: DenoiseOf | None = None, key: object = ""

@@ -23,6 +23,7 @@ NAMES = (
     "cosine-bound-importance",
 )
 FEW = 50
+FIXED = {"small": "beta_tilde", "large": "beta"}  # the bound's word -> the sampler's
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Entry:
     bits: Tensor
     train_bits: Tensor
     variance: str
+    samples: Tensor
     full: Score
     few: Score
 
@@ -67,7 +69,7 @@ def run(bench: Bench) -> str:
         [
             f"Bits per dimension: the variational bound of all T = {T} steps on N = {n} digits of each split, the last "
             "term with the data's own bin width (17 grey levels), means ± their standard errors. A fixed variance is "
-            "beta-tilde or beta, whichever has the better bound on the test digits. Frechet distance of "
+            "beta_tilde or beta, whichever has the better bound on the test digits. Frechet distance of "
             f"N = {bench.settings.num_samples} ancestral samples, ± deviation under resampling. Milliseconds of "
             "processor time.",
             table(header, lines),
@@ -83,22 +85,20 @@ def _few(bench: Bench) -> int:
 
 
 def _measure(bench: Bench, trained: Trained) -> Entry:
-    n, learned = bench.settings.num_bounds, trained.denoiser.variance == "learned_range"
+    n = bench.settings.num_bounds
     test, train = bench.digits.test[:n], bench.digits.train[:n]
-    if learned:
-        variance, name = "small", "learned"
-    else:
-        both = {v: bench.bound(trained, test, "test", v) for v in ("small", "large")}
-        variance = min(both, key=lambda v: float(both[v].nats.mean()))
-        name = {"small": "beta-tilde", "large": "beta"}[variance]
-    bounds = [bench.bound(trained, part, split, variance) for part, split in ((test, "test"), (train, "train"))]
-    kind = {"learned": "learned", "beta-tilde": "beta_tilde", "beta": "beta"}[name]
-    full, few = (
-        bench.judge.frechet(bench.samples(trained, DDPM(steps=steps, variance=kind)))
+    fixed, variance = "small", "learned"
+    if trained.denoiser.variance == "fixed":
+        fixed = min(FIXED, key=lambda v: float(bench.bound(trained, test, "test", v).nats.mean()))
+        variance = FIXED[fixed]
+    bound = bench.bound(trained, test, "test", fixed)
+    train_bits = bench.bound(trained, train, "train", fixed).bits_per_dimension()
+    samples, few = (
+        bench.samples(trained, DDPM(steps=steps, variance=variance))
         for steps in (bench.settings.num_steps, _few(bench))
     )
-    bits, train_bits = (bound.bits_per_dimension() for bound in bounds)
-    return Entry(trained, bounds[0], bits, train_bits, name, full, few)
+    scores = bench.judge.frechet(samples), bench.judge.frechet(few)
+    return Entry(trained, bound, bound.bits_per_dimension(), train_bits, variance, samples, *scores)
 
 
 def _mean(bits: Tensor) -> str:
@@ -170,11 +170,7 @@ def _not(answer: bool | None) -> bool | None:
 
 
 def _draw(bench: Bench, entries: dict[str, Entry]) -> None:
-    kinds = {"learned": "learned", "beta-tilde": "beta_tilde", "beta": "beta"}
-    lines = [("test digits", bench.digits.test[:16])]
-    for name, e in entries.items():
-        sampler = DDPM(steps=bench.settings.num_steps, variance=kinds[e.variance])
-        lines.append((name, bench.samples(e.trained, sampler)[:16]))
+    lines = [("test digits", bench.digits.test[:16]), *((name, e.samples[:16]) for name, e in entries.items())]
     save_grid(bench.pictures, "ddpm-samples", lines)
     figure, ax = axes()
     for name, e in entries.items():

@@ -11,7 +11,6 @@ from benchmarks.digits.bench import Bench
 from benchmarks.digits.data import CLASSES, told
 from benchmarks.digits.judge import Score
 from benchmarks.digits.report import axes, claim, picture, save, save_grid, table
-from videodiff.batch import Condition
 from videodiff.diffusion.guidance import ClassifierFree, ClassifierGuidance, class_log_prob
 from videodiff.diffusion.prediction import Denoise
 from videodiff.diffusion.samplers import DDIM
@@ -80,8 +79,7 @@ def _free(bench: Bench, labels: Tensor) -> list[Point]:
     for scale in bench.settings.free_scales:
 
         def how(chosen: slice, scale: float = scale) -> Denoise:
-            condition: Condition = told(labels[chosen])
-            return ClassifierFree(text=scale)(trained.denoiser, condition)
+            return ClassifierFree(text=scale)(trained.denoiser, told(labels[chosen]))
 
         points.append(_point(bench, scale, bench.samples(trained, _sampler(bench), how, ("free", scale)), labels))
     return points

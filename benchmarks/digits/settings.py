@@ -16,7 +16,7 @@ class Settings:
     batch: int = 128
     learning_rate: float = 1e-3
     num_samples: int = 500  # as many as there are test digits, which they are compared with
-    num_bounds: int = 200  # digits of each split whose likelihood is bounded
+    num_bounds: int = 100  # digits of each split whose likelihood is bounded
     num_inverted: int = 100
     resamples: int = 200
     step_counts: tuple[int, ...] = (5, 10, 20, 50, 100)  # S, and num_steps besides
@@ -25,7 +25,7 @@ class Settings:
     guided_steps: int = 50
     classifier_scales: tuple[float, ...] = (0, 0.5, 1, 2, 4, 8, 16)
     free_scales: tuple[float, ...] = (0, 1, 1.5, 2, 3, 5, 8)  # code scales: 1 + w of the paper
-    world_flops: float = 2.4e13  # of training each network of the built-in world, forward and backward
+    world_flops: float = 2e13  # of training each network of the built-in world, forward and backward
     world_batch: int = 32
     world_pictures: int = 4000
     world_samples: int = 200
