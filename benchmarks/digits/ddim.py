@@ -126,7 +126,7 @@ def _interpolation(bench: Bench, trained: Trained) -> str:
     return picture(
         "ddim-interpolation",
         f"Interpolation: two test digits (outermost) are encoded with S = {steps}; between them what DDIM makes of "
-        "points on the great circle between their encodings (DDIM, eq. 67).",
+        "points on the great circle between their encodings (DDIM, section 5.3).",
     )
 
 

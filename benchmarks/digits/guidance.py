@@ -106,7 +106,7 @@ def _claims(name: str, curve: list[Point]) -> str:
     end = curve[-1]
     scales = f"from scale {start.scale:g} to {end.scale:g}"
     best = max(curve, key=lambda p: p.accuracy.value)
-    paper = {"classifier": "ADM, figure 4", "free": "Classifier-free guidance, section 4"}[name]
+    paper = {"classifier": "Dhariwal & Nichol, section 4.3", "free": "Classifier-free guidance, section 4"}[name]
     differs = (
         f"ten classes of 8x8 pixels; without guidance {100 * start.accuracy.value:.0f} % of the labels are right and "
         f"the recall is {start.recall.value:.2f}."
