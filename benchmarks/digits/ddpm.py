@@ -165,7 +165,7 @@ def _claims(bench: Bench, entries: dict[str, Entry]) -> list[str]:
             setting,
         ),
         claim(
-            f"Improved DDPM, section 4: with few steps (S = {_few(bench)}) the learned variance has the better samples.",
+            f"Improved DDPM, section 4: with few steps (S = {_few(bench)}) a learned variance has the better samples.",
             hybrid.few.below(cosine.few),
             f"Frechet {hybrid.few} learned, {cosine.few} {cosine.few_variance}",
             setting,
