@@ -41,6 +41,8 @@ def test_an_effect_needs_two_deviations() -> None:
     assert Score(1, 0.1).below(Score(1.3, 0.1)) is True
     assert Score(1.3, 0.1).below(Score(1, 0.1)) is False
     assert Score(1, 0.1).below(Score(1.28, 0.1)) is None
+    paired = [Score(value, 0.1, tuple(value + np.linspace(-0.1, 0.1, 9))) for value in (1, 1.05)]
+    assert paired[0].below(paired[1]) is True
     assert share(torch.ones(50, dtype=torch.bool)).deviation > 0
     assert str(Score(12.3456, 0.0321)) == "12.346 ± 0.032"
     assert "**no**" in claim("A.", False, "1", "B.")

@@ -11,7 +11,7 @@ class Settings:
 
     num_steps: int = 1000  # T
     width: int = 16  # model_channels of the U-Nets of digits
-    train_steps: int = 3000
+    train_steps: int = 2500
     feature_steps: int = 1500  # of the two classifiers
     batch: int = 128
     learning_rate: float = 1e-3
