@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from benchmarks.digits.bench import Bench, Trained
@@ -209,6 +210,8 @@ def _decoding(bench: Bench, entries: dict[str, Entry]) -> str:
         half = int((rate <= sum(terms) / 2).sum()) - 1
         lines.append([name, *(f"{x:.4f}" for x in (*terms, float(distortion[half]), float(distortion[-1])))])
     simple = entries["linear-simple"]
+    half_bin = 1 / (LEVELS - 1)
+    first = float(simple.trained.denoiser.schedule.sigma(torch.tensor(1)))
     last = float(simple.test.steps[-1].mean() / simple.test.nats.mean())
     return "\n\n".join(
         [
@@ -220,7 +223,7 @@ def _decoding(bench: Bench, entries: dict[str, Entry]) -> str:
                 "DDPM, section 4.3: more than half of the bits are the last term's, and describe what can't be seen.",
                 last > 0.5,
                 f"linear-simple: {100 * last:.0f} % of {float(simple.bits.mean()):.3f} bits/dim",
-                f"{LEVELS} grey levels instead of 256, so that there is less below what can be seen.",
+                f"{LEVELS} grey levels instead of 256: half a bin is {half_bin / first:.1f} times the noise at t = 1.",
             ),
             picture("ddpm-rate-distortion", "Rate and distortion of progressive decoding, test digits."),
         ]
