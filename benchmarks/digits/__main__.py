@@ -80,7 +80,7 @@ def introduction(bench: Bench) -> str:
             "Samples are rounded to the data's grey levels, as real pictures are.",
             "**Verdicts.** An effect counts where it exceeds two standard deviations, or where a 95 % interval leaves "
             "out 0; otherwise it is called not decided. Deviations tell the spread of samples, not of training again "
-            "from other weights. Where a verdict isn't yes, the line names what differs from the paper's setting.",
+            "from other weights. Where a verdict isn't yes, the text names what differs from the paper's setting.",
             f"Versions: torch {torch.__version__}, scikit-learn {sklearn.__version__}.",
             "",
         ]
