@@ -1,6 +1,7 @@
 # make demo         a prompt becomes outputs/demo.mp4, from nothing but Python and pip
 # make test         install everything and run all tests but the slow ones (make test-slow runs those)
 # make lint         ruff, format, types
+# make bench-digits train and measure the diffusion core on handwritten digits; writes docs/core-results.md
 # make demo-model   train the bundled model again by its recorded recipe (hours on a CPU; run it again to go on);
 #                   INSTALL=1 puts the result in the place of the bundled one
 # make clean        remove what was built; runs/ and outputs/ stay
@@ -14,7 +15,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # torch goes first and by its exact version: an unpinned one may bring gigabytes of CUDA packages that a CPU can't use.
 TORCH := $(shell sed -n 's/^\(torch==[^; ]*\).*/\1/p' constraints.txt)
 
-.PHONY: demo demo-model test test-slow lint clean
+.PHONY: demo demo-model bench-digits test test-slow lint clean
 
 demo: $(VENV)/.demo
 	@mkdir -p outputs
@@ -23,6 +24,9 @@ demo: $(VENV)/.demo
 
 demo-model: $(VENV)/.all
 	$(BIN)/python -m stages.demo_model --out runs/demo $(if $(INSTALL),--install)
+
+bench-digits: $(VENV)/.bench
+	$(BIN)/python -m benchmarks.digits
 
 test: $(VENV)/.all
 	$(BIN)/python -m pytest -q
@@ -50,4 +54,8 @@ $(VENV)/.demo: pyproject.toml $(VENV)/.torch
 
 $(VENV)/.all: pyproject.toml $(VENV)/.torch
 	$(PIP) install -e '.[train,dev]' -c constraints.txt
+	@touch $@ $(VENV)/.demo
+
+$(VENV)/.bench: pyproject.toml $(VENV)/.torch
+	$(PIP) install -e '.[bench]' -c constraints.txt
 	@touch $@ $(VENV)/.demo

@@ -1,0 +1,103 @@
+"""Paired timings and peak memory: two ways of doing the same thing, side by side in one run.
+
+A shared machine is noisy: single times are not worth reporting, the ratio within a pair that ran at the same moment is.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+RESAMPLES = 2000
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Median of ours / theirs over pairs, its 95 % bootstrap interval, and the median seconds of each."""
+
+    median: float
+    low: float
+    high: float
+    ours: float
+    theirs: float
+
+    @property
+    def verdict(self) -> str:
+        """faster, equal or slower: whether the interval lies below 1, holds it, or lies above."""
+        return "faster" if self.high < 1 else "slower" if self.low > 1 else "equal"
+
+
+def paired(
+    ours: Callable[[], object], theirs: Callable[[], object], pairs: int, per_unit: tuple[float, float] = (1.0, 1.0)
+) -> Ratio:
+    """Run both alternately, `pairs` times after one warm-up each; the order within a pair alternates.
+
+    per_unit: work of one call of ours and of theirs (such as FLOPs); times are divided by it before they are compared.
+    """
+    for call in (ours, theirs):
+        _seconds(call)
+    times = np.empty((pairs, 2))
+    for pair in range(pairs):
+        for side in (0, 1) if pair % 2 == 0 else (1, 0):
+            times[pair, side] = _seconds((ours, theirs)[side])
+    ratios = (times[:, 0] / per_unit[0]) / (times[:, 1] / per_unit[1])
+    draws = np.random.default_rng(0).integers(0, pairs, (RESAMPLES, pairs))
+    low, high = np.quantile(np.median(ratios[draws], axis=1), (0.025, 0.975))
+    seconds = [statistics.median(column) for column in times.T]
+    return Ratio(float(np.median(ratios)), float(low), float(high), *seconds)
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    _wait()
+    start = time.perf_counter()
+    call()
+    _wait()
+    return time.perf_counter() - start
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def peak_memory(prepare: Callable[..., Callable[[], object]], *arguments: object) -> float:
+    """MiB that a call needs at its peak beyond what holding its inputs needs.
+
+    On a CPU measured in a process of its own: `prepare(*arguments)`, a function of a module, builds the call there.
+    """
+    if torch.cuda.is_available():
+        call = prepare(*arguments)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return (torch.cuda.max_memory_allocated() - before) / MIB
+    context = multiprocessing.get_context("spawn")
+    queue = context.SimpleQueue()
+    process = context.Process(target=_measure, args=(queue, torch.get_num_threads(), prepare, *arguments))
+    process.start()
+    process.join()
+    if process.exitcode:
+        raise RuntimeError(f"the process that measures memory ended with status {process.exitcode}")
+    return queue.get()
+
+
+def _measure(queue, threads: int, prepare, *arguments) -> None:  # type: ignore[no-untyped-def]
+    torch.set_num_threads(threads)
+    call = prepare(*arguments)
+    before = _peak()
+    call()
+    queue.put((_peak() - before) / MIB)
+
+
+def _peak() -> int:
+    scale = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
