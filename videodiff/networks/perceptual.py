@@ -89,7 +89,9 @@ def load_perceptual(config: PerceptualConfig, size: int) -> nn.Module:
             f"perceptual.sha256: {path} has sha256 {found[:12]}..., not {config.sha256[:12]}...; name the right file"
         )
     network = _script(config) if _is_script(path) else _vgg(config)
-    network = network.requires_grad_(False).eval()
+    for parameter in network.parameters():  # TorchScript has no requires_grad_ of its own
+        parameter.requires_grad_(False)
+    network.eval()
     pictures = torch.linspace(-1, 1, 2 * 3 * size * size).view(2, 3, size, size)
     try:
         shape = tuple(network(pictures, pictures.flip(0)).shape)
