@@ -156,8 +156,9 @@ def test_two_processes_follow_one_and_resume_exactly(shards: Path, tmp_path: Pat
     for name in ("zero-1", "zero-2"):
         for one, two in zip(lines(alone), lines(stage(tmp_path / name, shards)), strict=True):
             assert one["samples"] == two["samples"]
-            for key in ("loss", "adaptive_weight", "discriminator", "grad_norm", "adversary_grad_norm", "perplexity"):
-                assert two.get(key) == pytest.approx(one.get(key), rel=1e-3), key
+            compared = {"loss", "adaptive_weight", "discriminator", "grad_norm", "adversary_grad_norm", "perplexity"}
+            for key in compared & one.keys():  # Adam magnifies rounding
+                assert two[key] == pytest.approx(one[key], rel=1e-3), key
     assert_same_run(stage(tmp_path / "zero-2", shards), stage(tmp_path / "parts", shards))
 
 
