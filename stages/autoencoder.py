@@ -131,7 +131,8 @@ class AutoencoderTask:
         raw, code, indices = latent
         quantization = self.module.quantizer.loss(raw, code)
         # Over the frames of all ranks: a rank's few would never use a large codebook.
-        counts = torch.bincount(indices[weight > 0].flatten(), minlength=len(self.module.quantizer.codebook))
+        size = self.module.quantizer.config.codebook_size  # of the codebook itself, ZeRO 3 leaves a rank its share
+        counts = torch.bincount(indices[weight > 0].flatten(), minlength=size)
         perplexity, used = codebook_use(sum_over_ranks(counts))
         metrics |= {"quantization": quantization.detach().mean(), "perplexity": perplexity, "codes_used": used}
         return quantization

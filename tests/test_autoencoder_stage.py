@@ -137,6 +137,15 @@ def test_until_it_joins_the_discriminator_is_not_there(shards: Path, tmp_path: P
     assert not Path(without.run.dir, "checkpoints", "step-00000004", "adversary").exists()
 
 
+def test_a_codebook_alone_trains_at_every_stage_of_zero(shards: Path, tmp_path: Path) -> None:
+    runs = [stage(tmp_path / str(zero), shards, steps=2, engine={"zero_stage": zero}) for zero in (0, 3)]
+    for config in runs:
+        trained(config)
+    for one, other in zip(*map(lines, runs), strict=True):
+        assert other["loss"] == pytest.approx(one["loss"], rel=1e-4)
+        assert other["codes_used"] == one["codes_used"] > 0
+
+
 def worker(folder: Path, shards: Path) -> None:
     """One of two ranks: ZeRO 1 and 2 in one go, and ZeRO 2 with a restart."""
     AutoencoderTask.CALIBRATION_FRAMES = 16
