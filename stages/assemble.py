@@ -23,7 +23,8 @@ from videodiff.errors import UserError
 from videodiff.model import VOCABULARY, WORDS, Model
 from videodiff.networks.text import build_vocabulary
 from videodiff.training import distributed
-from videodiff.training.trainer import Task, train
+from videodiff.training.task import Task
+from videodiff.training.trainer import train
 
 STAGE_CONFIGS: dict[str, type[StageConfig]] = {
     "autoencoder": AutoencoderStage,

@@ -1,24 +1,41 @@
-"""Stage autoencoder: frames to latents and back, one frame at a time (Rombach et al., 2022)."""
+"""Stage autoencoder: frames to latents and back, one frame at a time (Rombach et al., 2022).
+
+The loss is latent diffusion's: error of the reconstruction, a perceptual distance, the latent's own term (KL, or that
+of a codebook), and from some step on a discriminator.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Literal
 
 import torch
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from data_pipeline.loader import ShardSource
+from stages.adversarial import Contest
 from stages.base import StageConfig, check_size, write_part
 from videodiff.batch import VideoBatch
 from videodiff.errors import UserError
 from videodiff.model import AutoencoderPart, Model
-from videodiff.networks.autoencoder import Autoencoder, AutoencoderConfig, AutoencoderLoss, crops, to_float
+from videodiff.networks.autoencoder import (
+    Autoencoder,
+    AutoencoderConfig,
+    AutoencoderLoss,
+    crops,
+    kl_divergence,
+    to_float,
+)
+from videodiff.networks.discriminator import DiscriminatorConfig
+from videodiff.networks.perceptual import PerceptualConfig, load_perceptual
+from videodiff.networks.quantizer import codebook_use
 from videodiff.seeding import normals, uniforms
-from videodiff.training.trainer import LossOutput
+from videodiff.training.distributed import device, sum_over_ranks
+from videodiff.training.task import Adversary, LossOutput
 from videodiff.video_io import contact_sheet, write_png
 
 
@@ -33,6 +50,30 @@ class AutoencoderStage(StageConfig):
     network: AutoencoderConfig = AutoencoderConfig()
     loss: AutoencoderLoss = AutoencoderLoss()
     crop: PositiveInt | None = Field(None, description="side of the piece of each frame to train on; None: all of it")
+    perceptual: PerceptualConfig | None = None
+    discriminator: DiscriminatorConfig | None = None
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> AutoencoderStage:
+        if self.network.quantizer is not None and self.loss.kl_weight not in (0, AutoencoderLoss().kl_weight):
+            raise ValueError(
+                f"loss.kl_weight {self.loss.kl_weight:g} weighs the KL divergence of a Gaussian latent, and with "
+                "network.quantizer there is none; leave one of the two out"
+            )
+        if self.discriminator is None:
+            return self
+        if self.engine.zero_stage == 3:
+            raise ValueError(
+                "engine.zero_stage 3 keeps no whole parameters, and with a discriminator the gradient at the decoder's "
+                "last layer is needed beside the engine; set engine.zero_stage to 0, 1 or 2, or discriminator to null"
+            )
+        name, size = ("data.size", self.data.size) if self.crop is None else ("crop", self.crop)
+        if self.discriminator.patches(size) < 1:
+            raise ValueError(
+                f"discriminator.num_layers {self.discriminator.num_layers} leaves nothing of pictures of {name} "
+                f"{size}, which must be at least {3 * 2**self.discriminator.num_layers}; lower num_layers"
+            )
+        return self
 
 
 class AutoencoderTask:
@@ -57,23 +98,68 @@ class AutoencoderTask:
                 f"{config.data.size}; use {factor}, for one, or leave it out"
             )
         self._calibration: Tensor | None = None
+        given = config.perceptual
+        self.perceptual = None if given is None else load_perceptual(given, config.data.size).to(device())
+        self.contest = None if config.discriminator is None else Contest(config.discriminator, self.module)
+        self.adversary: Adversary | None = None if self.contest is None else self.contest.adversary
 
     def trains(self, name: str) -> bool:
         return not self._given or name.startswith("decoder.")
 
-    def loss(self, module: Callable[..., tuple[Tensor, Tensor, Tensor]], batch: VideoBatch, seed: int) -> LossOutput:
+    def loss(self, module: Callable[..., tuple[Tensor, ...]], batch: VideoBatch, seed: int) -> LossOutput:
         clips, count = batch.frames.shape[:2]
-        weight = next(self.module.parameters())
-        frames = to_float(batch.frames.to(weight.device))  # [B*T,3,H,W]
+        like = next(self.module.parameters())
+        frames = to_float(batch.frames.to(like.device))  # [B*T,3,H,W]
         if self.config.crop is not None:
             places = uniforms(seed, "crop", batch.numbers, (count, 3)).flatten(0, 1)
             frames = crops(frames, self.config.crop, self.module.factor, places)
-        noise = normals((count, *self._latent_shape(frames)), seed, "posterior", batch.numbers).flatten(0, 1)
-        reconstruction, mean, log_variance = module(frames.to(weight.dtype), noise.to(weight.device))
-        per_frame, metrics = self.config.loss(reconstruction, frames, mean, log_variance)
-        squared = (reconstruction.detach().float().clamp(-1, 1) - frames).square().mean((1, 2, 3)) / 4
-        metrics["psnr"] = -10 * squared.clamp(min=1e-10).log10().mean()
-        return LossOutput(per_sample=per_frame.unflatten(0, (clips, count)).mean(1), metrics=metrics)
+        weight = batch.weight.to(like.device).repeat_interleave(count)
+        contest = self.contest if self._contested(batch) else None
+        noise = None
+        if self.network.quantizer is None:
+            noise = normals((count, *self._latent_shape(frames)), seed, "posterior", batch.numbers).flatten(0, 1)
+            noise = noise.to(like.device)
+        with contest.watched() if contest is not None else nullcontext() as hidden:
+            made, *latent = module(frames.to(like.dtype), noise)
+        # A tensor of its own, by which gradients can be asked for without the engine taking note.
+        pictures = made.float().view_as(made)
+        error = self.config.loss.error(pictures, frames)
+        squared = (pictures.detach().clamp(-1, 1) - frames).square().mean((1, 2, 3)) / 4
+        metrics = {"psnr": -10 * squared.clamp(min=1e-10).log10().mean(), "reconstruction": error.detach().mean()}
+        if self.config.perceptual is not None and self.perceptual is not None:
+            distance = self.perceptual(pictures, frames).float()
+            metrics["perceptual"] = distance.detach().mean()
+            error = error + self.config.perceptual.weight * distance
+        losses = error + self._latent_term(latent, weight, metrics)
+        if contest is not None and hidden is not None:
+            term, measured = contest.term(pictures, error, weight, hidden[0])
+            losses, metrics = losses + term, {**metrics, **measured}
+        return LossOutput(
+            per_sample=losses.unflatten(0, (clips, count)).mean(1),
+            metrics=metrics,
+            adversary=None if contest is None else contest.against(frames, pictures, clips),
+        )
+
+    def _latent_term(self, latent: list[Tensor], weight: Tensor, metrics: dict[str, Tensor]) -> Tensor:
+        """[N]: weighted KL of a Gaussian latent, or the loss of codebook and commitment; adds to `metrics`."""
+        if self.module.quantizer is None:
+            kl = kl_divergence(*latent)
+            metrics["kl"] = kl.detach().mean()
+            return self.config.loss.kl_weight * kl
+        raw, code, indices = latent
+        quantization = self.module.quantizer.loss(raw, code)
+        # Over the frames of all ranks: a rank's few would never use a large codebook.
+        size = self.module.quantizer.config.codebook_size  # of the codebook itself, ZeRO 3 leaves a rank its share
+        counts = torch.bincount(indices[weight > 0].flatten(), minlength=size)
+        perplexity, used = codebook_use(sum_over_ranks(counts))
+        metrics |= {"quantization": quantization.detach().mean(), "perplexity": perplexity, "codes_used": used}
+        return quantization
+
+    def _contested(self, batch: VideoBatch) -> bool:
+        """Whether the discriminator has joined in the step that this batch belongs to."""
+        if self.config.discriminator is None:
+            return False
+        return int(batch.numbers[0]) // self.config.data.batch_size >= self.config.discriminator.start
 
     @torch.no_grad()
     def sample(self, module: nn.Module, batch: VideoBatch, folder: Path, step: int) -> None:

@@ -42,7 +42,8 @@ from videodiff.networks.unet import UNet, UNetConfig
 from videodiff.seeding import generator, normals, uniforms
 from videodiff.training.distributed import device
 from videodiff.training.engine import EngineConfig
-from videodiff.training.trainer import LossOutput, RunConfig
+from videodiff.training.task import LossOutput
+from videodiff.training.trainer import RunConfig
 from videodiff.video_io import contact_sheet, write_png
 
 

@@ -235,10 +235,11 @@ def autoencoder_config(path: Path) -> tuple[AutoencoderConfig, float, float]:
 
 def public_autoencoder(config: AutoencoderConfig, mean: float, std: float, sample_size: int) -> Settings:
     """The config.json of an AutoencoderKL; UserError for a network that it can't be."""
-    if config.layout != "ldm" or config.patch != 1 or config.norm_groups is None:
+    if config.layout != "ldm" or config.patch != 1 or config.norm_groups is None or config.quantizer is not None:
         raise UserError(
-            f"autoencoder.network: layout {config.layout}, patch {config.patch}, norm_groups {config.norm_groups}: not "
-            "the shape of Stable Diffusion's, which --format diffusers writes; leave --format out"
+            f"autoencoder.network: layout {config.layout}, patch {config.patch}, norm_groups {config.norm_groups}, "
+            f"{'no ' if config.quantizer is None else 'a '}quantizer: not the shape of Stable Diffusion's, which "
+            "--format diffusers writes; leave --format out"
         )
     levels = len(config.widths)
     return {

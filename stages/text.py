@@ -18,7 +18,7 @@ from videodiff.errors import UserError
 from videodiff.model import DESCRIPTION, VOCABULARY, WORDS, Model, TextPart, carry, place
 from videodiff.networks.text import ContrastiveTextModel, PretrainedText, TextConfig, TextTower
 from videodiff.training.distributed import barrier, gather_rows, rank, world
-from videodiff.training.trainer import LossOutput
+from videodiff.training.task import LossOutput
 
 
 class TextStage(StageConfig):

@@ -14,6 +14,7 @@ from stages.text import TextStage
 from stages.video import VideoStage
 from videodiff import config as configs
 from videodiff.diffusion.prediction import check_pair
+from videodiff.model import STAGES
 from videodiff.networks.autoencoder import Autoencoder
 from videodiff.networks.unet import UNet, UNetConfig
 
@@ -26,20 +27,27 @@ def name(path: Path) -> str:
 
 
 def road(path: Path) -> dict[str, StageConfig]:
-    """The configurations of a folder, by stage: a stage and those whose runs it stands on."""
-    return {config.stage: config for config in map(load_stage, sorted(path.parent.glob("*.yaml")))}  # type: ignore[attr-defined]
+    """The configurations of a folder, by stage: a stage and those whose runs it stands on.
+
+    A variant, named after its stage and what is special of it, takes its stage's place in a road of its own alone.
+    """
+    found = {other.stem: load_stage(other) for other in sorted(path.parent.glob("*.yaml"))}
+    return {**{stage: found[stage] for stage in STAGES if stage in found}, found[path.stem].stage: found[path.stem]}  # type: ignore[attr-defined]
 
 
 def test_there_is_one_for_each_stage() -> None:
-    assert {path.stem for path in (ROOT / "configs" / "demo").glob("*.yaml")} == {
-        "autoencoder", "text", "image", "video", "interpolation",
-    }  # fmt: skip
+    assert {path.stem for path in (ROOT / "configs" / "demo").glob("*.yaml")} == {*STAGES, "autoencoder_vq"}
+
+
+def test_each_run_of_the_demo_has_a_folder_of_its_own() -> None:
+    runs = [load_stage(path).run.dir for path in (ROOT / "configs" / "demo").glob("*.yaml")]
+    assert len(set(runs)) == len(runs)
 
 
 @pytest.mark.parametrize("path", FILES, ids=name)
 def test_a_yaml_loads_and_survives_being_saved(path: Path, tmp_path: Path) -> None:
     config = load_stage(path)
-    assert config.stage == path.stem  # type: ignore[attr-defined]
+    assert config.stage == path.stem.partition("_")[0]  # type: ignore[attr-defined]
     configs.save(config, tmp_path / "config.yaml")
     assert load_stage(tmp_path / "config.yaml") == config
     engine, run = config.engine, config.run
@@ -50,9 +58,8 @@ def test_a_yaml_loads_and_survives_being_saved(path: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize("path", FILES, ids=name)
 def test_a_stage_stands_on_the_one_before_it(path: Path) -> None:
     config, stages = load_stage(path), road(path)
-    order = ["autoencoder", "text", "image", "video", "interpolation"]
-    position = order.index(path.stem)
-    former = stages.get(order[position - 1]) if position else None
+    position = STAGES.index(config.stage)  # type: ignore[attr-defined]
+    former = stages.get(STAGES[position - 1]) if position else None
     assert config.model == (former.run.dir if former is not None else None)
     runs = [other.run for other in stages.values()]
     assert len({run.dir for run in runs}) == len({run.seed for run in runs}) == len(runs)

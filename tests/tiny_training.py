@@ -24,7 +24,8 @@ from videodiff.errors import UserError
 from videodiff.seeding import generator, normals
 from videodiff.training import distributed
 from videodiff.training.engine import EngineConfig
-from videodiff.training.trainer import LossOutput, RunConfig, train
+from videodiff.training.task import LossOutput
+from videodiff.training.trainer import RunConfig, train
 
 
 class TinyConfig(Config):

@@ -31,7 +31,7 @@ def normals(shape_one: Sequence[int], seed: int, purpose: str, numbers: Iterable
 
 
 def uniforms(seed: int, purpose: str, numbers: Iterable[int] | Tensor, shape: tuple[int, ...] = ()) -> Tensor:
-    """Uniform numbers [B, *shape] float64 in [0, 1) on the CPU; row i comes from generator(seed, purpose, numbers[i])."""
+    """Uniform float64 [B, *shape] in [0, 1) on the CPU; row i comes from generator(seed, purpose, numbers[i])."""
     rows = [torch.rand(shape, generator=generator(seed, purpose, n), dtype=torch.float64) for n in _integers(numbers)]
     return torch.stack(rows) if rows else torch.empty(0, *shape, dtype=torch.float64)
 

@@ -1,4 +1,4 @@
-"""KL autoencoder for single frames, and the road of a clip through it.
+"""Autoencoder for single frames, with a Gaussian or a quantised latent, and the road of a clip through it.
 
 Shapes: N frames, B clips, T frames of a clip, C latent channels, H W picture size, h w latent size (H / factor).
 Frames are float in [-1,1] inside, uint8 [B,T,H,W,3] at `encode_clip` and `decode_clip`.
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from videodiff.config import Config
 from videodiff.networks.layers import Attention, group_norm, to_map, to_tokens
+from videodiff.networks.quantizer import Quantizer, QuantizerConfig, straight_through
 
 # Bounds of the log variance, as wide as float32 exp() comfortably takes.
 LOG_VARIANCE = (-30.0, 20.0)
@@ -32,6 +33,8 @@ class AutoencoderConfig(Config):
     either side of the attention, one more in each level of the decoder, 1x1 convolutions around the latent, padding on
     one side only where the size is halved, and norms with eps 1e-6. Stable Diffusion's: latent_channels 4, patch 1,
     widths [128, 256, 512, 512], num_res_blocks 2, norm_groups 32.
+
+    quantizer: None makes a latent a Gaussian (KL); with one it is a point, and the decoder sees the nearest code to it.
     """
 
     layout: Literal["light", "ldm"] = "light"
@@ -44,6 +47,7 @@ class AutoencoderConfig(Config):
     norm: Literal["group", "rms"] = "group"
     norm_groups: PositiveInt | None = Field(None, description="of every group norm; None: 32, or fewer if it is narrow")
     attention: bool = Field(True, description="one head over all positions at the smallest size")
+    quantizer: QuantizerConfig | None = None
 
     @model_validator(mode="after")
     def _check(self) -> "AutoencoderConfig":
@@ -67,7 +71,7 @@ class AutoencoderConfig(Config):
 
 @dataclass(frozen=True)
 class Posterior:
-    """Diagonal Gaussian of the latent, in normalised units: mean and std of one shape."""
+    """Diagonal Gaussian of the latent, in normalised units: mean and std of one shape. A point where std is 0."""
 
     mean: Tensor
     std: Tensor
@@ -123,7 +127,8 @@ class Upsample(nn.Module):
 
 
 def make_encoder(config: AutoencoderConfig) -> nn.Sequential:
-    """[N,3,H,W] -> [N,2C,h,w]."""
+    """[N,3,H,W] -> [N,2C,h,w], mean and log variance; [N,C,h,w] where they will be quantised."""
+    channels_out = config.latent_channels * (2 if config.quantizer is None else 1)
     layers: list[nn.Module] = [
         nn.PixelUnshuffle(config.patch),
         nn.Conv2d(3 * config.patch**2, config.widths[0], 3, padding=1),
@@ -142,9 +147,9 @@ def make_encoder(config: AutoencoderConfig) -> nn.Sequential:
     if config.attention:
         layers.append(AttentionBlock(config, channels))
     layers.append(ResBlock(config, channels, channels))
-    layers += [config.make_norm(channels), nn.SiLU(), nn.Conv2d(channels, 2 * config.latent_channels, 3, padding=1)]
+    layers += [config.make_norm(channels), nn.SiLU(), nn.Conv2d(channels, channels_out, 3, padding=1)]
     if config.ldm:
-        layers.append(nn.Conv2d(2 * config.latent_channels, 2 * config.latent_channels, 1))
+        layers.append(nn.Conv2d(channels_out, channels_out, 1))
     return nn.Sequential(*layers)
 
 
@@ -172,7 +177,9 @@ def make_decoder(config: AutoencoderConfig) -> nn.Sequential:
 
 
 class Autoencoder(nn.Module):
-    """A picture is a Gaussian over `latent_channels` x h x w (Rombach et al. 2022, section 3.1).
+    """A picture is a Gaussian over `latent_channels` x h x w, or a point there (Rombach et al. 2022, section 3.1).
+
+    A quantised latent is so only for the decoder: outside, latents are what the encoder says, before quantisation.
 
     Latents outside are normalised, (raw - latent_mean) / latent_std per channel: buffers that are 0 and 1 until
     `set_latent_statistics` gets what was measured on data, and are stored with the weights.
@@ -187,6 +194,7 @@ class Autoencoder(nn.Module):
         self.factor = config.patch * 2 ** (len(config.widths) - 1)
         self.encoder = make_encoder(config)
         self.decoder = make_decoder(config)
+        self.quantizer = None if config.quantizer is None else Quantizer(config.quantizer, config.latent_channels)
         self.register_buffer("latent_mean", torch.zeros(config.latent_channels))
         self.register_buffer("latent_std", torch.ones(config.latent_channels))
 
@@ -198,23 +206,39 @@ class Autoencoder(nn.Module):
         self.latent_mean.copy_(mean)
         self.latent_std.copy_(std)
 
-    def forward(self, frames: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """For training: frames [N,3,H,W] in [-1,1], noise [N,C,h,w] -> reconstruction, raw mean, raw log variance."""
+    def forward(self, frames: Tensor, noise: Tensor | None = None) -> tuple[Tensor, ...]:
+        """For training: frames [N,3,H,W] in [-1,1] -> reconstruction, and what the latent's own loss is made of.
+
+        A Gaussian latent needs noise [N,C,h,w] and gives raw mean and raw log variance [N,C,h,w]; a quantised one gives
+        raw latent [N,C,h,w], codes [N,C,h,w] and their numbers [N,h,w].
+        """
+        if self.quantizer is not None:
+            latent = self._encoded(frames)
+            code, indices = self.quantizer(latent)
+            return self.decoder(_channels_last(straight_through(latent, code))), latent, code, indices
+        assert noise is not None
         mean, log_variance = self._moments(frames)
         latent = mean + (0.5 * log_variance).exp() * noise.to(mean.dtype)
         return self.decoder(_channels_last(latent)), mean, log_variance
 
     def encode(self, frames: Tensor) -> Posterior:
         """[N,3,H,W] in [-1,1] -> Posterior of [N,C,h,w] in normalised units, all N at once."""
-        mean, log_variance = self._moments(frames)
+        if self.quantizer is not None:
+            mean = self._encoded(frames)
+            std = torch.zeros_like(mean)
+        else:
+            mean, log_variance = self._moments(frames)
+            std = (0.5 * log_variance).exp()
         shift, scale = (buffer[:, None, None].to(mean.dtype) for buffer in (self.latent_mean, self.latent_std))
-        return Posterior((mean - shift) / scale, (0.5 * log_variance).exp() / scale)
+        return Posterior((mean - shift) / scale, std / scale)
 
     def decode(self, latent: Tensor, chunk: int | None = None) -> Tensor:
         """[N,C,h,w] in normalised units -> [N,3,H,W], about [-1,1]; `chunk` frames at a time, None for all."""
         shift, scale = (buffer[:, None, None].to(latent.dtype) for buffer in (self.latent_mean, self.latent_std))
-        raw = latent * scale + shift
-        return torch.cat([self.decoder(_channels_last(piece)) for piece in raw.split(chunk or len(raw))])
+        pieces = (latent * scale + shift).split(chunk or len(latent))
+        if self.quantizer is not None:
+            pieces = tuple(self.quantizer(piece)[0] for piece in pieces)
+        return torch.cat([self.decoder(_channels_last(piece)) for piece in pieces])
 
     @torch.no_grad()
     def encode_clip(self, frames: Tensor) -> Posterior:
@@ -242,17 +266,20 @@ class Autoencoder(nn.Module):
         return torch.stack(clips)
 
     def _moments(self, frames: Tensor) -> tuple[Tensor, Tensor]:
+        mean, log_variance = self._encoded(frames).chunk(2, dim=1)
+        return mean, log_variance.clamp(*LOG_VARIANCE)
+
+    def _encoded(self, frames: Tensor) -> Tensor:
         height, width = frames.shape[-2:]
         if height % self.factor or width % self.factor:
             raise ValueError(f"frames of {height}x{width} are no multiple of {self.factor}: resize or crop them")
-        mean, log_variance = self.encoder(_channels_last(frames)).chunk(2, dim=1)
-        return mean, log_variance.clamp(*LOG_VARIANCE)
+        return self.encoder(_channels_last(frames))
 
 
 class AutoencoderLoss(Config):
     """Mean of the absolute error plus `square_weight` times the squared one, pixels near edges of the target counted up
-    to `edge_weight` times, plus `kl_weight` times the KL divergence of N(mean, exp(log_variance)) from N(0, 1), summed
-    over the latent of a frame.
+    to `edge_weight` times, plus `kl_weight` times the KL divergence of a Gaussian latent from N(0, 1), summed over a
+    frame's latent.
 
     Without the edge weight an object's outline, a small share of its pixels, is learned last; with the square, what is
     far off counts more than what is nearly right, and the first thousand steps are shorter.
@@ -262,19 +289,19 @@ class AutoencoderLoss(Config):
     square_weight: float = Field(0.0, ge=0)
     kl_weight: float = Field(1e-6, ge=0)
 
-    def __call__(
-        self, reconstruction: Tensor, frames: Tensor, mean: Tensor, log_variance: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """[N,3,H,W] twice, [N,C,h,w] twice -> float32 [N], one value a frame, and the means of its two parts."""
+    def error(self, reconstruction: Tensor, frames: Tensor) -> Tensor:
+        """[N,3,H,W] twice -> float32 [N], one value a frame: the weighted absolute error."""
         weight = 1 + (self.edge_weight - 1) * edges(frames)
         error = (reconstruction.float() - frames.float()).abs()
         error = (error + self.square_weight * error.square()).mean(dim=1, keepdim=True)
         # Divided by the weights' sum: a frame with many edges counts no more than a plain one.
-        weighted = (error * weight).sum(dim=(1, 2, 3)) / weight.sum(dim=(1, 2, 3))
-        mean, log_variance = mean.float(), log_variance.float()
-        kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum(dim=(1, 2, 3))
-        metrics = {"reconstruction": weighted.detach().mean(), "kl": kl.detach().mean()}
-        return weighted + self.kl_weight * kl, metrics
+        return (error * weight).sum(dim=(1, 2, 3)) / weight.sum(dim=(1, 2, 3))
+
+
+def kl_divergence(mean: Tensor, log_variance: Tensor) -> Tensor:
+    """Of N(mean, exp(log_variance)) from N(0, 1), [N,C,h,w] twice -> float32 [N], summed over a frame's latent."""
+    mean, log_variance = mean.float(), log_variance.float()
+    return 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum(dim=(1, 2, 3))
 
 
 def edges(frames: Tensor) -> Tensor:

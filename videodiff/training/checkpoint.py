@@ -1,8 +1,8 @@
 """Checkpoints that a kill can't spoil: written beside, listed in a manifest, then renamed; the newest sound one counts.
 
 checkpoints/step-00000100/ holds engine/ (DeepSpeed's files), average-*.safetensors (each rank's fragments of the EMA),
-state.json, manifest.json, memory.safetensors (what the task learned besides weights, if anything), and ema.safetensors,
-raw.safetensors and model.yaml, by which it opens as a Model.
+state.json, manifest.json, memory.safetensors (what the task learned besides weights, if anything), adversary/ (a second
+engine's files, if the task has one), and ema.safetensors, raw.safetensors and model.yaml, by which it opens as a Model.
 """
 
 import hashlib

@@ -5,24 +5,18 @@ the step and the sample's number, so that a restart needs no more than the weigh
 """
 
 import contextlib
-import errno
-import fcntl
 import json
-import os
 import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
 
 import torch
 from pydantic import NonNegativeInt, PositiveInt
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from videodiff import config as configs
 from videodiff.batch import VideoBatch
 from videodiff.config import Config, operational
 from videodiff.errors import UserError
@@ -42,8 +36,11 @@ from videodiff.training.distributed import (
 from videodiff.training.ema import EMA
 from videodiff.training.engine import Engine, EngineConfig
 from videodiff.training.metrics import Report
+from videodiff.training.run_folder import CHECKPOINTS, open_folder
+from videodiff.training.signals import Signals
+from videodiff.training.task import BatchSource, Contested, LossOutput, Remembers, Task
 
-CHECKPOINTS = "checkpoints"
+ADVERSARY = "adversary"
 MEMORY = "memory.safetensors"
 MAX_BAD_STEPS = 10  # steps in a row with gradients that are not finite
 
@@ -58,60 +55,6 @@ class RunConfig(Config):
     sample_every: NonNegativeInt = operational(1000)
     log_every: PositiveInt | None = operational(None)
     keep_last: PositiveInt = operational(2)
-
-
-@dataclass
-class LossOutput:
-    """per_sample: loss of each sample, [B] float32, unweighted. metrics: scalars to log, the same names each step.
-
-    seen: numbers [B, K] float64 that a task with a memory wants back of all the step's samples, see `Remembers`.
-    """
-
-    per_sample: Tensor
-    metrics: dict[str, Tensor] = field(default_factory=dict)
-    seen: Tensor | None = None
-
-
-class Task(Protocol):
-    """What is trained. The loop knows no more of it than this."""
-
-    module: nn.Module
-    """Enters the engine, which converts it in place; frozen networks beside it stay outside."""
-
-    def trains(self, name: str) -> bool:
-        """Whether this parameter of the module gets gradients."""
-
-    def loss(self, module: Callable[..., Any], batch: VideoBatch, seed: int) -> LossOutput:
-        """The losses of a batch. `module` is the engine's; its inputs must come in the module's dtype."""
-
-    def sample(self, module: nn.Module, batch: VideoBatch, folder: Path, step: int) -> None:
-        """Write pictures of what a module with the averaged weights makes. Rank 0 only."""
-
-    def export(self, state: dict[str, Tensor], folder: Path, file: str) -> None:
-        """Write folder/file from the trained weights (and buffers), and what else makes the folder a Model."""
-
-
-@runtime_checkable
-class Remembers(Protocol):
-    """A task that learns something besides weights, equal on all ranks. It is kept in the run's checkpoints."""
-
-    def after_step(self, seen: Tensor) -> None:
-        """`LossOutput.seen` of the whole step, [batch, K] in the order of sample numbers, the same on every rank."""
-
-    def state(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps; empty when there is nothing now."""
-
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        """Go on from what `state` gave."""
-
-
-class BatchSource(Protocol):
-    """Where batches come from: one endless sequence of samples, cut the same way however many ranks read it."""
-
-    fingerprint: str
-
-    def batches(self, start_sample: int, rank: int, world: int, micro_batch: int) -> Iterator[VideoBatch]:
-        """This rank's micro-batches from `start_sample` on; those of all ranks together are consecutive samples."""
 
 
 @dataclass
@@ -141,12 +84,14 @@ def train(
     folder = Path(run.dir)
     devices = [device()] if device().type == "cuda" else []
     with contextlib.ExitStack() as held, torch.random.fork_rng(devices):
-        raise_from_first(_open_folder(folder, config, held) if rank() == 0 else None)
+        raise_from_first(open_folder(folder, config, held) if rank() == 0 else None)
         trainer = _Trainer(run, engine, batch_size, task, source)
         try:
             trainer.train()
         finally:
             trainer.engine.close()
+            if trainer.adversary is not None:
+                trainer.adversary.close()
 
 
 class _Trainer:
@@ -156,6 +101,7 @@ class _Trainer:
         self.checkpoints = Checkpoints(self.folder / CHECKPOINTS, run.keep_last)
         newest = self.checkpoints.newest()
         self.engine = Engine(task.module, config, task.trains, batch_size)
+        self.adversary = _adversary_engine(task, config, batch_size)
         self.ema = EMA(self.engine.masters())
         self.progress = Progress(
             world(), config.zero_stage, config.precision, self.engine.frozen_digest, source.fingerprint
@@ -168,7 +114,7 @@ class _Trainer:
         progress, run = self.progress, self.run
         batches = self.source.batches(progress.step * self.batch_size, rank(), world(), self.engine.micro_batch)
         report = Report(self.folder, progress.step, run.steps, run.log_every, silent=rank() != 0)
-        with _Signals() as signals, report:
+        with Signals() as signals, report:
             report.say(self._opening())
             try:
                 while progress.step < run.steps:
@@ -186,7 +132,7 @@ class _Trainer:
                     close()
             report.say(f"{self.folder}: {progress.step} steps done")
 
-    def _step(self, batches: Iterator[VideoBatch], signals: "_Signals", report: Report) -> tuple[VideoBatch, int]:
+    def _step(self, batches: Iterator[VideoBatch], signals: Signals, report: Report) -> tuple[VideoBatch, int]:
         """One update; returns the rank's first micro-batch and the signal to stop for, 0 without."""
         began = time.perf_counter()
         step, engine = self.progress.step, self.engine
@@ -202,14 +148,21 @@ class _Trainer:
             # Dropout inside networks draws from torch's own generator: keyed too, exact for an equal number of ranks.
             torch.manual_seed(generator(self.run.seed, "layers", step, rank(), index).initial_seed())
             output = self.task.loss(engine, batch, self.run.seed)
-            weights = batch.weight.to(output.per_sample.device)
-            weighted = torch.where(weights > 0, output.per_sample.float() * weights, 0).sum()
-            engine.backward(weighted * (scale * world()))  # the engine averages over ranks
-            loss += weighted.detach().double() * scale
+            loss += _backward(engine, output, batch, scale)
+            if contested := output.adversary is not None:
+                assert self.adversary is not None
+                against = output.adversary(self.adversary)
+                _backward(self.adversary, against, batch, scale)
+                output.metrics |= against.metrics
             metrics.append(output.metrics)
             if output.seen is not None:
                 seen.append(torch.cat([batch.numbers.double()[:, None].cpu(), output.seen.cpu()], dim=1))
         result = engine.step(rate)
+        applied, extra = result.applied, {}
+        if contested:
+            assert self.adversary is not None
+            second = self.adversary.step(self.adversary.config.rate(step))
+            applied, extra = applied and second.applied, {"adversary_grad_norm": second.grad_norm}
         if seen and isinstance(self.task, Remembers):
             rows = gather_rows(torch.cat(seen).to(device())).cpu()
             self.task.after_step(rows[rows[:, 0].argsort(), 1:])
@@ -218,21 +171,19 @@ class _Trainer:
             self.ema.update(engine.masters(), step, self.config.ema_decay)
         means, stop = self._agree(loss, metrics, signals)
         keys = self._keys(micro_batches, step)
-        record = {"step": step + 1, **means, "samples": keys, "lr": rate, "grad_norm": result.grad_norm}
-        self._count(result.applied, keys, report)
+        record = {"step": step + 1, **means, "samples": keys, "lr": rate, "grad_norm": result.grad_norm, **extra}
+        self._count(applied, keys, report)
         record |= {"skipped": self.progress.skipped, "seconds": round(time.perf_counter() - began, 4)}
         report.step(record)
         return micro_batches[0], stop
 
-    def _agree(
-        self, loss: Tensor, metrics: list[dict[str, Tensor]], signals: "_Signals"
-    ) -> tuple[dict[str, float], int]:
+    def _agree(self, loss: Tensor, metrics: list[dict[str, Tensor]], signals: Signals) -> tuple[dict[str, float], int]:
         """Loss and mean metrics over all ranks, and the signal that any of them got: one all-reduce."""
         names = sorted(metrics[0])
         parts = [torch.stack([m[name].detach().double().to(loss.device) for m in metrics]).mean() for name in names]
-        flags = [loss.new_tensor(signals.got == number) for number in _Signals.NUMBERS]
+        flags = [loss.new_tensor(signals.got == number) for number in Signals.NUMBERS]
         total = sum_over_ranks(torch.stack([*flags, loss, *parts])).tolist()
-        stop = next((number for number, flag in zip(_Signals.NUMBERS, total, strict=False) if flag), 0)
+        stop = next((number for number, flag in zip(Signals.NUMBERS, total, strict=False) if flag), 0)
         loss_sum, *sums = total[len(flags) :]
         means = {name: value / world() for name, value in zip(names, sums, strict=True)}
         return {"loss": loss_sum, **means}, stop
@@ -266,12 +217,15 @@ class _Trainer:
     def _save(self) -> None:
         if self.saved == self.progress.step:
             return
-        size = self.engine.checkpoint_bytes() if rank() == 0 else 0
+        engines = [engine for engine in (self.engine, self.adversary) if engine is not None]
+        size = sum(engine.checkpoint_bytes() for engine in engines) if rank() == 0 else 0
         self.checkpoints.write(self.progress.step, self._fill, size)
         self.saved = self.progress.step
 
     def _fill(self, folder: Path) -> None:
         self.engine.save(folder)
+        if self.adversary is not None:
+            self.adversary.save(folder / ADVERSARY)
         self.ema.save(folder / _average_file())
         for file, values in (("ema.safetensors", self.ema.values), ("raw.safetensors", self.engine.masters())):
             state = self.engine.gather(values)
@@ -317,6 +271,8 @@ class _Trainer:
             if before != now:
                 raise UserError(f"{checkpoint}: written with {name} {_short(before)}, now {_short(now)}; {remedy}")
         self.engine.load(checkpoint)
+        if self.adversary is not None:
+            self.adversary.load(checkpoint / ADVERSARY)
         self.ema.load(checkpoint / _average_file())
         if isinstance(self.task, Remembers) and self.task.state():
             self.task.load_state(load_file(checkpoint / MEMORY))
@@ -336,76 +292,22 @@ class _Trainer:
         return f"{self.folder}: stopped by {name}, saved after step {self.progress.step}; the same command goes on"
 
 
-class _Signals:
-    """SIGINT and SIGTERM while the loop runs: remembered, answered when the step is finished."""
-
-    NUMBERS = (signal.SIGINT, signal.SIGTERM)
-
-    def __init__(self) -> None:
-        self.got: int = 0
-        self._first = 0.0
-        self._process = os.getpid()
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> "_Signals":
-        if threading.current_thread() is threading.main_thread():  # Python delivers signals there alone
-            self._before = {number: signal.signal(number, self._handle) for number in self.NUMBERS}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number: int, frame: object) -> None:
-        if os.getpid() != self._process:  # a forked helper process inherits the handler; it has nothing to save
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-        # A second Ctrl-C means now. Not within two seconds: torchrun passes on what the terminal has already sent.
-        if number == signal.SIGINT and self.got and time.monotonic() - self._first > 2:
-            raise KeyboardInterrupt
-        if not self.got:
-            self.got, self._first = number, time.monotonic()
+def _adversary_engine(task: Task, config: EngineConfig, batch_size: int) -> Engine | None:
+    """The second engine of a contested task: the settings of the first, but for the learning rate."""
+    adversary = task.adversary if isinstance(task, Contested) else None
+    if adversary is None:
+        return None
+    if adversary.learning_rate is not None:
+        config = config.model_copy(update={"learning_rate": adversary.learning_rate})
+    return Engine(adversary.module, config, lambda name: True, batch_size)
 
 
-def _open_folder(folder: Path, config: Config, held: contextlib.ExitStack) -> str | None:
-    """Make the run's folder, or compare the configuration with that of its checkpoints. Returns the problem.
-
-    `held` keeps the folder locked until it is closed, or this process is gone.
-    """
-    path = folder / "config.yaml"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not _lock(folder / ".lock", held):
-            return f"run.dir={folder}: another process trains in it; wait for its end or stop it, or name a new run.dir"
-        # Without a checkpoint there is nothing to go on with: the start failed, and this may be the command mended.
-        if path.is_file() and Checkpoints(folder / CHECKPOINTS, 1).exist():
-            changes = configs.differences(configs.load(type(config), path), config)
-            if forbidden := [str(change) for change in changes if not change.operational]:
-                return (
-                    f"{path}: this run began with another configuration ({'; '.join(forbidden)}); "
-                    "take the values back, or name a new run.dir"
-                )
-            for change in changes:
-                print(f"{folder}: goes on with {change}", flush=True)
-        configs.save(config, path)
-    except UserError as error:
-        return str(error)
-    except OSError as error:
-        return f"run.dir={folder}: can't be written ({error.strerror or error}); name another folder"
-    return None
-
-
-def _lock(path: Path, held: contextlib.ExitStack) -> bool:
-    file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    held.callback(os.close, file)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):  # a cluster's disk may come without locks
-            raise
-    return True
+def _backward(engine: Engine, output: LossOutput, batch: VideoBatch, scale: float) -> Tensor:
+    """Add the gradients of a micro-batch; its part [] of the step's loss, the mean over the samples that count."""
+    weights = batch.weight.to(output.per_sample.device)
+    weighted = torch.where(weights > 0, output.per_sample.float() * weights, 0).sum()
+    engine.backward(weighted * (scale * world()))  # the engine averages over ranks
+    return weighted.detach().double() * scale
 
 
 def _average_file() -> str:
