@@ -38,6 +38,7 @@ from videodiff.model import (
     write_weights,
 )
 from videodiff.networks.autoencoder import Autoencoder
+from videodiff.networks.control import ControlledUNet
 from videodiff.networks.unet import UNet, UNetConfig
 from videodiff.seeding import generator, normals, uniforms
 from videodiff.training.distributed import device
@@ -79,14 +80,19 @@ class Dropout(Config):
         return text | both, image | both
 
 
-class DiffusionStageConfig(StageConfig):
-    """What the YAMLs of the three diffusion stages share."""
+class DenoisingStageConfig(StageConfig):
+    """What the YAMLs share of all stages that train by denoising."""
 
     loss: DiffusionLoss = DiffusionLoss()
     dropout: Dropout = Dropout()
-    sampling: Sampling = Sampling()
     latent_cache_gib: float = operational(1.0, ge=0, description="encoded clips kept in the memory of each rank")
     activation_checkpointing: bool = operational(False, description="less memory for about a third more computation")
+
+
+class DiffusionStageConfig(DenoisingStageConfig):
+    """What the YAMLs share of the stages that are sampled by themselves."""
+
+    sampling: Sampling = Sampling()
 
 
 class PosteriorCache:
@@ -133,6 +139,15 @@ def with_known(condition: Condition, latents: Tensor, slots: Sequence[int]) -> C
     return replace(condition, known=latents * mask, known_mask=full)
 
 
+def told_text(network: UNetConfig, base: Model) -> UNetConfig:
+    """The network with the text tower's widths where its own are left out."""
+    widths = {
+        "context_dims": network.context_dims or (base.text.width,),
+        "pooled_dim": network.pooled_dim or base.text.embed_dim,
+    }
+    return network.model_copy(update=widths)
+
+
 def check_size(size: int, multiple: int, why: str) -> None:
     """Refuse (UserError) a picture size that the networks can't halve as often as they do."""
     if size % multiple:
@@ -155,7 +170,7 @@ def check_fit(base: Model, network: UNetConfig, size: int) -> None:
 
 
 class DiffusionTask:
-    """Trains a network of one of the three diffusion stages; frozen autoencoder and text tower stay outside of it.
+    """Trains a network by denoising; frozen autoencoder and text tower stay outside of it.
 
     known_slots: T -> frames whose clean latents are given (image (), video (0,), interpolation (0,k,2k,...)).
     trainable: which parameters of the network get gradients, by name.
@@ -165,17 +180,17 @@ class DiffusionTask:
         self,
         stage: str,
         base: Model,
-        network: UNet,
+        network: UNet | ControlledUNet,
         part: dict[str, Any],
         known_slots: Callable[[int], Sequence[int]],
         trainable: Callable[[str], bool],
-        config: DiffusionStageConfig,
+        config: DenoisingStageConfig,
     ) -> None:
         self.stage, self.base, self.module = stage, base, network
         self.part, self.known_slots, self._trainable = part, known_slots, trainable
         self.schedule: NoiseSchedule = part["schedule"]
         self.prediction: Prediction = part["prediction"]
-        sampler = config.sampling.sampler
+        sampler = part["sampling"].sampler
         check_fit(base, network.config, config.data.size)
         check_pair(self.prediction, self.schedule)
         sampler.times(self.schedule)  # refuses what doesn't fit, such as more steps than there are
