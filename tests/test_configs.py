@@ -5,15 +5,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from stages.assemble import load_stage
+from stages.assemble import STAGE_CONFIGS, load_stage
 from stages.autoencoder import AutoencoderStage
 from stages.base import StageConfig
+from stages.control import ControlStage
 from stages.image import ImageStage
 from stages.interpolation import InterpolationStage, windows
 from stages.text import TextStage
+from stages.upscale import UpscaleStage
 from stages.video import VideoStage
 from videodiff import config as configs
 from videodiff.diffusion.prediction import check_pair
+from videodiff.model import EXTRAS, STAGES
 from videodiff.networks.autoencoder import Autoencoder
 from videodiff.networks.unet import UNet, UNetConfig
 
@@ -31,9 +34,7 @@ def road(path: Path) -> dict[str, StageConfig]:
 
 
 def test_there_is_one_for_each_stage() -> None:
-    assert {path.stem for path in (ROOT / "configs" / "demo").glob("*.yaml")} == {
-        "autoencoder", "text", "image", "video", "interpolation",
-    }  # fmt: skip
+    assert {path.stem for path in (ROOT / "configs" / "demo").glob("*.yaml")} == set(STAGE_CONFIGS)
 
 
 @pytest.mark.parametrize("path", FILES, ids=name)
@@ -50,9 +51,9 @@ def test_a_yaml_loads_and_survives_being_saved(path: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize("path", FILES, ids=name)
 def test_a_stage_stands_on_the_one_before_it(path: Path) -> None:
     config, stages = load_stage(path), road(path)
-    order = ["autoencoder", "text", "image", "video", "interpolation"]
+    order = [stage for stage in (*STAGES, *EXTRAS) if stage in stages]
     position = order.index(path.stem)
-    former = stages.get(order[position - 1]) if position else None
+    former = stages[order[position - 1]] if position else None
     assert config.model == (former.run.dir if former is not None else None)
     runs = [other.run for other in stages.values()]
     assert len({run.dir for run in runs}) == len({run.seed for run in runs}) == len(runs)
@@ -73,11 +74,17 @@ def test_the_networks_fit_together(path: Path) -> None:
         if isinstance(config, TextStage):
             assert config.network.image_size == config.data.size
             return
-        network: UNetConfig = image.network
+        if isinstance(config, ControlStage):
+            assert (config.data.size, config.data.frames) == (image.data.size, 1)
+            return
+        if isinstance(config, UpscaleStage):
+            assert config.data.size == 2 * image.data.size
+            check_pair(config.prediction, config.schedule)
+        network: UNetConfig = config.network if isinstance(config, UpscaleStage) else image.network
         assert network.channels == autoencoder.network.latent_channels
         assert network.context_dims == (text.network.width,)
         assert network.pooled_dim in (None, text.network.embed_dim)
-        assert config.data.size == image.data.size
+        assert isinstance(config, UpscaleStage) or config.data.size == image.data.size
         assert config.data.size // factor % network.divisor == 0
         check_pair(image.prediction, image.schedule)
         steps = config.sampling.sampler.steps  # type: ignore[attr-defined]
@@ -85,7 +92,7 @@ def test_the_networks_fit_together(path: Path) -> None:
         spatial, temporal = UNet(network).num_parameters()
         assert spatial > 0
         assert temporal == 0
-        if isinstance(config, ImageStage):
+        if isinstance(config, ImageStage | UpscaleStage):
             assert config.data.frames == 1
             return
         video = stages["video"]
