@@ -27,7 +27,7 @@ from stages.evaluate_statistics import SPLITS, in_words, losses, summary
 from stages.pipeline import Pipeline
 from videodiff import config as configs
 from videodiff.errors import UserError
-from videodiff.model import DESCRIPTION, DiffusionStage, Model, sha256
+from videodiff.model import DESCRIPTION, DiffusionStage, Model, Sampling, sha256
 from videodiff.training import distributed
 from videodiff.video_io import write_json, write_png
 
@@ -113,7 +113,7 @@ def plan_for(model: Model, stage: str, num_prompts: int, num_held_out: int, seed
     if "video" in has:
         frames, fps = model.diffusion("video").frames, model.diffusion("video").fps
     factor = model.diffusion("interpolation").factor if "interpolation" in has else 1
-    sampling = {name: model.diffusion(name).sampling for name in used}
+    sampling: dict[str, Sampling] = {name: model.diffusion(name).sampling for name in used}
     enlarged = model.diffusion("upscale").factor if "upscale" in has else 1
     plan = Plan(tuple(rows), size, frames, fps, factor, num_prompts, num_held_out, seed, sampling, enlarged)
     return plan, skipped
