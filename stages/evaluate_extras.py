@@ -62,7 +62,8 @@ def _control(
         off["free"] = _distance(read_image(free[i, 0]), scene)
         truth = {**asdict(batch[i].combination), "shape": scene.shape}
         _note(made[i], row, seen, finite[i], {}, truth=truth, distance=off)
-        made[i].pictures[row] = np.concatenate([pictures[i], free[i, 0], frames[i, 0]], axis=1)
+        strip = np.concatenate([pictures[i], free[i, 0], frames[i, 0]], axis=1)
+        made[i].pictures[row] = strip.repeat(2, axis=0).repeat(2, axis=1)  # so that words fit below it
 
 
 def _upscale(road: Road, plan: Plan, batch: Sequence[Prompt], made: list[Measured]) -> None:
