@@ -66,22 +66,25 @@ def _control(
         made[i].pictures[row] = strip.repeat(2, axis=0).repeat(2, axis=1)  # so that words fit below it
 
 
-def _upscale(road: Road, plan: Plan, batch: Sequence[Prompt], made: list[Measured]) -> None:
-    """Real large pictures, made small and enlarged again: by the stage, by interpolation; and at best, by the
-    autoencoder from the large ones themselves."""
-    for prompt, key, measured in zip(batch, _keys(plan, batch), made, strict=True):
+def _upscale(road: Road, plan: Plan, batch: Sequence[Prompt], batch_made: list[Measured]) -> None:
+    """Large pictures, made small and enlarged again by the stage and by interpolation; and those that went through the
+    autoencoder when they were small, as whatever is generated has."""
+    for prompt, key, measured in zip(batch, _keys(plan, batch), batch_made, strict=True):
         real = render(_scene(prompt, plan), plan.size * plan.enlarged, 1, plan.fps)
         small = shrink(torch.from_numpy(real), plan.enlarged)
-        frames, finite = decoded(road, road.upscale(key, small.numpy(), plan.sampling["upscale"]))
-        rivals = {
-            "upscaled": frames[0],
-            "bilinear": enlarge(small, plan.enlarged).numpy(),
-            "bicubic": enlarge(small, plan.enlarged, "bicubic").numpy(),
-            "rebuilt": decoded(road, road.encode(real[None]))[0][0],
-        }
-        near = {name: psnr(clip, real) for name, clip in rivals.items()}
-        _note(measured, "upscale", read_image(frames[0, 0]), finite[0], near)
-        measured.pictures["upscale"] = np.concatenate([rivals["bilinear"][0], frames[0, 0], real[0]], axis=1)
+        rebuilt = torch.from_numpy(road.decode(road.encode(small.numpy()[None]))[0])
+        blank = np.zeros_like(real)
+        made, finite = {}, True
+        for name, given in (("", small), ("rebuilt_", rebuilt)):
+            frames = road.upscale(key, given.numpy(), plan.sampling["upscale"])
+            made[f"{name}upscaled"] = blank if frames is None else frames
+            made[f"{name}bilinear"] = enlarge(given, plan.enlarged).numpy()
+            made[f"{name}bicubic"] = enlarge(given, plan.enlarged, "bicubic").numpy()
+            finite = finite and frames is not None
+        near = {name: psnr(clip, real) for name, clip in made.items()}
+        _note(measured, "upscale", read_image(made["rebuilt_upscaled"][0]), finite, near)
+        strip = [made["rebuilt_bilinear"][0], made["rebuilt_upscaled"][0], real[0]]
+        measured.pictures["upscale"] = np.concatenate(strip, axis=1)
 
 
 ROW_MAKERS: dict[str, RowMaker] = {

@@ -23,7 +23,9 @@ MEASURES = {
     "upscaled": "made ",
     "bilinear": "bilinear ",
     "bicubic": "bicubic ",
-    "rebuilt": "rebuilt ",
+    "rebuilt_upscaled": "rebuilt, made ",
+    "rebuilt_bilinear": "rebuilt, bilinear ",
+    "rebuilt_bicubic": "rebuilt, bicubic ",
     "controlled": "off by ",
     "free": "without control ",
 }

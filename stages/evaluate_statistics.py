@@ -25,7 +25,7 @@ ROWS = {
     "whole": "whole, interpolated",
     "control": "control, the prompt's shape",
     "control_other": "control, another shape",
-    "upscale": "upscale, real pictures",
+    "upscale": "upscale, rebuilt pictures",
 }
 # (stage, row before its work, row after it); None stands for real clips, which are right by definition.
 STEPS: tuple[tuple[str, str | None, str], ...] = (

@@ -183,17 +183,19 @@ def _make(jobs: list[Job], pipeline: Pipeline, progress: Progress) -> list[Resul
     results = []
     for rows, row in places:
         result = Result(None, None, fps, used, (rows, row), _about_words(model, requests[row].options.prompt))
-        made = latents[row : row + 1]
-        if options.upscale and torch.isfinite(made).all():
+        if torch.isfinite(latents[row]).all():
+            result.frames = pipeline.decode(latents[row : row + 1])[0]
+        if options.upscale and result.frames is not None:
             sampling = model.diffusion("upscale").sampling
-            made = pipeline.upscale(keys[row], pipeline.decode(made)[0], sampling, bar("upscale"))
+            result.frames = pipeline.upscale(keys[row], result.frames, sampling, bar("upscale"))
             used["upscale"] = configs.to_dict(sampling)
-        if torch.isfinite(made).all():
-            result.frames = pipeline.decode(made)[0]
+        if result.frames is not None:
             if options.image is not None:  # shown as it was given, not as the autoencoder sees it
                 result.picture = pictures[row]
-            else:  # beside a video at the model's own size, so that --image takes it
-                result.picture = pipeline.decode(made if options.image_only else first[row : row + 1])[0, 0]
+            elif options.image_only:
+                result.picture = result.frames[0]
+            else:  # beside a video it keeps the model's own size, so that --image takes it
+                result.picture = pipeline.decode(first[row : row + 1])[0, 0]
             result.warnings += [f"the result is {s}" for s in symptoms(result.frames, _asks_for_motion(requests[row]))]
         else:
             result.warnings.append("the result is not finite")

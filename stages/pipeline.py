@@ -24,7 +24,7 @@ from videodiff.batch import Condition
 from videodiff.diffusion.denoiser import Denoiser
 from videodiff.diffusion.samplers import OnStep
 from videodiff.errors import UserError
-from videodiff.model import ControlPart, DiffusionStage, Model, Sampling
+from videodiff.model import ControlPart, DiffusionStage, Model, Sampling, UpscalePart
 from videodiff.networks.autoencoder import Autoencoder
 from videodiff.networks.control import HINTS, ControlledUNet
 from videodiff.networks.unet import UNet
@@ -154,22 +154,26 @@ class Pipeline:
 
     def upscale(
         self, key: SampleKey, frames: np.ndarray[Any, Any], sampling: Sampling, on_step: OnStep = None
-    ) -> Tensor:
-        """Super-resolution: frames uint8 [T,S,S,3] of one clip to latents [1,C,T,H,W] of frames k times as large.
+    ) -> np.ndarray[Any, Any] | None:
+        """Super-resolution: frames uint8 [T,S,S,3] of one clip to [T,kS,kS,3]; None where the result is not finite.
 
         Each frame by itself, and all from the same noise: what stands still does not flicker, and how many frames go
         through together changes nothing but rounding.
         """
-        part = self.model.diffusion("upscale")
-        large = upscale_stage.enlarge(torch.from_numpy(np.ascontiguousarray(frames)), part.factor).numpy()
+        part = self.model.part("upscale")
+        assert isinstance(part, UpscalePart)
+        large = upscale_stage.enlarge(torch.from_numpy(np.ascontiguousarray(frames)), part.factor)
+        given = upscale_stage.to_squares(large[:, None], upscale_stage.square_side(part.network)).to(self.device)
         told = self.condition([key.prompt], part.fps)
         pieces = []
-        for first in range(0, len(large), UPSCALE_FRAMES):
-            known = self.encode(large[first : first + UPSCALE_FRAMES, None])
+        for known in given.split(UPSCALE_FRAMES):
             condition = with_known(told.select([0] * len(known)), known, (0,))
             generators = [key.generator("upscale") for _ in known]
-            pieces.append(self._sample("upscale", condition, 1, generators, sampling, on_step))
-        return torch.cat(pieces).transpose(0, 2)
+            made = self._sample("upscale", condition, 1, generators, sampling, on_step)
+            if not torch.isfinite(made).all():
+                return None
+            pieces.append(upscale_stage.with_difference(known, made, part.deviation)[:, 0])
+        return torch.cat(pieces).cpu().numpy()
 
     @torch.no_grad()
     def encode(self, frames: np.ndarray[Any, Any]) -> Tensor:
@@ -194,7 +198,9 @@ class Pipeline:
     ) -> Tensor:
         part = self.model.diffusion(stage)
         side = part.size // self.autoencoder.factor
-        shape = (part.network.channels, frames, side, side)
+        shape: tuple[int, ...] = (part.network.channels, frames, side, side)
+        if condition.known is not None:  # what is given lies where the rest is made; upscale's are no latents
+            shape = tuple(condition.known.shape[1:])
         noise = torch.stack([torch.randn(shape, generator=g) for g in generators]).to(self.device)
         denoise = sampling.guidance(denoiser or self.denoiser(stage), condition)
         return sampling.sampler(denoise, noise, part.schedule, generators, on_step)

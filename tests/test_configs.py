@@ -12,7 +12,7 @@ from stages.control import ControlStage
 from stages.image import ImageStage
 from stages.interpolation import InterpolationStage, windows
 from stages.text import TextStage
-from stages.upscale import UpscaleStage
+from stages.upscale import UpscaleStage, square_side
 from stages.video import VideoStage
 from videodiff import config as configs
 from videodiff.diffusion.prediction import check_pair
@@ -80,11 +80,17 @@ def test_the_networks_fit_together(path: Path) -> None:
         if isinstance(config, UpscaleStage):
             assert config.data.size == 2 * image.data.size
             check_pair(config.prediction, config.schedule)
-        network: UNetConfig = config.network if isinstance(config, UpscaleStage) else image.network
+            side = square_side(config.network)
+            assert config.data.size % (side * config.network.divisor) == 0
+            assert config.network.context_dims == (text.network.width,)
+            assert config.network.pooled_dim == text.network.embed_dim
+            assert config.data.frames == 1
+            return
+        network: UNetConfig = image.network
         assert network.channels == autoencoder.network.latent_channels
         assert network.context_dims == (text.network.width,)
         assert network.pooled_dim in (None, text.network.embed_dim)
-        assert isinstance(config, UpscaleStage) or config.data.size == image.data.size
+        assert config.data.size == image.data.size
         assert config.data.size // factor % network.divisor == 0
         check_pair(image.prediction, image.schedule)
         steps = config.sampling.sampler.steps  # type: ignore[attr-defined]
@@ -92,7 +98,7 @@ def test_the_networks_fit_together(path: Path) -> None:
         spatial, temporal = UNet(network).num_parameters()
         assert spatial > 0
         assert temporal == 0
-        if isinstance(config, ImageStage | UpscaleStage):
+        if isinstance(config, ImageStage):
             assert config.data.frames == 1
             return
         video = stages["video"]

@@ -36,7 +36,7 @@ OWN = {
     "control": [],
     "upscale": [
         "data.size=64",
-        "network={channels: 4, model_channels: 16, channel_mult: [1, 1], num_res_blocks: 1,"
+        "network={channels: 48, model_channels: 16, channel_mult: [1, 1], num_res_blocks: 1,"
         " attention_levels: [false, true], head_channels: 8}",
         "sampling.sampler.steps=2",
     ],

@@ -13,7 +13,7 @@ from data_pipeline.world import render_clip
 from videodiff import config as configs
 from videodiff.batch import VideoBatch
 from videodiff.diffusion.samplers import DDIM
-from videodiff.model import DESCRIPTION, ControlPart, DiffusionPart, Model, Sampling, write_weights
+from videodiff.model import DESCRIPTION, ControlPart, Model, Sampling, UpscalePart, write_weights
 from videodiff.networks.control import ControlNet
 from videodiff.networks.unet import UNet
 from videodiff.training.trainer import train
@@ -68,7 +68,7 @@ def with_extras(model: Path, folder: Path) -> Path:
     shutil.copytree(model, folder)
     base = Model.load(folder)
     image = base.diffusion("image")
-    larger = image.network.model_copy(update={"known_channels": True})
+    larger = image.network.model_copy(update={"channels": 48, "known_channels": True})
     networks: dict[str, torch.nn.Module] = {
         "control": ControlNet.copy_of(base.unet("image"), base.autoencoder.factor),
         "upscale": UNet(larger),
@@ -82,7 +82,7 @@ def with_extras(model: Path, folder: Path) -> Path:
             files[name] = write_weights(folder, f"{name}.safetensors", network.state_dict())
     parts = {
         "control": ControlPart(network=image.network, hint="edges", size=image.size, weights=files["control"]),
-        "upscale": DiffusionPart(
+        "upscale": UpscalePart(
             network=larger,
             schedule=image.schedule,
             prediction=image.prediction,
@@ -90,6 +90,7 @@ def with_extras(model: Path, folder: Path) -> Path:
             frames=1,
             fps=8.0,
             factor=2,
+            deviation=0.1,
             sampling=Sampling(sampler=DDIM(steps=2)),
             weights=files["upscale"],
         ),

@@ -79,8 +79,7 @@ class Sampling(Config):
 
 
 class DiffusionPart(Config):
-    """A trained diffusion stage: `frames` x `size` x `size` at `fps`; `factor` is the gain in frame rate, and for
-    upscale the gain in height and width."""
+    """A trained diffusion stage: `frames` x `size` x `size` at `fps`; `factor` is the gain in frame rate."""
 
     network: UNetConfig
     schedule: NoiseSchedule
@@ -116,6 +115,13 @@ class ControlPart(Config):
     raw: File | None = None
 
 
+class UpscalePart(DiffusionPart):
+    """Trained super-resolution: `factor` is the gain in height and width. `deviation`: what the network makes in units
+    of one is that large in pixels in [-1,1]."""
+
+    deviation: float
+
+
 class ModelConfig(Config):
     """The content of `model.yaml`."""
 
@@ -127,7 +133,7 @@ class ModelConfig(Config):
     interpolation: DiffusionPart | None = None
     classifier: ClassifierPart | None = None
     control: ControlPart | None = None
-    upscale: DiffusionPart | None = None
+    upscale: UpscalePart | None = None
 
     def stages(self) -> list[str]:
         """Names of the stages that the model holds, in the order of the road, then of what stands beside it."""
