@@ -1,6 +1,7 @@
 """Super-resolution: what it is told, what it trains, `generate --upscale`, and that frames are made independently."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from stages.upscale import UpscaleStage, enlarge, shrink, to_squares, with_diffe
 from videodiff import config as configs
 from videodiff.diffusion.samplers import DDPM
 from videodiff.errors import UserError
-from videodiff.model import Model, export
+from videodiff.model import DESCRIPTION, Model, export, write_weights
 from videodiff.video_io import read_image, read_video
 
 PROMPT = "a large red circle moving left on a white background"
@@ -205,3 +206,18 @@ def test_each_video_of_a_batch_is_enlarged_as_if_alone(
     assert run("generate", PROMPT, "--model", model, "-o", "alone.png", "--upscale", "--image-only") == 0
     together, alone = read_image(sorted(Path("out").glob("*.png"))[0]), read_image("alone.png")
     assert np.abs(together.astype(int) - alone).max() <= 2
+
+
+def test_what_is_not_finite_is_not_written(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    opened = Model.load(shutil.copytree(model, "broken"))
+    state = opened.state("upscale")
+    state["conv_out.spatial.bias"][0] = torch.nan
+    weights = write_weights(Path("broken"), "upscale.safetensors", state)
+    part = opened.part("upscale").model_copy(update={"weights": weights})
+    configs.save(opened.config.model_copy(update={"upscale": part}), Path("broken") / DESCRIPTION)
+    assert run("generate", PROMPT, "--model", "broken", "-o", "out.png", "--upscale", "--image-only") == 2
+    assert "the result is not finite" in capsys.readouterr().err
+    assert not Path("out.png").exists()
