@@ -10,12 +10,14 @@ from pydantic import ConfigDict
 
 from data_pipeline.loader import ShardSource
 from data_pipeline.shards import all_captions
-from stages import image, interpolation, text, video
+from stages import control, image, interpolation, text, upscale, video
 from stages.autoencoder import AutoencoderStage, AutoencoderTask
 from stages.base import StageConfig
+from stages.control import ControlStage
 from stages.image import ImageStage
 from stages.interpolation import InterpolationStage
 from stages.text import TextStage, TextTask
+from stages.upscale import UpscaleStage
 from stages.video import VideoStage
 from videodiff import config as configs
 from videodiff.config import Config
@@ -32,6 +34,8 @@ STAGE_CONFIGS: dict[str, type[StageConfig]] = {
     "image": ImageStage,
     "video": VideoStage,
     "interpolation": InterpolationStage,
+    "control": ControlStage,
+    "upscale": UpscaleStage,
 }
 
 
@@ -40,7 +44,7 @@ class _StageName(Config):
 
     model_config = ConfigDict(extra="ignore")
 
-    stage: Literal["autoencoder", "text", "image", "video", "interpolation"]
+    stage: Literal["autoencoder", "text", "image", "video", "interpolation", "control", "upscale"]
 
 
 def load_stage(path: str | Path, overrides: Sequence[str] = ()) -> StageConfig:
@@ -60,6 +64,10 @@ def make_task(config: StageConfig) -> Task:
         return image.task(config, base)
     if isinstance(config, VideoStage):
         return video.task(config, base)
+    if isinstance(config, ControlStage):
+        return control.task(config, base)
+    if isinstance(config, UpscaleStage):
+        return upscale.task(config, base)
     assert isinstance(config, InterpolationStage)
     return interpolation.task(config, base)
 

@@ -30,6 +30,8 @@ class StageChoice(str, Enum):
     image = "image"
     video = "video"
     interpolation = "interpolation"
+    control = "control"
+    upscale = "upscale"
     all = "all"
 
 
@@ -86,6 +88,15 @@ def generate(
     ] = True,
     image: Annotated[Path | None, typer.Option(help="Animate this picture; no first image is generated")] = None,
     image_only: Annotated[bool, typer.Option("--image-only", help="Stop at the first image")] = False,
+    control: Annotated[
+        Path | None, typer.Option(help="Make the first image along the outlines of this picture")
+    ] = None,
+    control_scale: Annotated[
+        float | None, typer.Option(help="How closely to follow them; 0 not at all [default: 1]")
+    ] = None,
+    upscale: Annotated[
+        bool, typer.Option("--upscale", help="Enlarge every frame by the super-resolution stage")
+    ] = False,
     prompts: Annotated[
         Path | None, typer.Option(help=".txt, a prompt a line; or .jsonl, {prompt, seed, steps, ...} a line")
     ] = None,
@@ -103,7 +114,8 @@ def generate(
         "sampler": sampler.value if sampler else None, "text_guidance": text_guidance,
         "image_guidance": image_guidance, "frames": frames, "fps": fps,
         "interpolation": None if interpolation else False, "image": str(image) if image else None,
-        "image_only": image_only or None,
+        "image_only": image_only or None, "control": str(control) if control else None,
+        "control_scale": control_scale, "upscale": upscale or None,
     }  # fmt: skip
     options = {key: value for key, value in given.items() if value is not None}
     run(prompt, out, prompts, from_sidecar, options, batch_size)

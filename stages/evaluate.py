@@ -20,13 +20,14 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from stages.evaluate_extras import EXTRA_NEEDS, EXTRA_ROWS, measure_extras
 from stages.evaluate_report import SHOWN, picture_path, table, write_sheets
 from stages.evaluate_samples import Plan, Road, measure, planned_prompts, record
 from stages.evaluate_statistics import SPLITS, in_words, losses, summary
 from stages.pipeline import Pipeline
 from videodiff import config as configs
 from videodiff.errors import UserError
-from videodiff.model import DESCRIPTION, DiffusionStage, Model, sha256
+from videodiff.model import DESCRIPTION, DiffusionStage, Model, Sampling, sha256
 from videodiff.training import distributed
 from videodiff.video_io import write_json, write_png
 
@@ -95,24 +96,27 @@ def plan_for(model: Model, stage: str, num_prompts: int, num_held_out: int, seed
     has = model.config.stages()
     skipped: dict[str, str] = {}
     rows: list[str] = []
-    for name in STAGE_ROWS if stage == "all" else (stage,):
-        missing = [part for part in NEEDS[name] if part not in has]
+    rows_of, needs = {**STAGE_ROWS, **EXTRA_ROWS}, {**NEEDS, **EXTRA_NEEDS}
+    for name in (*STAGE_ROWS, *(extra for extra in EXTRA_ROWS if extra in has)) if stage == "all" else (stage,):
+        missing = [part for part in needs[name] if part not in has]
         if missing and stage != "all":
             model.part(missing[-1])  # says what the model lacks
         if missing:
             skipped[name] = f"the model has no stage {', '.join(missing)}"
         else:
-            rows += STAGE_ROWS[name]
+            rows += rows_of[name]
     if not rows:
         raise UserError(f"{model.folder}: holds no stage that can be judged (it has: {', '.join(has) or 'none'})")
-    used: list[DiffusionStage] = [name for name in ("image", "video", "interpolation") if name in has]
+    used: list[DiffusionStage] = [name for name in ("image", "video", "interpolation", "upscale") if name in has]
     size = model.diffusion(used[0]).size if used else PLAIN_SIZE
     frames, fps = PLAIN_FRAMES, PLAIN_FPS
     if "video" in has:
         frames, fps = model.diffusion("video").frames, model.diffusion("video").fps
     factor = model.diffusion("interpolation").factor if "interpolation" in has else 1
-    sampling = {name: model.diffusion(name).sampling for name in used}
-    return Plan(tuple(rows), size, frames, fps, factor, num_prompts, num_held_out, seed, sampling), skipped
+    sampling: dict[str, Sampling] = {name: model.diffusion(name).sampling for name in used}
+    enlarged = model.diffusion("upscale").factor if "upscale" in has else 1
+    plan = Plan(tuple(rows), size, frames, fps, factor, num_prompts, num_held_out, seed, sampling, enlarged)
+    return plan, skipped
 
 
 def evaluate(road: Road, plan: Plan, identity: dict[str, Any], out: Path, console: Console) -> dict[str, Any] | None:
@@ -129,7 +133,9 @@ def evaluate(road: Road, plan: Plan, identity: dict[str, Any], out: Path, consol
     with _progress(console, sum(len(batch) for batch in batches)) as advance:
         for batch in batches:
             if not all((p.split, p.number) in samples.found for p in batch):
-                for prompt, measured in zip(batch, measure(road, plan, batch), strict=True):
+                made = measure(road, plan, batch)
+                measure_extras(road, plan, batch, made)
+                for prompt, measured in zip(batch, made, strict=True):
                     if prompt.number < SHOWN[prompt.split]:
                         for row, picture in measured.pictures.items():
                             write_png(picture_path(out, row, prompt.split, prompt.number), picture)

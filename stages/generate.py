@@ -80,7 +80,8 @@ class Job:
 
     def settings(self) -> tuple[Any, ...]:
         """What jobs must share to be computed together."""
-        told = configs.to_dict(self.request.options) | {"image": self.request.options.image is not None}
+        options = self.request.options
+        told = configs.to_dict(options) | dict.fromkeys(options.pictures(), "a picture")
         return self.request.batch, *(told[name] for name in sorted(told.keys() - {"prompt", "seed", "num_samples"}))
 
 
@@ -105,6 +106,19 @@ def check(request: Request, model: Model) -> None:
         raise UserError("--image-only makes a first image and --image gives one; leave one of them out")
     if options.image is not None:
         _picture(options.image, model.diffusion("image").size)
+    if options.control is not None:
+        model.part("control")
+        if options.image is not None:
+            raise UserError("--control steers the first image and --image gives one; leave one of them out")
+        _picture(options.control, model.diffusion("image").size)
+        if _same_file(request.file(".png"), Path(options.control)):
+            raise UserError(
+                f"{options.control}: the result's picture would take its place; name another output with -o"
+            )
+    elif options.control_scale != 1:
+        raise UserError("--control-scale says how closely --control PICTURE is followed; name a picture too")
+    if options.upscale:
+        model.part("upscale")
     if not options.image_only and options.frames not in (None, model.diffusion("video").frames):
         raise UserError(
             f"--frames {options.frames}: this model makes clips of {model.diffusion('video').frames} frames "
@@ -147,7 +161,11 @@ def _make(jobs: list[Job], pipeline: Pipeline, progress: Progress) -> list[Resul
         first = pipeline.encode(pictures[:, None])
     else:
         sampling = _sampling(options, model, "image")
-        first = pipeline.image(keys, sampling, bar("image"))
+        if options.control is None:
+            first = pipeline.image(keys, sampling, bar("image"))
+        else:
+            pictures = np.stack([_picture(str(r.options.control), size) for r in requests])
+            first = pipeline.controlled_image(keys, pictures, options.control_scale, sampling, bar("image"))
         used["image"] = configs.to_dict(sampling)
     latents = first
     if not options.image_only:
@@ -167,9 +185,17 @@ def _make(jobs: list[Job], pipeline: Pipeline, progress: Progress) -> list[Resul
         result = Result(None, None, fps, used, (rows, row), _about_words(model, requests[row].options.prompt))
         if torch.isfinite(latents[row]).all():
             result.frames = pipeline.decode(latents[row : row + 1])[0]
-            # A given picture is shown as it was given, not as the autoencoder sees it.
-            given = options.image is not None
-            result.picture = pictures[row] if given else pipeline.decode(first[row : row + 1])[0, 0]
+        if options.upscale and result.frames is not None:
+            sampling = model.diffusion("upscale").sampling
+            result.frames = pipeline.upscale(keys[row], result.frames, sampling, bar("upscale"))
+            used["upscale"] = configs.to_dict(sampling)
+        if result.frames is not None:
+            if options.image is not None:  # shown as it was given, not as the autoencoder sees it
+                result.picture = pictures[row]
+            elif options.image_only:
+                result.picture = result.frames[0]
+            else:  # beside a video it keeps the model's own size, so that --image takes it
+                result.picture = pipeline.decode(first[row : row + 1])[0, 0]
             result.warnings += [f"the result is {s}" for s in symptoms(result.frames, _asks_for_motion(requests[row]))]
         else:
             result.warnings.append("the result is not finite")

@@ -7,7 +7,7 @@ so another batch size or number of ranks changes its frames by rounding only.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from stages import interpolation as interpolation_stage
+from stages import upscale as upscale_stage
 from stages import video as video_stage
 from stages.base import with_known
 from videodiff import config as configs
@@ -23,9 +24,13 @@ from videodiff.batch import Condition
 from videodiff.diffusion.denoiser import Denoiser
 from videodiff.diffusion.samplers import OnStep
 from videodiff.errors import UserError
-from videodiff.model import DiffusionStage, Model, Sampling
+from videodiff.model import ControlPart, DiffusionStage, Model, Sampling, UpscalePart
 from videodiff.networks.autoencoder import Autoencoder
+from videodiff.networks.control import HINTS, ControlledUNet
+from videodiff.networks.unet import UNet
 from videodiff.seeding import generator
+
+UPSCALE_FRAMES = 8  # frames that are upscaled together: bounds memory
 
 
 @dataclass(frozen=True)
@@ -89,6 +94,26 @@ class Pipeline:
         condition = self.condition([key.prompt for key in keys], self.model.diffusion("image").fps)
         return self._sample("image", condition, 1, [key.generator("image") for key in keys], sampling, on_step)
 
+    def controlled_image(
+        self,
+        keys: Sequence[SampleKey],
+        pictures: np.ndarray[Any, Any],
+        scale: float,
+        sampling: Sampling,
+        on_step: OnStep = None,
+    ) -> Tensor:
+        """Stage 1 along the outlines of `pictures`, uint8 [B,S,S,3]: [B,C,1,H,W]. Scale 0 is `image`, bit for bit."""
+        part = self.model.part("control")
+        assert isinstance(part, ControlPart)
+        plain = self.denoiser("image")
+        assert isinstance(plain.network, UNet)
+        network = ControlledUNet(plain.network, self.model.control.to(self.device), scale)
+        denoiser = Denoiser(network, plain.schedule, plain.prediction, plain.dtype, plain.variance)
+        hint = HINTS[part.hint](torch.from_numpy(np.ascontiguousarray(pictures))).to(self.device)
+        condition = self.condition([key.prompt for key in keys], self.model.diffusion("image").fps)
+        generators = [key.generator("image") for key in keys]
+        return self._sample("image", replace(condition, hint=hint), 1, generators, sampling, on_step, denoiser)
+
     def video(
         self, keys: Sequence[SampleKey], first: Tensor, fps: float, sampling: Sampling, on_step: OnStep = None
     ) -> Tensor:
@@ -127,6 +152,29 @@ class Pipeline:
         smooth[:, :, ::factor] = clip
         return smooth
 
+    def upscale(
+        self, key: SampleKey, frames: np.ndarray[Any, Any], sampling: Sampling, on_step: OnStep = None
+    ) -> np.ndarray[Any, Any] | None:
+        """Super-resolution: frames uint8 [T,S,S,3] of one clip to [T,kS,kS,3]; None where the result is not finite.
+
+        Each frame by itself, and all from the same noise: what stands still does not flicker, and how many frames go
+        through together changes nothing but rounding.
+        """
+        part = self.model.part("upscale")
+        assert isinstance(part, UpscalePart)
+        large = upscale_stage.enlarge(torch.from_numpy(np.ascontiguousarray(frames)), part.factor)
+        given = upscale_stage.to_squares(large[:, None], upscale_stage.square_side(part.network)).to(self.device)
+        told = self.condition([key.prompt], part.fps)
+        pieces = []
+        for known in given.split(UPSCALE_FRAMES):
+            condition = with_known(told.select([0] * len(known)), known, (0,))
+            generators = [key.generator("upscale") for _ in known]
+            made = self._sample("upscale", condition, 1, generators, sampling, on_step)
+            if not torch.isfinite(made).all():
+                return None
+            pieces.append(upscale_stage.with_difference(known, made, part.deviation)[:, 0])
+        return torch.cat(pieces).cpu().numpy()
+
     @torch.no_grad()
     def encode(self, frames: np.ndarray[Any, Any]) -> Tensor:
         """uint8 frames [B,T,H,W,3] to the mean of their latents [B,C,T,h,w]."""
@@ -146,10 +194,13 @@ class Pipeline:
         generators: Sequence[torch.Generator],
         sampling: Sampling,
         on_step: OnStep,
+        denoiser: Denoiser | None = None,
     ) -> Tensor:
         part = self.model.diffusion(stage)
         side = part.size // self.autoencoder.factor
-        shape = (part.network.channels, frames, side, side)
+        shape: tuple[int, ...] = (part.network.channels, frames, side, side)
+        if condition.known is not None:  # what is given lies where the rest is made; upscale's are no latents
+            shape = tuple(condition.known.shape[1:])
         noise = torch.stack([torch.randn(shape, generator=g) for g in generators]).to(self.device)
-        denoise = sampling.guidance(self.denoiser(stage), condition)
+        denoise = sampling.guidance(denoiser or self.denoiser(stage), condition)
         return sampling.sampler(denoise, noise, part.schedule, generators, on_step)

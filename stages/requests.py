@@ -38,6 +38,13 @@ class Options(Config):
     interpolation: bool = True
     image: str | None = None
     image_only: bool = False
+    control: str | None = None
+    control_scale: float = Field(1.0, ge=0)
+    upscale: bool = False
+
+    def pictures(self) -> dict[str, str]:
+        """The files that are given, by option."""
+        return {name: path for name in ("image", "control") if (path := getattr(self, name)) is not None}
 
     @field_validator("prompt")
     @classmethod
@@ -63,12 +70,11 @@ class Request:
     former: tuple[str, str] | None = None
 
     def identity(self, model_hash: str) -> str:
-        """Names what will be made: the options that change the frames, the sample, the model, the given picture."""
+        """Names what will be made: the options that change the frames, the sample, the model, the given pictures."""
         told = configs.to_dict(self.options)
         for key in ("num_samples", "model"):
             del told[key]
-        if self.options.image is not None:
-            told["image"] = sha256(Path(self.options.image))
+        told |= {name: sha256(Path(picture)) for name, picture in self.options.pictures().items()}
         text = json.dumps({"options": told, "sample": self.sample, "model": model_hash}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -192,9 +198,10 @@ def _repeated(sidecar: Path, out: Path | None, options: dict[str, Any]) -> Reque
             f"{sidecar}: was made with another model ({former_model[:12]}) than {repeated.model} is now "
             f"({found[:12]}); name the folder of the former one with --model"
         )
-    if repeated.image is not None and not Path(repeated.image).is_file():
-        raise UserError(f"{sidecar}: was made from {repeated.image}, which is missing; put the picture back")
+    pictures = list(repeated.pictures().values())
+    if missing := [picture for picture in pictures if not Path(picture).is_file()]:
+        raise UserError(f"{sidecar}: was made from {missing[0]}, which is missing; put the picture back")
     if request.identity(found) != identity:
-        what = f"{repeated.image} has changed since" if repeated.image is not None else "it was changed by hand"
+        what = f"{' or '.join(pictures)} has changed since" if pictures else "it was changed by hand"
         raise UserError(f"{sidecar}: can't be repeated exactly: {what}; give the options on the command line instead")
     return request
