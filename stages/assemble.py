@@ -13,6 +13,7 @@ from data_pipeline.shards import all_captions
 from stages import image, interpolation, text, video
 from stages.autoencoder import AutoencoderStage, AutoencoderTask
 from stages.base import StageConfig
+from stages.classifier import ClassifierStage, ClassifierTask
 from stages.image import ImageStage
 from stages.interpolation import InterpolationStage
 from stages.text import TextStage, TextTask
@@ -31,6 +32,7 @@ STAGE_CONFIGS: dict[str, type[StageConfig]] = {
     "image": ImageStage,
     "video": VideoStage,
     "interpolation": InterpolationStage,
+    "classifier": ClassifierStage,
 }
 
 
@@ -39,7 +41,7 @@ class _StageName(Config):
 
     model_config = ConfigDict(extra="ignore")
 
-    stage: Literal["autoencoder", "text", "image", "video", "interpolation"]
+    stage: Literal["autoencoder", "text", "image", "video", "interpolation", "classifier"]
 
 
 def load_stage(path: str | Path, overrides: Sequence[str] = ()) -> StageConfig:
@@ -52,6 +54,8 @@ def make_task(config: StageConfig) -> Task:
     """The task that a stage's configuration asks for, standing on the model it names."""
     if isinstance(config, AutoencoderStage):
         return AutoencoderTask(config, None if config.model is None else Model.load(config.model))
+    if isinstance(config, ClassifierStage):
+        return ClassifierTask(config, None if config.model is None else Model.load(config.model))
     base = _base(config)
     if isinstance(config, TextStage):
         return TextTask(config, base, *_vocabulary(config))

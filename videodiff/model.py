@@ -32,7 +32,7 @@ from videodiff.diffusion.samplers import DDIM, Sampler
 from videodiff.diffusion.schedule import NoiseSchedule
 from videodiff.errors import UserError
 from videodiff.networks.autoencoder import Autoencoder, AutoencoderConfig
-from videodiff.networks.classifier import ClassifierConfig
+from videodiff.networks.classifier import ClassifierConfig, NoisyClassifier
 from videodiff.networks.text import PretrainedText, TextConfig, TextTower
 from videodiff.networks.unet import UNet, UNetConfig, is_temporal
 
@@ -232,6 +232,14 @@ class Model:
         if stage != "image":
             state = {**self.state("image"), **state}
         self._fill(network, state, stage)
+        return network.requires_grad_(False).eval()
+
+    @cached_property
+    def classifier(self) -> NoisyClassifier:
+        part = self.part("classifier")
+        assert isinstance(part, ClassifierPart)
+        network = NoisyClassifier(part.network)
+        self._fill(network, self.state("classifier"), "classifier")
         return network.requires_grad_(False).eval()
 
     def denoiser(self, stage: DiffusionStage, dtype: torch.dtype = torch.float32) -> Denoiser:
