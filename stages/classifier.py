@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from data_pipeline.shards import all_labels
 from stages.base import PosteriorCache, StageConfig, check_size, write_part
+from videodiff import config as configs
 from videodiff.batch import VideoBatch
 from videodiff.config import operational
 from videodiff.diffusion.guidance import classifier_loss
@@ -67,8 +68,8 @@ class ClassifierTask:
             )
         self.schedule, self.size = _schedule(config, base), config.data.size
         _check_network(config, base)
-        network = ClassifierConfig(encoder=config.network, num_classes=len(self.classes), pooling=config.pooling)
-        self.module = NoisyClassifier(network)
+        told = {"encoder": configs.to_dict(config.network), "num_classes": len(self.classes), "pooling": config.pooling}
+        self.module = NoisyClassifier(configs.build(ClassifierConfig, told, "network"))
         self.posteriors = None
         if base is not None:
             self.posteriors = PosteriorCache(base.autoencoder.to(device()), int(config.latent_cache_gib * 2**30))

@@ -10,7 +10,7 @@ import numpy as np
 from rich.table import Table
 
 from data_pipeline.world import ATTRIBUTES
-from stages.evaluate_statistics import ROWS, SPLITS, right
+from stages.evaluate_statistics import BESIDE, ROWS, SPLITS, right
 from videodiff.video_io import read_image, save_sheet
 
 SHOWN = {"train": 6, "held_out": 3, "held_out_pair": 3}  # prompts on a sheet, of each split
@@ -35,7 +35,7 @@ def table(entries: Sequence[dict[str, Any]]) -> Table:
             for name, value in entry["psnr"].items()
         )
         split = entry["split"].replace("_", " ")
-        drawn.add_row(ROWS[entry["row"]], split, str(entry["n"]), *shares, near or "-")
+        drawn.add_row((ROWS | BESIDE)[entry["row"]], split, str(entry["n"]), *shares, near or "-")
     return drawn
 
 

@@ -24,6 +24,15 @@ ROWS = {
     "interpolation": "interpolation, real clips",
     "whole": "whole, interpolated",
 }
+# Rows of what stands beside the road.
+BESIDE = {
+    "classifier_clean": "classifier, clean latents",
+    "classifier_quarter": "classifier, t = N/4",
+    "classifier_half": "classifier, t = N/2",
+    "classifier_noisy": "classifier, t = 3N/4",
+    "unguided": "image without text",
+    "guided": "image without text, guided by the classifier",
+}
 # (stage, row before its work, row after it); None stands for real clips, which are right by definition.
 STEPS: tuple[tuple[str, str | None, str], ...] = (
     ("autoencoder", None, "autoencoder"),

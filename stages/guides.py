@@ -96,14 +96,13 @@ def guides_for(options: Options, prompts: Sequence[str], pipelines: Mapping[str,
 
 def check_guides(options: Options, models: Mapping[str, Model]) -> None:
     """Refuse (UserError) guides that can't do what they are asked, before anything is computed."""
-    for given, needed in (
-        ("classifier_scale", "classifier"),
-        ("class_name", "classifier"),
-        ("weak_scale", "weak_model"),
+    for flag, given, needed in (
+        ("--classifier-scale", options.classifier_scale, "classifier"),
+        ("--class", options.class_name, "classifier"),
+        ("--weak-scale", options.weak_scale, "weak_model"),
     ):
-        if getattr(options, given) is not None and getattr(options, needed) is None:
-            flag = "--class" if given == "class_name" else _flag(given)
-            raise UserError(f"{flag} goes with {_flag(needed)} MODEL; name one, or leave it out")
+        if given is not None and getattr(options, needed) is None:
+            raise UserError(f"{flag} goes with --{needed.replace('_', '-')} MODEL; name one, or leave it out")
     model = models[options.model]
     if options.classifier is not None:
         if options.image is not None:
@@ -114,8 +113,8 @@ def check_guides(options: Options, models: Mapping[str, Model]) -> None:
         made = [stage for stage in STEERED if not _left_out(stage, options)]
         if not set(made) & set(weaker_stages(model, models[options.weak_model])):
             raise UserError(
-                f"--weak-model {options.weak_model}: of {' and '.join(made)} it has no other weights than the model, so "
-                "there is nothing to amplify; name an earlier checkpoint or a smaller model"
+                f"--weak-model {options.weak_model}: of {' and '.join(made)} it has the model's own weights, so "
+                "there is nothing to amplify; name an earlier checkpoint or a smaller one"
             )
     if options.noise is not None:
         _check_noise(options, options.noise, model)
@@ -262,7 +261,3 @@ def _check_noise(options: Options, path: str, model: Model) -> None:
 
 def _left_out(stage: str, options: Options) -> bool:
     return options.image is not None if stage == "image" else options.image_only
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"

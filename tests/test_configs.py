@@ -8,6 +8,7 @@ import torch
 from stages.assemble import load_stage
 from stages.autoencoder import AutoencoderStage
 from stages.base import StageConfig
+from stages.classifier import ClassifierStage
 from stages.image import ImageStage
 from stages.interpolation import InterpolationStage, windows
 from stages.text import TextStage
@@ -15,6 +16,7 @@ from stages.video import VideoStage
 from videodiff import config as configs
 from videodiff.diffusion.prediction import check_pair
 from videodiff.networks.autoencoder import Autoencoder
+from videodiff.networks.classifier import ClassifierConfig, NoisyClassifier
 from videodiff.networks.unet import UNet, UNetConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,7 +34,7 @@ def road(path: Path) -> dict[str, StageConfig]:
 
 def test_there_is_one_for_each_stage() -> None:
     assert {path.stem for path in (ROOT / "configs" / "demo").glob("*.yaml")} == {
-        "autoencoder", "text", "image", "video", "interpolation",
+        "autoencoder", "text", "image", "video", "interpolation", "classifier",
     }  # fmt: skip
 
 
@@ -51,7 +53,7 @@ def test_a_yaml_loads_and_survives_being_saved(path: Path, tmp_path: Path) -> No
 def test_a_stage_stands_on_the_one_before_it(path: Path) -> None:
     config, stages = load_stage(path), road(path)
     order = ["autoencoder", "text", "image", "video", "interpolation"]
-    position = order.index(path.stem)
+    position = order.index(path.stem) if path.stem in order else order.index("video")  # beside the road: as the video
     former = stages.get(order[position - 1]) if position else None
     assert config.model == (former.run.dir if former is not None else None)
     runs = [other.run for other in stages.values()]
@@ -72,6 +74,12 @@ def test_the_networks_fit_together(path: Path) -> None:
             return
         if isinstance(config, TextStage):
             assert config.network.image_size == config.data.size
+            return
+        if isinstance(config, ClassifierStage):
+            assert config.network.channels == autoencoder.network.latent_channels
+            assert config.data.size == image.data.size
+            assert config.data.size // factor % config.network.divisor == 0
+            NoisyClassifier(ClassifierConfig(encoder=config.network, num_classes=2, pooling=config.pooling))
             return
         network: UNetConfig = image.network
         assert network.channels == autoencoder.network.latent_channels
