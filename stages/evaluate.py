@@ -154,6 +154,7 @@ def evaluate(road: Road, plan: Plan, identity: dict[str, Any], out: Path, consol
                 made = measure(road, plan, batch)
                 for extra in EXTRA_STAGES.values():
                     if set(extra.rows) & set(plan.rows):
+                        assert isinstance(road, Pipeline), "only a model has anything beside the road"
                         extra.make(road, plan, batch, made)
                 for prompt, measured in zip(batch, made, strict=True):
                     if prompt.number < SHOWN[prompt.split]:

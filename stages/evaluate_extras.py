@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +15,7 @@ from data_pipeline.world import ATTRIBUTES
 from data_pipeline.world_reader import read_image
 from stages.evaluate_samples import IMAGE_ATTRIBUTES, Measured, Plan, Prompt, decoded, real_clip, strip
 from stages.guides import Guides, check_classifier, classifier_part
-from stages.pipeline import SampleKey, adjusted
+from stages.pipeline import Pipeline, SampleKey, adjusted
 from videodiff.diffusion.guidance import ClassifierGuidance, class_logits
 from videodiff.diffusion.prediction import add_noise
 from videodiff.errors import UserError
@@ -36,7 +35,7 @@ class Extra:
     rows: tuple[str, ...]
     needs: tuple[str, ...]
     problem: Callable[[Model], str | None]
-    make: Callable[[Any, Plan, Sequence[Prompt], list[Measured]], None]
+    make: Callable[[Pipeline, Plan, Sequence[Prompt], list[Measured]], None]
 
 
 def classifier_problem(model: Model) -> str | None:
@@ -64,20 +63,19 @@ def classifier_scale_for(plan: Plan, asked: float | None) -> float | None:
 
 
 @torch.no_grad()
-def classifier_rows(road: Any, plan: Plan, batch: Sequence[Prompt], made: list[Measured]) -> None:
+def classifier_rows(road: Pipeline, plan: Plan, batch: Sequence[Prompt], made: list[Measured]) -> None:
     """What the classifier says of real first frames under more and more noise, and what the reader finds in images
     made without any text, left alone and guided to the class that the prompt would have asked for."""
     part = classifier_part(road.model)
     truth = [getattr(prompt.combination, part.attribute) for prompt in batch]
     x0 = road.encode(np.stack([real_clip(prompt, plan)[:1] for prompt in batch]))
-    purpose = [f"classifier-{prompt.split}" for prompt in batch]
     shape = tuple(x0.shape[1:])
-    eps = torch.cat([normals(shape, plan.seed, p, [b.number]) for p, b in zip(purpose, batch, strict=True)]).to(x0)
+    eps = torch.cat([normals(shape, plan.seed, f"classifier-{p.split}", [p.number]) for p in batch]).to(x0)
     for row, level in LEVELS.items():
         t = torch.full((len(batch),), round(level * part.schedule.num_steps), device=x0.device)
         x_t = add_noise(x0, eps, t, part.schedule)
         logits = class_logits(road.classifier, x_t, t)
-        found = [part.classes[place] for place in logits.argmax(1).tolist()]
+        found: list[str | None] = [part.classes[place] for place in logits.argmax(1).tolist()]
         frames, _ = decoded(road, x_t)  # as much as can be seen through the noise
         _note(made, row, part.attribute, found, torch.isfinite(logits).all(1).tolist(), frames)
     keys = [SampleKey(plan.seed, prompt.text, prompt.turn) for prompt in batch]
@@ -90,7 +88,7 @@ def classifier_rows(road: Any, plan: Plan, batch: Sequence[Prompt], made: list[M
 
 
 def _note(
-    made: list[Measured], row: str, attribute: str, found: list[Any], finite: list[bool], frames: np.ndarray
+    made: list[Measured], row: str, attribute: str, found: list[str | None], finite: list[bool], frames: np.ndarray
 ) -> None:
     """Keep what was found in each sample, and a picture; what is not finite shows nothing."""
     for measured, value, whole, clip in zip(made, found, finite, frames, strict=True):

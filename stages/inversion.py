@@ -45,11 +45,12 @@ def main(
     for stage in stages:
         samplings[stage].sampler.times(opened.diffusion(stage).schedule)
     noise, again, ceiling = round_trip(Pipeline(opened, device()), frames, prompt, samplings)
+    sidecar = out.with_name(f"{out.name}.json")  # the picture's own side-car may have the name without .safetensors
     with atomic_path(out) as draft:
         draft.write_bytes(save({stage: value.contiguous() for stage, value in noise.items()}))
     reached, most = psnr(again, frames), psnr(ceiling, frames)
     write_json(
-        out.with_suffix(".json"),
+        sidecar,
         {
             "source": str(source),
             "prompt": prompt,
@@ -60,7 +61,7 @@ def main(
     )
     print(f"from the noise and back: {reached:.1f} dB (the autoencoder alone: {most:.1f} dB)")
     print(f"begin there with: {_command(prompt, out, model, steps, text_guidance, image_guidance, is_video)}")
-    for path in (out, out.with_suffix(".json")):
+    for path in (out, sidecar):
         print(path, flush=True)
 
 
