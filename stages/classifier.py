@@ -69,7 +69,8 @@ class ClassifierTask:
         self.schedule, self.size = _schedule(config, base), config.data.size
         _check_network(config, base)
         told = {"encoder": configs.to_dict(config.network), "num_classes": len(self.classes), "pooling": config.pooling}
-        self.module = NoisyClassifier(configs.build(ClassifierConfig, told, "network"))
+        self.network = configs.build(ClassifierConfig, told, "network")
+        self.module: nn.Module = NoisyClassifier(self.network)
         self.posteriors = None
         if base is not None:
             self.posteriors = PosteriorCache(base.autoencoder.to(device()), int(config.latent_cache_gib * 2**30))
@@ -121,7 +122,7 @@ class ClassifierTask:
 
     def export(self, state: dict[str, Tensor], folder: Path, file: str) -> None:
         told: dict[str, Any] = {
-            "network": self.module.config,
+            "network": self.network,
             "schedule": self.schedule,
             "attribute": self.attribute,
             "classes": self.classes,
