@@ -13,6 +13,7 @@ from data_pipeline.shards import all_captions
 from stages import control, image, interpolation, text, upscale, video
 from stages.autoencoder import AutoencoderStage, AutoencoderTask
 from stages.base import StageConfig
+from stages.classifier import ClassifierStage, ClassifierTask
 from stages.control import ControlStage
 from stages.image import ImageStage
 from stages.interpolation import InterpolationStage
@@ -34,6 +35,7 @@ STAGE_CONFIGS: dict[str, type[StageConfig]] = {
     "image": ImageStage,
     "video": VideoStage,
     "interpolation": InterpolationStage,
+    "classifier": ClassifierStage,
     "control": ControlStage,
     "upscale": UpscaleStage,
 }
@@ -44,7 +46,7 @@ class _StageName(Config):
 
     model_config = ConfigDict(extra="ignore")
 
-    stage: Literal["autoencoder", "text", "image", "video", "interpolation", "control", "upscale"]
+    stage: Literal["autoencoder", "text", "image", "video", "interpolation", "classifier", "control", "upscale"]
 
 
 def load_stage(path: str | Path, overrides: Sequence[str] = ()) -> StageConfig:
@@ -57,6 +59,8 @@ def make_task(config: StageConfig) -> Task:
     """The task that a stage's configuration asks for, standing on the model it names."""
     if isinstance(config, AutoencoderStage):
         return AutoencoderTask(config, None if config.model is None else Model.load(config.model))
+    if isinstance(config, ClassifierStage):
+        return ClassifierTask(config, None if config.model is None else Model.load(config.model))
     base = _base(config)
     if isinstance(config, TextStage):
         return TextTask(config, base, *_vocabulary(config))

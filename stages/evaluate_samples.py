@@ -56,6 +56,7 @@ class Plan:
     seed: int
     sampling: dict[str, Sampling]
     enlarged: int = 1  # gain in height and width of the upscale stage
+    classifier_scale: float | None = None  # of the rows of a classifier, where there are any
 
 
 @dataclass(frozen=True)
@@ -184,11 +185,11 @@ def _note(
         if not finite[i]:
             seen, consistent = dict.fromkeys(seen), False
         measured.rows[row] = {"read": seen, "consistent": consistent, "finite": finite[i], "psnr": near[i]}
-        strips = [_strip(clip)] if above is None else [_strip(above[i]), _strip(clip)]
+        strips = [strip(clip)] if above is None else [strip(above[i]), strip(clip)]
         measured.pictures[row] = np.concatenate(strips)
 
 
-def _strip(clip: np.ndarray) -> np.ndarray:
+def strip(clip: np.ndarray) -> np.ndarray:
     """Frames spread over a clip, side by side; a single picture at twice its size, so that words fit below it."""
     if len(clip) == 1:
         return clip[0].repeat(2, axis=0).repeat(2, axis=1)

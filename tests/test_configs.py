@@ -8,6 +8,7 @@ import torch
 from stages.assemble import STAGE_CONFIGS, load_stage
 from stages.autoencoder import AutoencoderStage
 from stages.base import StageConfig
+from stages.classifier import ClassifierStage
 from stages.control import ControlStage
 from stages.image import ImageStage
 from stages.interpolation import InterpolationStage, windows
@@ -18,6 +19,7 @@ from videodiff import config as configs
 from videodiff.diffusion.prediction import check_pair
 from videodiff.model import EXTRAS, STAGES
 from videodiff.networks.autoencoder import Autoencoder
+from videodiff.networks.classifier import ClassifierConfig, NoisyClassifier
 from videodiff.networks.unet import UNet, UNetConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -94,6 +96,12 @@ def test_the_networks_fit_together(path: Path) -> None:
             assert config.network.context_dims == (text.network.width,)
             assert config.network.pooled_dim == text.network.embed_dim
             assert config.data.frames == 1
+            return
+        if isinstance(config, ClassifierStage):
+            assert config.network.channels == autoencoder.network.latent_channels
+            assert config.data.size == image.data.size
+            assert config.data.size // factor % config.network.divisor == 0
+            NoisyClassifier(ClassifierConfig(encoder=config.network, num_classes=2, pooling=config.pooling))
             return
         network: UNetConfig = image.network
         assert network.channels == autoencoder.network.latent_channels

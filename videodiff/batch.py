@@ -31,6 +31,7 @@ class VideoBatch:
     keys: tuple[str, ...]  # names of the samples in their shards
     weight: Tensor  # float32 [B]
     paraphrases: tuple[str, ...] = ()  # of each sample another of its captions, or its only one again
+    labels: tuple[str, ...] = ()  # of each sample what its JSON says at `data.label`, where the data names one
 
     def __len__(self) -> int:
         return self.frames.shape[0]

@@ -32,7 +32,7 @@ from videodiff.diffusion.samplers import DDIM, Sampler
 from videodiff.diffusion.schedule import NoiseSchedule
 from videodiff.errors import UserError
 from videodiff.networks.autoencoder import Autoencoder, AutoencoderConfig
-from videodiff.networks.classifier import ClassifierConfig
+from videodiff.networks.classifier import ClassifierConfig, NoisyClassifier
 from videodiff.networks.control import ControlNet
 from videodiff.networks.text import PretrainedText, TextConfig, TextTower
 from videodiff.networks.unet import UNet, UNetConfig, is_temporal
@@ -245,6 +245,14 @@ class Model:
         if stage in ("video", "interpolation"):
             state = {**self.state("image"), **state}
         self._fill(network, state, stage)
+        return network.requires_grad_(False).eval()
+
+    @cached_property
+    def classifier(self) -> NoisyClassifier:
+        part = self.part("classifier")
+        assert isinstance(part, ClassifierPart)
+        network = NoisyClassifier(part.network)
+        self._fill(network, self.state("classifier"), "classifier")
         return network.requires_grad_(False).eval()
 
     @cached_property
