@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # The demo's own YAMLs, made small: 32x32 pixels, 4 frames at 8 fps, two steps a stage.
 EVERY = ["run.steps=2", "run.save_every=2", "run.sample_every=2", "data.batch_size=4", "data.size=32", "data.workers=0"]
 OWN = {
-    "autoencoder": ["network={latent_channels: 4, patch: 4, widths: [16, 16]}"],
+    "autoencoder": ["data.frames=2", "network={latent_channels: 4, patch: 4, widths: [16, 16]}"],
     "text": [
         "network={width: 16, layers: 1, heads: 2, embed_dim: 16, image_size: 32, image_width: 16, image_layers: 1,"
         " image_heads: 2}",
