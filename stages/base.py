@@ -142,11 +142,11 @@ def check_size(size: int, multiple: int, why: str) -> None:
 
 
 def check_fit(base: Model, network: UNetConfig, size: int) -> None:
-    """Refuse (UserError) a network that does not fit the autoencoder and the text tower of `base`, or the size."""
+    """Refuse (UserError) a network that does not fit the autoencoder and the text towers of `base`, or the size."""
     autoencoder, text = base.autoencoder, base.text
     for name, given, wanted, whose in (
         ("channels", network.channels, autoencoder.config.latent_channels, "autoencoder's latent_channels"),
-        ("context_dims", list(network.context_dims), [text.width], "text tower's width"),
+        ("context_dims", list(network.context_dims), list(text.widths), "text towers' width"),
         ("pooled_dim", network.pooled_dim, text.embed_dim, "text tower's embed_dim"),
     ):
         if given != wanted:

@@ -15,7 +15,7 @@ class ImageStage(DiffusionStageConfig):
     """`videodiff train configs/demo/image.yaml`. Its schedule and prediction are the video stage's too:
 
     a frozen spatial network can't change what it predicts. The network's `context_dims` and `pooled_dim` may be left
-    out: they are the text tower's then.
+    out: they are the text towers' then.
     """
 
     stage: Literal["image"]
@@ -33,7 +33,7 @@ def known_slots(frames: int) -> tuple[int, ...]:
 def task(config: ImageStage, base: Model) -> DiffusionTask:
     """The training task of the image stage."""
     told = {
-        "context_dims": config.network.context_dims or (base.text.width,),
+        "context_dims": config.network.context_dims or base.text.widths,
         "pooled_dim": config.network.pooled_dim or base.text.embed_dim,
     }
     network = UNet(config.network.model_copy(update=told))
