@@ -6,7 +6,7 @@ caller, so nothing is downloaded, unpickled or run out of a folder.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -36,22 +36,7 @@ class T5Tokenizer:
 
     def __init__(self, file: Path, context_length: int, end: int, padding: int) -> None:
         self.context_length, self.end, self.padding = context_length, end, padding
-        self._is_fast = file.suffix == ".json"
-        with _extra():
-            import sentencepiece
-            import tokenizers
-        try:
-            if self._is_fast:
-                self._tokenizer = tokenizers.Tokenizer.from_file(str(file))
-                self._tokenizer.no_truncation()  # the file keeps what its last user asked for
-                self._tokenizer.no_padding()
-                self.size: int = self._tokenizer.get_vocab_size()
-            else:
-                self._tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(file))
-                self.size = self._tokenizer.get_piece_size()
-        except Exception as error:  # tokenizers raises Exception itself
-            reason = str(error).splitlines()[0]
-            raise UserError(f"{file}: not a tokenizer that can be read ({reason}); copy it again") from None
+        self.pieces, self.size = _read_tokenizer(file)  # ids of a caption, however many; rows that they need
 
     def __call__(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """int64 ids and bool mask [B,L], True up to the end of text. What is too long is cut: see `lost_words`."""
@@ -62,13 +47,6 @@ class T5Tokenizer:
             ids[row, : len(kept)] = torch.tensor(kept)
             mask[row, : len(kept)] = True
         return ids, mask
-
-    def pieces(self, caption: str) -> list[int]:
-        """The ids of a caption's tokens, however many, without the end of text."""
-        # Whether a file's own template adds the end of text differs, so none is asked to.
-        if self._is_fast:
-            return list(self._tokenizer.encode(caption, add_special_tokens=False).ids)
-        return list(self._tokenizer.encode(caption))
 
     def lost_words(self, caption: str) -> list[str]:
         """The words at the end that do not fit, in order; a word cut in its middle is lost."""
@@ -150,15 +128,34 @@ def encoder_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return kept
 
 
+def _read_tokenizer(file: Path) -> tuple[Callable[[str], list[int]], int]:
+    """What gives the ids of a caption's tokens, without the end of text, and the size of its vocabulary."""
+    with _extra():
+        import sentencepiece
+        import tokenizers
+    try:
+        if file.suffix == ".json":
+            fast = tokenizers.Tokenizer.from_file(str(file))
+            fast.no_truncation()  # the file keeps what its last user asked for
+            fast.no_padding()
+            # Files differ in whether their template adds the end of text, so none is asked to.
+            return lambda caption: fast.encode(caption, add_special_tokens=False).ids, fast.get_vocab_size()
+        pieces = sentencepiece.SentencePieceProcessor(model_file=str(file))
+        return lambda caption: pieces.encode(caption), pieces.get_piece_size()
+    except Exception as error:  # tokenizers raises Exception itself
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{file}: not a tokenizer that can be read ({reason}); copy it again") from None
+
+
 def _make_encoder(settings: Path, told: dict[str, Any]) -> tuple[Any, int]:
     """transformers' T5Stack on the meta device, and the rows of its embedding."""
     with _extra():
         declare_torchvision_ops()  # transformers imports torchvision where it is installed
-        import transformers
+        from transformers import T5Config, T5EncoderModel  # loaded when named
     try:
-        config = transformers.T5Config(**{name: told[name] for name in ARCHITECTURE if name in told}, use_cache=False)
+        config = T5Config(**{name: told[name] for name in ARCHITECTURE if name in told}, use_cache=False)
         with torch.device("meta"):
-            encoder = transformers.T5EncoderModel(config).encoder
+            encoder = T5EncoderModel(config).encoder
     except Exception as error:  # transformers' own checks raise errors of several kinds
         reason = " ".join(str(error).split())
         raise UserError(f"{settings}: not the settings of a T5 ({reason}); copy config.json again") from None
