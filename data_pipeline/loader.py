@@ -24,7 +24,7 @@ from pydantic import Field
 from data_pipeline.clips import Clip, ClipError
 from data_pipeline.decoding import DECODER, DecodePool
 from data_pipeline.order import Order
-from data_pipeline.shards import fingerprint, open_shards, read_sample
+from data_pipeline.shards import fingerprint, label_of, open_shards, read_sample
 from videodiff.batch import VideoBatch
 from videodiff.config import Config, operational
 from videodiff.errors import UserError
@@ -41,6 +41,7 @@ class DataConfig(Config):
     frames: int = Field(ge=1)  # 1 for images: a random frame of each clip
     fps: float = Field(gt=0)  # of the clip as the network sees it
     size: int = Field(ge=8)  # pixels, square
+    label: str | None = None  # a field of each sample's JSON that goes with it, e.g. scene.shape
     streams: int = Field(64, ge=1)  # best a multiple of every number of ranks
     workers: int = operational(2, ge=0)  # helpers of each rank; 0 decodes in the training process, without a deadline
     deadline_seconds: float = operational(30.0, gt=0)  # for one clip
@@ -59,6 +60,7 @@ class _Slot(NamedTuple):
     sample: int
     key: str = ""
     captions: tuple[str, ...] = ()
+    label: str = ""
 
 
 class ShardSource:
@@ -75,7 +77,7 @@ class ShardSource:
         self.num_samples = self._order.num_samples
         self.fingerprint = fingerprint(self._shards)
         self._bad = _BadSamples(bad_samples, config)
-        self._cache: dict[int, tuple[Clip, str, tuple[str, ...]]] = {}  # by sample: whole clip, key, captions
+        self._cache: dict[int, tuple[Clip, _Slot]] = {}  # by sample: whole clip, and its text
         self._cache_left = int(config.cache_gib * 2**30)
 
     @property
@@ -123,7 +125,8 @@ class ShardSource:
             else:
                 shard, place = self._order.place(sample)
                 raw = read_sample(self._shards[shard], place)
-                slots.append(_Slot(number, sample, raw.key, raw.captions))
+                label = label_of(self._shards[shard], raw.key, raw.meta, config.label) if config.label else ""
+                slots.append(_Slot(number, sample, raw.key, raw.captions, label))
                 yield {
                     "video": raw.video,
                     "fps": config.fps,
@@ -138,20 +141,23 @@ class ShardSource:
     def _batch(self, slots: list[_Slot], clips: list[Clip | ClipError | None]) -> VideoBatch:
         config = self._config
         frames = np.zeros((len(slots), config.frames, config.size, config.size, 3), np.uint8)
-        keys, captions, paraphrases, weight = [], [], [], []
+        keys, captions, paraphrases, labels, weight = [], [], [], [], []
         for row, (slot, clip) in enumerate(zip(slots, clips, strict=True)):
-            key, choices = slot.key, slot.captions
+            told = slot
             if clip is None and slot.number not in self._bad.recorded:
-                clip, key, choices = self._cache[slot.sample]
+                clip, told = self._cache[slot.sample]
             if isinstance(clip, Clip):
                 self._bad.seen += 1
                 frames[row] = clip.window(config.frames, self._position(slot.number))
-                self._keep(slot.sample, clip, key, choices)
-                caption, paraphrase = self._two(choices, slot.number)
+                self._keep(clip, told)
+                caption, paraphrase = self._two(told.captions, slot.number)
+                key, label = told.key, told.label
             else:
                 shard = self._shards[self._order.place(slot.sample)[0]].path
-                key, caption, paraphrase = self._bad.take(slot.number, key, shard, clip), "", ""
+                key, caption, paraphrase = self._bad.take(slot.number, slot.key, shard, clip), "", ""
+                label = ""
             keys.append(key)
+            labels.append(label)
             captions.append(caption)
             paraphrases.append(paraphrase)
             weight.append(float(isinstance(clip, Clip)))
@@ -163,6 +169,7 @@ class ShardSource:
             keys=tuple(keys),
             weight=torch.tensor(weight),
             paraphrases=tuple(paraphrases),
+            labels=tuple(labels) if config.label else (),
         )
 
     def _two(self, choices: tuple[str, ...], number: int) -> tuple[str, str]:
@@ -171,10 +178,10 @@ class ShardSource:
         others = choices[:first] + choices[first + 1 :] or choices
         return choices[first], others[int(float(uniforms(self._seed, "paraphrase", [number])[0]) * len(others))]
 
-    def _keep(self, sample: int, clip: Clip, key: str, captions: tuple[str, ...]) -> None:
+    def _keep(self, clip: Clip, told: _Slot) -> None:
         whole = len(clip.frames) == clip.total
-        if whole and sample not in self._cache and clip.frames.nbytes <= self._cache_left:
-            self._cache[sample] = clip, key, captions
+        if whole and told.sample not in self._cache and clip.frames.nbytes <= self._cache_left:
+            self._cache[told.sample] = clip, told
             self._cache_left -= clip.frames.nbytes
 
     def _position(self, number: int) -> float:

@@ -194,6 +194,33 @@ def all_captions(location: str) -> Iterator[str]:
             yield from _checked(shard, _read_texts(shard, number)).captions
 
 
+def all_labels(location: str, field: str) -> set[str]:
+    """Every value that the samples of the shards at ``location`` have in a field of their JSON, see `label_of`."""
+    found = set()
+    for shard in open_shards(location):
+        for number in range(len(shard.offsets)):
+            sample = _checked(shard, _read_texts(shard, number))
+            found.add(label_of(shard, sample.key, sample.meta, field))
+    return found
+
+
+def label_of(shard: Shard, key: str, meta: dict[str, Any], field: str) -> str:
+    """What the JSON of a sample says in ``field``, a dotted path such as scene.shape: a word, or a whole number as one.
+
+    Raises UserError where it says nothing of the kind.
+    """
+    value: Any = meta
+    for name in field.split("."):
+        value = value.get(name) if isinstance(value, dict) else None
+    if isinstance(value, bool) or not isinstance(value, (str, int)) or value == "":
+        has = ", ".join(sorted(meta)) or "nothing"
+        raise UserError(
+            f"{shard.path}: the JSON of sample {key} has no word or whole number at data.label={field} "
+            f"(it has: {has}); name another field, or write it"
+        )
+    return str(value)
+
+
 def _read_texts(shard: Shard, number: int) -> dict[str, Any]:
     """The members of a sample by suffix, as webdataset gives them, but only json and txt have their content."""
     from webdataset.tariterators import base_plus_ext

@@ -10,13 +10,16 @@ from pydantic import ConfigDict
 
 from data_pipeline.loader import ShardSource
 from data_pipeline.shards import all_captions
-from stages import image, interpolation, text, video
+from stages import control, image, interpolation, text, upscale, video
 from stages.autoencoder import AutoencoderStage, AutoencoderTask
 from stages.base import StageConfig
+from stages.classifier import ClassifierStage, ClassifierTask
+from stages.control import ControlStage
 from stages.further_towers import place_in_run
 from stages.image import ImageStage
 from stages.interpolation import InterpolationStage
 from stages.text import TextStage, TextTask
+from stages.upscale import UpscaleStage
 from stages.video import VideoStage
 from videodiff import config as configs
 from videodiff.config import Config
@@ -33,6 +36,9 @@ STAGE_CONFIGS: dict[str, type[StageConfig]] = {
     "image": ImageStage,
     "video": VideoStage,
     "interpolation": InterpolationStage,
+    "classifier": ClassifierStage,
+    "control": ControlStage,
+    "upscale": UpscaleStage,
 }
 
 
@@ -41,7 +47,7 @@ class _StageName(Config):
 
     model_config = ConfigDict(extra="ignore")
 
-    stage: Literal["autoencoder", "text", "image", "video", "interpolation"]
+    stage: Literal["autoencoder", "text", "image", "video", "interpolation", "classifier", "control", "upscale"]
 
 
 def load_stage(path: str | Path, overrides: Sequence[str] = ()) -> StageConfig:
@@ -54,6 +60,8 @@ def make_task(config: StageConfig) -> Task:
     """The task that a stage's configuration asks for, standing on the model it names."""
     if isinstance(config, AutoencoderStage):
         return AutoencoderTask(config, None if config.model is None else Model.load(config.model))
+    if isinstance(config, ClassifierStage):
+        return ClassifierTask(config, None if config.model is None else Model.load(config.model))
     base = _base(config)
     if isinstance(config, TextStage):
         return TextTask(config, base, *_vocabulary(config), place_in_run(config.further, Path(config.run.dir)))
@@ -61,6 +69,10 @@ def make_task(config: StageConfig) -> Task:
         return image.task(config, base)
     if isinstance(config, VideoStage):
         return video.task(config, base)
+    if isinstance(config, ControlStage):
+        return control.task(config, base)
+    if isinstance(config, UpscaleStage):
+        return upscale.task(config, base)
     assert isinstance(config, InterpolationStage)
     return interpolation.task(config, base)
 

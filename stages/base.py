@@ -38,6 +38,7 @@ from videodiff.model import (
     write_weights,
 )
 from videodiff.networks.autoencoder import Autoencoder
+from videodiff.networks.control import ControlledUNet
 from videodiff.networks.unet import UNet, UNetConfig
 from videodiff.seeding import generator, normals, uniforms
 from videodiff.training.distributed import device
@@ -80,14 +81,19 @@ class Dropout(Config):
         return text | both, image | both
 
 
-class DiffusionStageConfig(StageConfig):
-    """What the YAMLs of the three diffusion stages share."""
+class DenoisingStageConfig(StageConfig):
+    """What the YAMLs share of all stages that train by denoising."""
 
     loss: DiffusionLoss = DiffusionLoss()
     dropout: Dropout = Dropout()
-    sampling: Sampling = Sampling()
     latent_cache_gib: float = operational(1.0, ge=0, description="encoded clips kept in the memory of each rank")
     activation_checkpointing: bool = operational(False, description="less memory for about a third more computation")
+
+
+class DiffusionStageConfig(DenoisingStageConfig):
+    """What the YAMLs share of the stages that are sampled by themselves."""
+
+    sampling: Sampling = Sampling()
 
 
 class PosteriorCache:
@@ -134,6 +140,15 @@ def with_known(condition: Condition, latents: Tensor, slots: Sequence[int]) -> C
     return replace(condition, known=latents * mask, known_mask=full)
 
 
+def told_text(network: UNetConfig, base: Model) -> UNetConfig:
+    """The network with the text towers' widths where its own are left out."""
+    widths = {
+        "context_dims": network.context_dims or base.text.widths,
+        "pooled_dim": network.pooled_dim or base.text.embed_dim,
+    }
+    return network.model_copy(update=widths)
+
+
 def check_size(size: int, multiple: int, why: str) -> None:
     """Refuse (UserError) a picture size that the networks can't halve as often as they do."""
     if size % multiple:
@@ -143,41 +158,51 @@ def check_size(size: int, multiple: int, why: str) -> None:
 
 def check_fit(base: Model, network: UNetConfig, size: int) -> None:
     """Refuse (UserError) a network that does not fit the autoencoder and the text towers of `base`, or the size."""
-    autoencoder, text = base.autoencoder, base.text
-    for name, given, wanted, whose in (
-        ("channels", network.channels, autoencoder.config.latent_channels, "autoencoder's latent_channels"),
-        ("context_dims", list(network.context_dims), list(text.widths), "text towers' width"),
-        ("pooled_dim", network.pooled_dim, text.embed_dim, "text tower's embed_dim"),
-    ):
-        if given != wanted:
-            raise UserError(f"network.{name}: {given} does not fit the model {base.folder}; its {whose} asks {wanted}")
+    autoencoder = base.autoencoder
+    wanted = autoencoder.config.latent_channels
+    _check_equal(base, "channels", network.channels, wanted, "autoencoder's latent_channels")
+    check_text(base, network)
     why = f"autoencoder's factor {autoencoder.factor} x the network's {network.divisor}"
     check_size(size, autoencoder.factor * network.divisor, why)
 
 
+def check_text(base: Model, network: UNetConfig) -> None:
+    """Refuse (UserError) a network that does not fit the text towers of `base`."""
+    text = base.text
+    _check_equal(base, "context_dims", list(network.context_dims), list(text.widths), "text towers' width")
+    _check_equal(base, "pooled_dim", network.pooled_dim, text.embed_dim, "text tower's embed_dim")
+
+
+def _check_equal(base: Model, name: str, given: Any, wanted: Any, whose: str) -> None:
+    if given != wanted:
+        raise UserError(f"network.{name}: {given} does not fit the model {base.folder}; its {whose} asks {wanted}")
+
+
 class DiffusionTask:
-    """Trains a network of one of the three diffusion stages; frozen autoencoder and text tower stay outside of it.
+    """Trains a network by denoising; frozen autoencoder and text tower stay outside of it.
 
     known_slots: T -> frames whose clean latents are given (image (), video (0,), interpolation (0,k,2k,...)).
     trainable: which parameters of the network get gradients, by name.
     """
 
+    part_class: type[DiffusionPart] = DiffusionPart
+
     def __init__(
         self,
         stage: str,
         base: Model,
-        network: UNet,
+        network: UNet | ControlledUNet,
         part: dict[str, Any],
         known_slots: Callable[[int], Sequence[int]],
         trainable: Callable[[str], bool],
-        config: DiffusionStageConfig,
+        config: DenoisingStageConfig,
     ) -> None:
         self.stage, self.base, self.module = stage, base, network
         self.part, self.known_slots, self._trainable = part, known_slots, trainable
         self.schedule: NoiseSchedule = part["schedule"]
         self.prediction: Prediction = part["prediction"]
-        sampler = config.sampling.sampler
-        check_fit(base, network.config, config.data.size)
+        sampler = part["sampling"].sampler
+        self.check()
         check_pair(self.prediction, self.schedule)
         sampler.times(self.schedule)  # refuses what doesn't fit, such as more steps than there are
         if config.loss.levels is not None:
@@ -190,6 +215,10 @@ class DiffusionTask:
         self.history = LossHistory(importance, self.schedule.num_steps) if importance is not None else None
         self.autoencoder, self.text = base.autoencoder.to(device()), base.text.to(device())
         self.posteriors = PosteriorCache(self.autoencoder, int(config.latent_cache_gib * 2**30))
+
+    def check(self) -> None:
+        """Refuse (UserError) a network that can't be trained on this model and size."""
+        check_fit(self.base, self.module.config, self.part["size"])
 
     def trains(self, name: str) -> bool:
         return self._trainable(name)
@@ -206,6 +235,10 @@ class DiffusionTask:
         condition = features.condition(batch.fps)
         slots = self.known_slots(latents.shape[2])
         return with_known(condition, latents, slots) if slots else condition
+
+    def frames(self, latents: Tensor, batch: VideoBatch) -> Tensor:
+        """uint8 [B,T,H,W,3] of latents that were made as the batch's."""
+        return self.autoencoder.decode_clip(latents)
 
     def loss(self, module: Callable[..., Tensor], batch: VideoBatch, seed: int) -> LossOutput:
         x0 = self.latents(batch, seed)
@@ -247,7 +280,7 @@ class DiffusionTask:
         generators = [generator(0, "sample", int(number)) for number in batch.numbers]
         noise = torch.stack([torch.randn(x0.shape[1:], generator=g) for g in generators]).to(x0.device)
         made = sampling.sampler(sampling.guidance(denoiser, condition), noise, self.schedule, generators)
-        rows = [self.autoencoder.decode_clip(latents).cpu().numpy() for latents in (made, x0)]
+        rows = [self.frames(latents, batch).cpu().numpy() for latents in (made, x0)]
         keep = range(0, x0.shape[2], max(1, x0.shape[2] // 8))
         pictures = [clips[i, k] for i in range(len(batch)) for clips in rows for k in keep]
         labels = [
@@ -259,7 +292,7 @@ class DiffusionTask:
 
     def export(self, state: dict[str, Tensor], folder: Path, file: str) -> None:
         def part(weights: File) -> DiffusionPart:
-            return DiffusionPart(**self.part, weights=weights)
+            return self.part_class(**self.part, weights=weights)
 
         write_part(self.stage, self.base, folder, file, state, part)
 

@@ -30,6 +30,9 @@ class StageChoice(str, Enum):
     image = "image"
     video = "video"
     interpolation = "interpolation"
+    classifier = "classifier"
+    control = "control"
+    upscale = "upscale"
     all = "all"
 
 
@@ -79,6 +82,22 @@ def generate(
     image_guidance: Annotated[
         float | None, typer.Option(help="How closely the video follows its first image; 1 is off")
     ] = None,
+    guidance_rescale: Annotated[float | None, typer.Option(help="0 to 1: tames the contrast of high scales")] = None,
+    guidance_interval: Annotated[
+        tuple[float, float] | None, typer.Option(help="Guide only where LOW < sigma/alpha <= HIGH; HIGH may be inf")
+    ] = None,
+    classifier: Annotated[
+        str | None, typer.Option(help="A model whose classifier guides the first image to a class")
+    ] = None,
+    classifier_scale: Annotated[float | None, typer.Option(help="How strongly; 0 is off [default: 1]")] = None,
+    class_name: Annotated[
+        str | None, typer.Option("--class", help="Which of its classes [default: the one in the prompt]")
+    ] = None,
+    weak_model: Annotated[
+        str | None, typer.Option(help="Away from what this weaker model says (an earlier checkpoint)")
+    ] = None,
+    weak_scale: Annotated[float | None, typer.Option(help="How far; 1 is off [default: 2]")] = None,
+    noise: Annotated[Path | None, typer.Option(help="Begin at this noise, of `videodiff invert`")] = None,
     frames: Annotated[int | None, typer.Option(help="Frames before interpolation; must fit the model")] = None,
     fps: Annotated[float | None, typer.Option(help="Frames per second of the mp4")] = None,
     interpolation: Annotated[
@@ -86,6 +105,15 @@ def generate(
     ] = True,
     image: Annotated[Path | None, typer.Option(help="Animate this picture; no first image is generated")] = None,
     image_only: Annotated[bool, typer.Option("--image-only", help="Stop at the first image")] = False,
+    control: Annotated[
+        Path | None, typer.Option(help="Make the first image along the outlines of this picture")
+    ] = None,
+    control_scale: Annotated[
+        float | None, typer.Option(help="How closely to follow them; 0 not at all [default: 1]")
+    ] = None,
+    upscale: Annotated[
+        bool, typer.Option("--upscale", help="Enlarge every frame by the super-resolution stage")
+    ] = False,
     prompts: Annotated[
         Path | None, typer.Option(help=".txt, a prompt a line; or .jsonl, {prompt, seed, steps, ...} a line")
     ] = None,
@@ -104,9 +132,34 @@ def generate(
         "image_guidance": image_guidance, "frames": frames, "fps": fps,
         "interpolation": None if interpolation else False, "image": str(image) if image else None,
         "image_only": image_only or None,
+        "control": str(control) if control else None,
+        "control_scale": control_scale, "upscale": upscale or None,
+        "guidance_rescale": guidance_rescale,
+        "guidance_interval": _interval(guidance_interval), "classifier": classifier,
+        "classifier_scale": classifier_scale, "class_name": class_name, "weak_model": weak_model,
+        "weak_scale": weak_scale, "noise": str(noise) if noise else None,
     }  # fmt: skip
     options = {key: value for key, value in given.items() if value is not None}
     run(prompt, out, prompts, from_sidecar, options, batch_size)
+
+
+@app.command()
+def invert(
+    source: Annotated[Path, typer.Argument(help="A picture, or a video of as many frames as the model makes")],
+    prompt: Annotated[str, typer.Option(help="What it shows")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The file of noise to write: NAME.safetensors")],
+    model: Annotated[str, typer.Option(help="A model folder, a run, a checkpoint, or 'demo'")] = "demo",
+    steps: Annotated[int, typer.Option(min=1, help="DDIM's steps; more lead back more exactly")] = 50,
+    text_guidance: Annotated[float, typer.Option(help="1 leads back best")] = 1.0,
+    image_guidance: Annotated[float, typer.Option(help="1 leads back best")] = 1.0,
+) -> None:
+    """Lead a picture or a video back to the noise that it would be generated from (DDIM inversion).
+
+    Prints how well the noise gives it again, and the command that begins there: with another prompt, it is edited.
+    """
+    from stages.inversion import main as run
+
+    run(source, prompt, out, model, steps, text_guidance, image_guidance)
 
 
 @app.command()
@@ -118,6 +171,9 @@ def evaluate(
         int | None, typer.Option(min=0, help="Prompts on each kind of unseen ones [default: as many]")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the prompts and of the noise")] = 0,
+    classifier_scale: Annotated[
+        float | None, typer.Option(min=0, help="How strongly the classifier guides in its rows [default: 1]")
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder of the table, the JSON and the pictures")] = Path(
         "outputs/evaluation"
     ),
@@ -125,7 +181,7 @@ def evaluate(
     """Judge a model stage by stage on the built-in world; the last row tells which stage loses most."""
     from stages.evaluate import main as run
 
-    run(model, stage.value, num_prompts, seed, out, num_held_out)
+    run(model, stage.value, num_prompts, seed, out, num_held_out, classifier_scale)
 
 
 @app.command()
@@ -192,6 +248,11 @@ def world(
         out, num_clips=num_clips, size=size, frames=frames, fps=fps, seed=seed, progress=sys.stdout.isatty()
     )
     typer.echo(f"wrote {index}")
+
+
+def _interval(given: tuple[float, float] | None) -> tuple[float, float | None] | None:
+    """An infinite end is none at all."""
+    return None if given is None else (given[0], None if given[1] == float("inf") else given[1])
 
 
 # What --help must not need, and an installation without the extra `train` has not.

@@ -13,6 +13,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,15 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from stages.evaluate_classifier import classifier_scale_for
+from stages.evaluate_extras import EXTRA_NEEDS, EXTRA_STAGES, measure_extras
 from stages.evaluate_report import SHOWN, picture_path, table, write_sheets
 from stages.evaluate_samples import Plan, Road, measure, planned_prompts, record
 from stages.evaluate_statistics import SPLITS, in_words, losses, summary
 from stages.pipeline import Pipeline
 from videodiff import config as configs
 from videodiff.errors import UserError
-from videodiff.model import DESCRIPTION, DiffusionStage, Model, sha256
+from videodiff.model import DESCRIPTION, DiffusionStage, Model, Sampling, sha256
 from videodiff.training import distributed
 from videodiff.video_io import write_json, write_png
 
@@ -49,24 +52,37 @@ NEEDS = {
 PLAIN_SIZE, PLAIN_FRAMES, PLAIN_FPS = 64, 16, 8.0
 
 
-def main(model: str, stage: str, num_prompts: int, seed: int, out: Path, num_held_out: int | None = None) -> None:
+def main(
+    model: str,
+    stage: str,
+    num_prompts: int,
+    seed: int,
+    out: Path,
+    num_held_out: int | None = None,
+    classifier_scale: float | None = None,
+) -> None:
     """Judge `stage` ("all": every one that the model has) and write table, JSON and pictures to `out`.
 
-    num_held_out: prompts of each held-out split, None for as many as `num_prompts`. Under torchrun or srun the ranks
-    share the prompts; rank 0 writes and prints the result.
+    num_held_out: prompts of each held-out split, None for as many as `num_prompts`. classifier_scale: of the images
+    that a classifier guides, None for 1. Under torchrun or srun the ranks share the prompts; rank 0 writes and prints
+    the result.
     """
     distributed.start()
     try:
-        _main(model, stage, num_prompts, num_prompts if num_held_out is None else num_held_out, seed, out)
+        num_held_out = num_prompts if num_held_out is None else num_held_out
+        _main(model, stage, num_prompts, num_held_out, seed, out, classifier_scale)
     finally:
         distributed.cleanup()
 
 
-def _main(model: str, stage: str, num_prompts: int, num_held_out: int, seed: int, out: Path) -> None:
+def _main(
+    model: str, stage: str, num_prompts: int, num_held_out: int, seed: int, out: Path, classifier_scale: float | None
+) -> None:
     if num_prompts < 1:
         raise UserError(f"--num-prompts {num_prompts}: there is nothing to judge; ask for at least 1")
     opened = Model.load(model)
     plan, skipped = plan_for(opened, stage, num_prompts, num_held_out, seed)
+    plan = replace(plan, classifier_scale=classifier_scale_for(plan, classifier_scale))
     device = distributed.device()
     console = Console(stderr=True, quiet=distributed.rank() > 0)
     for name, reason in skipped.items():
@@ -95,24 +111,33 @@ def plan_for(model: Model, stage: str, num_prompts: int, num_held_out: int, seed
     has = model.config.stages()
     skipped: dict[str, str] = {}
     rows: list[str] = []
-    for name in STAGE_ROWS if stage == "all" else (stage,):
-        missing = [part for part in NEEDS[name] if part not in has]
+    # What stands beside the road is judged where there is any, and nobody misses it elsewhere.
+    every = [*STAGE_ROWS, *(name for name in EXTRA_STAGES if name in has)]
+    for name in every if stage == "all" else (stage,):
+        extra = EXTRA_STAGES.get(name)
+        missing = [part for part in {**NEEDS, **EXTRA_NEEDS}[name] if part not in has]
         if missing and stage != "all":
             model.part(missing[-1])  # says what the model lacks
         if missing:
             skipped[name] = f"the model has no stage {', '.join(missing)}"
+        elif extra is not None and (problem := extra.problem(model)) is not None:
+            if stage != "all":
+                raise UserError(problem)
+            skipped[name] = problem
         else:
-            rows += STAGE_ROWS[name]
+            rows += STAGE_ROWS[name] if extra is None else extra.rows
     if not rows:
         raise UserError(f"{model.folder}: holds no stage that can be judged (it has: {', '.join(has) or 'none'})")
-    used: list[DiffusionStage] = [name for name in ("image", "video", "interpolation") if name in has]
+    used: list[DiffusionStage] = [name for name in ("image", "video", "interpolation", "upscale") if name in has]
     size = model.diffusion(used[0]).size if used else PLAIN_SIZE
     frames, fps = PLAIN_FRAMES, PLAIN_FPS
     if "video" in has:
         frames, fps = model.diffusion("video").frames, model.diffusion("video").fps
     factor = model.diffusion("interpolation").factor if "interpolation" in has else 1
-    sampling = {name: model.diffusion(name).sampling for name in used}
-    return Plan(tuple(rows), size, frames, fps, factor, num_prompts, num_held_out, seed, sampling), skipped
+    sampling: dict[str, Sampling] = {name: model.diffusion(name).sampling for name in used}
+    enlarged = model.diffusion("upscale").factor if "upscale" in has else 1
+    plan = Plan(tuple(rows), size, frames, fps, factor, num_prompts, num_held_out, seed, sampling, enlarged)
+    return plan, skipped
 
 
 def evaluate(road: Road, plan: Plan, identity: dict[str, Any], out: Path, console: Console) -> dict[str, Any] | None:
@@ -129,7 +154,9 @@ def evaluate(road: Road, plan: Plan, identity: dict[str, Any], out: Path, consol
     with _progress(console, sum(len(batch) for batch in batches)) as advance:
         for batch in batches:
             if not all((p.split, p.number) in samples.found for p in batch):
-                for prompt, measured in zip(batch, measure(road, plan, batch), strict=True):
+                made = measure(road, plan, batch)
+                measure_extras(road, plan, batch, made)
+                for prompt, measured in zip(batch, made, strict=True):
                     if prompt.number < SHOWN[prompt.split]:
                         for row, picture in measured.pictures.items():
                             write_png(picture_path(out, row, prompt.split, prompt.number), picture)
@@ -212,7 +239,7 @@ class Samples:
 
 def _protocol(plan: Plan, identity: dict[str, Any]) -> dict[str, Any]:
     """All that the figures follow from, as JSON gives it back."""
-    told = {name: value for name, value in vars(plan).items() if name != "sampling"}
+    told = {name: value for name, value in vars(plan).items() if name != "sampling" and value is not None}
     told["sampling"] = {stage: configs.to_dict(sampling) for stage, sampling in plan.sampling.items()}
     return json.loads(json.dumps({"format": 1, **identity, **told, "batch": BATCH}))
 

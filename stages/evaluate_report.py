@@ -10,7 +10,7 @@ import numpy as np
 from rich.table import Table
 
 from data_pipeline.world import ATTRIBUTES
-from stages.evaluate_statistics import ROWS, SPLITS, right
+from stages.evaluate_statistics import ROWS, SPLITS, right, truth_of
 from videodiff.video_io import read_image, save_sheet
 
 SHOWN = {"train": 6, "held_out": 3, "held_out_pair": 3}  # prompts on a sheet, of each split
@@ -20,19 +20,27 @@ MEASURES = {
     "middle": "made ",
     "middle_blended": "blended ",
     "middle_reconstructed": "rebuilt ",
+    "upscaled": "made ",
+    "bilinear": "bilinear ",
+    "bicubic": "bicubic ",
+    "rebuilt_upscaled": "rebuilt, made ",
+    "rebuilt_bilinear": "rebuilt, bilinear ",
+    "rebuilt_bicubic": "rebuilt, bicubic ",
+    "controlled": "off by ",
+    "free": "without control ",
 }
 
 
 def table(entries: Sequence[dict[str, Any]]) -> Table:
-    """Shares in percent and PSNR in dB, each with its 95 % interval below it."""
+    """Shares in percent, PSNR in dB and distances in percent of the side, each with its 95 % interval below it."""
     drawn = Table(title="Read right, % (95 % interval below)", show_lines=True)
-    for column in ("stage", "prompts", "N", *ATTRIBUTES, "all", "PSNR, dB"):
+    for column in ("stage", "prompts", "N", *ATTRIBUTES, "all", "PSNR, dB; distance, %"):
         drawn.add_column(column, justify="left" if column in ("stage", "prompts") else "right")
     for entry in entries:
         shares = ["\n".join(percent(entry["shares"].get(name))) for name in (*ATTRIBUTES, "all")]
         near = "\n".join(
             f"{MEASURES[name]}{value['mean']:.1f}\n{value['interval'][0]:.1f}-{value['interval'][1]:.1f}"
-            for name, value in entry["psnr"].items()
+            for name, value in {**entry["psnr"], **entry["distance"]}.items()
         )
         split = entry["split"].replace("_", " ")
         drawn.add_row(ROWS[entry["row"]], split, str(entry["n"]), *shares, near or "-")
@@ -59,7 +67,7 @@ def write_sheets(out: Path, samples: Sequence[dict[str, Any]], rows: Sequence[st
     for row in rows:
         images = [read_image(picture_path(out, row, s["split"], s["number"])) for s in shown]
         labels = [
-            f"{_mark(s['rows'][row], s['truth'])} | {SPLITS[s['split']].replace('_', ' ')}: {s['prompt']}"
+            f"{_mark(s['rows'][row], truth_of(s, row))} | {SPLITS[s['split']].replace('_', ' ')}: {s['prompt']}"
             for s in shown
         ]
         path = out / f"{row}.png"

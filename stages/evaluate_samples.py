@@ -36,6 +36,10 @@ class Road(Protocol):
     def image(self, keys: Sequence[SampleKey], sampling: Sampling) -> Tensor: ...
     def video(self, keys: Sequence[SampleKey], first: Tensor, fps: float, sampling: Sampling) -> Tensor: ...
     def interpolation(self, keys: Sequence[SampleKey], clip: Tensor, fps: float, sampling: Sampling) -> Tensor: ...
+    def controlled_image(
+        self, keys: Sequence[SampleKey], pictures: np.ndarray, scale: float, sampling: Sampling
+    ) -> Tensor: ...
+    def upscale(self, key: SampleKey, frames: np.ndarray, sampling: Sampling) -> np.ndarray | None: ...
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,8 @@ class Plan:
     num_held_out: int  # prompts of each held-out split
     seed: int
     sampling: dict[str, Sampling]
+    enlarged: int = 1  # gain in height and width of the upscale stage
+    classifier_scale: float | None = None  # of the rows of a classifier, where there are any
 
 
 @dataclass(frozen=True)
@@ -103,7 +109,7 @@ def measure(road: Road, plan: Plan, batch: Sequence[Prompt]) -> list[Measured]:
     real = smooth_real[:, :: plan.factor]
 
     if "autoencoder" in plan.rows:
-        frames, finite = _decoded(road, road.encode(real))
+        frames, finite = decoded(road, road.encode(real))
         near = [{"reconstruction": psnr(a, b)} for a, b in zip(frames, real, strict=True)]
         _note(made, "autoencoder", frames, finite, near, real)
     if {"video_real"} & set(plan.rows):
@@ -113,17 +119,17 @@ def measure(road: Road, plan: Plan, batch: Sequence[Prompt]) -> list[Measured]:
     if {"image", "video_generated", "whole"} & set(plan.rows):
         first = road.image(keys, plan.sampling["image"])
         if "image" in plan.rows:
-            _note(made, "image", *_decoded(road, first), [{} for _ in batch])
+            _note(made, "image", *decoded(road, first), [{} for _ in batch])
     if {"video_generated", "whole"} & set(plan.rows):
         clip = road.video(keys, first, plan.fps, plan.sampling["video"])
         if "video_generated" in plan.rows:
             _note_video(road, made, "video_generated", clip, first)
     if "whole" in plan.rows:
         smooth = road.interpolation(keys, clip, plan.fps, plan.sampling["interpolation"])
-        _note(made, "whole", *_decoded(road, smooth), [{} for _ in batch])
+        _note(made, "whole", *decoded(road, smooth), [{} for _ in batch])
     if "interpolation" in plan.rows:
         smooth = road.interpolation(keys, road.encode(real), plan.fps, plan.sampling["interpolation"])
-        frames, finite = _decoded(road, smooth)
+        frames, finite = decoded(road, smooth)
         middle = np.arange(smooth_real.shape[1]) % plan.factor != 0
         rebuilt = road.decode(road.encode(smooth_real))
         blended = np.stack([blend(clip, plan.factor) for clip in real])
@@ -146,15 +152,15 @@ def blend(clip: np.ndarray, factor: int) -> np.ndarray:
     return ((1 - weight) * clip[before] + weight * after + 0.5).astype(np.uint8)
 
 
-def _decoded(road: Road, latents: Tensor) -> tuple[np.ndarray, list[bool]]:
+def decoded(road: Road, latents: Tensor) -> tuple[np.ndarray, list[bool]]:
     """Frames uint8 [B,T,S,S,3], and whether each sample's latents were finite."""
     finite = torch.isfinite(latents).flatten(1).all(1).tolist()
     return road.decode(torch.nan_to_num(latents, 0.0, 0.0, 0.0)), finite
 
 
 def _note_video(road: Road, made: list[Measured], row: str, clip: Tensor, first: Tensor) -> None:
-    frames, finite = _decoded(road, clip)
-    given, _ = _decoded(road, first)  # what the stage was given, so that the autoencoder's loss is not counted again
+    frames, finite = decoded(road, clip)
+    given, _ = decoded(road, first)  # what the stage was given, so that the autoencoder's loss is not counted again
     near = [{"first_frame": psnr(a[0], b[0])} for a, b in zip(frames, given, strict=True)]
     _note(made, row, frames, finite, near)
 
@@ -179,11 +185,11 @@ def _note(
         if not finite[i]:
             seen, consistent = dict.fromkeys(seen), False
         measured.rows[row] = {"read": seen, "consistent": consistent, "finite": finite[i], "psnr": near[i]}
-        strips = [_strip(clip)] if above is None else [_strip(above[i]), _strip(clip)]
+        strips = [strip(clip)] if above is None else [strip(above[i]), strip(clip)]
         measured.pictures[row] = np.concatenate(strips)
 
 
-def _strip(clip: np.ndarray) -> np.ndarray:
+def strip(clip: np.ndarray) -> np.ndarray:
     """Frames spread over a clip, side by side; a single picture at twice its size, so that words fit below it."""
     if len(clip) == 1:
         return clip[0].repeat(2, axis=0).repeat(2, axis=1)

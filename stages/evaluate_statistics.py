@@ -23,6 +23,15 @@ ROWS = {
     "video_generated": "video, generated first image",
     "interpolation": "interpolation, real clips",
     "whole": "whole, interpolated",
+    "classifier_clean": "classifier, clean latents",
+    "classifier_quarter": "classifier, t = N/4",
+    "classifier_half": "classifier, t = N/2",
+    "classifier_noisy": "classifier, t = 3N/4",
+    "unguided": "image without text",
+    "guided": "image without text, guided by the classifier",
+    "control": "control, the prompt's shape",
+    "control_other": "control, another shape",
+    "upscale": "upscale, rebuilt pictures",
 }
 # (stage, row before its work, row after it); None stands for real clips, which are right by definition.
 STEPS: tuple[tuple[str, str | None, str], ...] = (
@@ -62,6 +71,11 @@ def right(result: dict[str, Any], truth: dict[str, str]) -> dict[str, bool]:
     return {**each, "all": all(each.values()) and result["consistent"]}
 
 
+def truth_of(sample: dict[str, Any], row: str) -> dict[str, str]:
+    """What a row of a finished sample should show: the prompt, unless the row was told something else besides."""
+    return sample["rows"][row].get("truth", sample["truth"])
+
+
 def share(hits: Iterable[bool]) -> dict[str, Any]:
     """How many of the hits are true, with its interval."""
     given = list(hits)
@@ -74,7 +88,7 @@ def summary(samples: Sequence[dict[str, Any]], rows: Sequence[str]) -> list[dict
     entries = []
     for row in rows:
         for split, name in SPLITS.items():
-            chosen = [(s["rows"][row], s["truth"]) for s in samples if s["split"] == split]
+            chosen = [(s["rows"][row], truth_of(s, row)) for s in samples if s["split"] == split]
             if chosen:
                 entries.append(_entry(row, name, chosen))
     return entries
@@ -91,12 +105,17 @@ def _entry(row: str, split: str, chosen: list[tuple[dict[str, Any], dict[str, st
         for name in attributes
     }
     measures = chosen[0][0]["psnr"]
+    distances = {
+        name: [value for r, _ in chosen if (value := r["distance"][name]) is not None]
+        for name in chosen[0][0].get("distance", ())
+    }
     return {
         "row": row,
         "split": split,
         "n": len(chosen),
         "shares": {name: share(v[name] for v in verdicts) for name in (*attributes, "all")},
         "psnr": {name: mean_interval([r["psnr"][name] for r, _ in chosen], row, split, name) for name in measures},
+        "distance": {name: mean_interval(found, row, split, name) for name, found in distances.items() if found},
         "not_finite": sum(not r["finite"] for r, _ in chosen),
         "confusions": confusions,
     }

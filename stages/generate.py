@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from data_pipeline.world_captions import parse
+from stages.guides import check_guides, guides_for
 from stages.pipeline import Pipeline, SampleKey, adjusted
 from stages.requests import SIDECAR_FORMAT, Options, Request, model_hash, read_requests
 from videodiff import config as configs
@@ -46,9 +47,9 @@ def main(
     console = Console(stderr=True, soft_wrap=True, highlight=False)
     requests = read_requests(prompt, out, prompts, sidecar, options)
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    models = {name: Model.load(name) for name in dict.fromkeys(request.options.model for request in requests)}
+    models = {name: Model.load(name) for name in dict.fromkeys(n for r in requests for n in r.options.models())}
     for request in requests:
-        check(request, models[request.options.model])
+        check(request, models)
     jobs = []
     for request in requests[rank::world]:
         model = models[request.options.model]
@@ -63,7 +64,7 @@ def main(
     pipelines = {name: Pipeline(model, device()) for name, model in models.items()}
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         for batch in batches(jobs, batch_size):
-            results = _make(batch, pipelines[batch[0].request.options.model], progress)
+            results = _make(batch, pipelines, progress)
             for job, result in zip(batch, results, strict=True):
                 sick += not _deliver(job, result, console)
     if sick:
@@ -80,8 +81,11 @@ class Job:
 
     def settings(self) -> tuple[Any, ...]:
         """What jobs must share to be computed together."""
-        told = configs.to_dict(self.request.options) | {"image": self.request.options.image is not None}
-        return self.request.batch, *(told[name] for name in sorted(told.keys() - {"prompt", "seed", "num_samples"}))
+        options = self.request.options
+        told = configs.to_dict(options)
+        told |= {name: getattr(options, name) is not None for name in ("image", "control")}
+        shared = {name: told[name] for name in sorted(told.keys() - {"prompt", "seed", "num_samples"})}
+        return self.request.batch, json.dumps(shared)
 
 
 @dataclass
@@ -96,15 +100,28 @@ class Result:
     warnings: list[str] = field(default_factory=list)
 
 
-def check(request: Request, model: Model) -> None:
-    """Refuse what the model can't do before anything is computed."""
-    options = request.options
+def check(request: Request, models: Mapping[str, Model]) -> None:
+    """Refuse what the request's model, or a model that guides it, can't do before anything is computed."""
+    options, model = request.options, models[request.options.model]
     for needed in ("autoencoder", "text", "image") if options.image_only else ("autoencoder", "text", "image", "video"):
         model.part(needed)
     if options.image_only and options.image is not None:
         raise UserError("--image-only makes a first image and --image gives one; leave one of them out")
     if options.image is not None:
         _picture(options.image, model.diffusion("image").size)
+    if options.control is not None:
+        model.part("control")
+        if options.image is not None:
+            raise UserError("--control steers the first image and --image gives one; leave one of them out")
+        _picture(options.control, model.diffusion("image").size)
+        if _same_file(request.file(".png"), Path(options.control)):
+            raise UserError(
+                f"{options.control}: the result's picture would take its place; name another output with -o"
+            )
+    elif options.control_scale is not None:
+        raise UserError("--control-scale says how closely --control PICTURE is followed; name a picture too")
+    if options.upscale:
+        model.part("upscale")
     if not options.image_only and options.frames not in (None, model.diffusion("video").frames):
         raise UserError(
             f"--frames {options.frames}: this model makes clips of {model.diffusion('video').frames} frames "
@@ -114,6 +131,7 @@ def check(request: Request, model: Model) -> None:
     for stage in sampled:
         sampler = _sampling(options, model, stage).sampler
         sampler.times(model.diffusion(stage).schedule)  # refuses what doesn't fit, such as more steps than there are
+    check_guides(options, models)
 
 
 def batches(jobs: Iterable[Job], batch_size: int) -> Iterator[list[Job]]:
@@ -126,9 +144,11 @@ def batches(jobs: Iterable[Job], batch_size: int) -> Iterator[list[Job]]:
             yield group[first : first + batch_size]
 
 
-def _make(jobs: list[Job], pipeline: Pipeline, progress: Progress) -> list[Result]:
+def _make(jobs: list[Job], pipelines: Mapping[str, Pipeline], progress: Progress) -> list[Result]:
     """Compute a batch of jobs with equal settings."""
-    options, model = jobs[0].request.options, pipeline.model
+    options = jobs[0].request.options
+    pipeline = pipelines[options.model]
+    model = pipeline.model
     requests = [job.request for job in jobs]
     places = [(len(jobs), row) for row in range(len(jobs))]
     if (place := requests[0].batch) is not None:  # an exact repetition: the others' rows are filled with its own
@@ -140,6 +160,7 @@ def _make(jobs: list[Job], pipeline: Pipeline, progress: Progress) -> list[Resul
         return lambda done, total: progress.update(task, completed=done, total=total, visible=done < total)
 
     keys = [SampleKey(r.options.seed, r.options.prompt, r.sample) for r in requests]
+    guides = guides_for(options, [key.prompt for key in keys], pipelines)
     used: dict[str, Any] = {}
     size, fps = model.diffusion("image").size, 1.0
     if options.image is not None:
@@ -147,7 +168,12 @@ def _make(jobs: list[Job], pipeline: Pipeline, progress: Progress) -> list[Resul
         first = pipeline.encode(pictures[:, None])
     else:
         sampling = _sampling(options, model, "image")
-        first = pipeline.image(keys, sampling, bar("image"))
+        if options.control is None:
+            first = pipeline.image(keys, sampling, bar("image"), guides)
+        else:
+            pictures = np.stack([_picture(str(r.options.control), size) for r in requests])
+            scale = 1.0 if options.control_scale is None else options.control_scale
+            first = pipeline.controlled_image(keys, pictures, scale, sampling, bar("image"), guides)
         used["image"] = configs.to_dict(sampling)
     latents = first
     if not options.image_only:
@@ -156,20 +182,30 @@ def _make(jobs: list[Job], pipeline: Pipeline, progress: Progress) -> list[Resul
         factor = model.diffusion("interpolation").factor if smooth else 1
         fps = options.fps or video.fps * factor
         sampling = _sampling(options, model, "video")
-        latents = pipeline.video(keys, first, fps / factor, sampling, bar("video"))
+        latents = pipeline.video(keys, first, fps / factor, sampling, bar("video"), guides)
         used["video"] = configs.to_dict(sampling)
         if smooth:
             sampling = model.diffusion("interpolation").sampling
             latents = pipeline.interpolation(keys, latents, fps / factor, sampling, bar("interpolation"))
             used["interpolation"] = configs.to_dict(sampling)
+    if options.upscale:
+        used["upscale"] = configs.to_dict(model.diffusion("upscale").sampling)
     results = []
     for rows, row in places:
-        result = Result(None, None, fps, used, (rows, row), _about_words(model, requests[row].options.prompt))
+        stages = {stage: told | guides.told(stage, row) for stage, told in used.items()}
+        result = Result(None, None, fps, stages, (rows, row), _about_words(model, requests[row].options.prompt))
         if torch.isfinite(latents[row]).all():
             result.frames = pipeline.decode(latents[row : row + 1])[0]
-            # A given picture is shown as it was given, not as the autoencoder sees it.
-            given = options.image is not None
-            result.picture = pictures[row] if given else pipeline.decode(first[row : row + 1])[0, 0]
+        if options.upscale and result.frames is not None:
+            sampling = model.diffusion("upscale").sampling
+            result.frames = pipeline.upscale(keys[row], result.frames, sampling, bar("upscale"))
+        if result.frames is not None:
+            if options.image is not None:  # shown as it was given, not as the autoencoder sees it
+                result.picture = pictures[row]
+            elif options.image_only:
+                result.picture = result.frames[0]
+            else:  # beside a video it keeps the model's own size, so that --image takes it
+                result.picture = pipeline.decode(first[row : row + 1])[0, 0]
             result.warnings += [f"the result is {s}" for s in symptoms(result.frames, _asks_for_motion(requests[row]))]
         else:
             result.warnings.append("the result is not finite")
@@ -205,6 +241,7 @@ def _deliver(job: Job, result: Result, console: Console) -> bool:
         "batch": result.batch,
         "request": job.identity,
         "model": {"name": request.options.model, "sha256": model_hash(job.model)},
+        "inputs": request.inputs(),
         "stages": result.stages,
         "result": {"frames": len(frames), "fps": result.fps, "height": frames.shape[1], "width": frames.shape[2]},
         "frames_sha256": digest,
@@ -222,7 +259,8 @@ def _sampling(options: Options, model: Model, stage: DiffusionStage) -> Sampling
     """The sampling of the image or the video stage as the options ask for it."""
     image_guidance = options.image_guidance if stage == "video" else None
     card = model.diffusion(stage).sampling
-    return adjusted(card, options.sampler, options.steps, options.text_guidance, image_guidance)
+    how = options.sampler, options.steps, options.text_guidance, image_guidance
+    return adjusted(card, *how, options.guidance_rescale, options.guidance_interval)
 
 
 def _about_words(model: Model, prompt: str) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from stages.base import DiffusionStageConfig, DiffusionTask, Dropout
+from stages.base import DiffusionStageConfig, DiffusionTask, Dropout, told_text
 from videodiff.diffusion.prediction import Prediction
 from videodiff.diffusion.schedule import NoiseSchedule
 from videodiff.model import Model
@@ -32,11 +32,7 @@ def known_slots(frames: int) -> tuple[int, ...]:
 
 def task(config: ImageStage, base: Model) -> DiffusionTask:
     """The training task of the image stage."""
-    told = {
-        "context_dims": config.network.context_dims or base.text.widths,
-        "pooled_dim": config.network.pooled_dim or base.text.embed_dim,
-    }
-    network = UNet(config.network.model_copy(update=told))
+    network = UNet(told_text(config.network, base))
     part = {
         "network": network.config,
         "schedule": config.schedule,

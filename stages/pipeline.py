@@ -7,25 +7,32 @@ so another batch size or number of ranks changes its frames by rounding only.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from stages import interpolation as interpolation_stage
+from stages import upscale as upscale_stage
 from stages import video as video_stage
 from stages.base import with_known
 from videodiff import config as configs
 from videodiff.batch import Condition
 from videodiff.diffusion.denoiser import Denoiser
-from videodiff.diffusion.samplers import OnStep
+from videodiff.diffusion.prediction import Denoise
+from videodiff.diffusion.samplers import DDIM, OnStep, invert
 from videodiff.errors import UserError
-from videodiff.model import DiffusionStage, Model, Sampling
+from videodiff.model import ControlPart, DiffusionStage, Model, Sampling, UpscalePart
 from videodiff.networks.autoencoder import Autoencoder
+from videodiff.networks.classifier import NoisyClassifier
+from videodiff.networks.control import HINTS, ControlledUNet
+from videodiff.networks.unet import UNet
 from videodiff.seeding import generator
+
+UPSCALE_FRAMES = 8  # frames that are upscaled together: bounds memory
 
 
 @dataclass(frozen=True)
@@ -47,15 +54,28 @@ def adjusted(
     steps: int | None = None,
     text: float | None = None,
     image: float | None = None,
+    rescale: float | None = None,
+    interval: tuple[float, float | None] | None = None,
 ) -> Sampling:
     """A stage's sampling with what the caller asks for in place of the model's own; UserError for impossible values."""
     tree = configs.to_dict(sampling)
     if sampler is not None and sampler != tree["sampler"]["kind"]:
         tree["sampler"] = {"kind": sampler, "steps": tree["sampler"]["steps"]}
-    for part, key, value in (("sampler", "steps", steps), ("guidance", "text", text), ("guidance", "image", image)):
-        if value is not None:
-            tree[part][key] = value
+    if steps is not None:
+        tree["sampler"]["steps"] = steps
+    scales = {"text": text, "image": image, "rescale": rescale, "interval": interval}
+    tree["guidance"] |= {key: value for key, value in scales.items() if value is not None}
     return configs.build(Sampling, tree, "the options")
+
+
+class Steering(Protocol):
+    """What a stage follows besides its condition and its sampling: `stages.guides.Guides`."""
+
+    def start(self, stage: DiffusionStage, drawn: Tensor) -> Tensor:
+        """Where a stage begins [B,C,T,H,W], in place of the noise drawn for it or that noise itself."""
+
+    def wrap(self, stage: DiffusionStage, denoise: Denoise, condition: Condition, sampling: Sampling) -> Denoise:
+        """The stage's denoiser, guided further."""
 
 
 class Pipeline:
@@ -68,6 +88,10 @@ class Pipeline:
     @cached_property
     def autoencoder(self) -> Autoencoder:
         return self.model.autoencoder.to(self.device)
+
+    @cached_property
+    def classifier(self) -> NoisyClassifier:
+        return self.model.classifier.to(self.device)
 
     def denoiser(self, stage: DiffusionStage) -> Denoiser:
         """The stage's denoiser, loaded once."""
@@ -84,21 +108,71 @@ class Pipeline:
         rate = torch.full((len(prompts),), float(fps))
         return features.condition(rate).to(self.device)
 
-    def image(self, keys: Sequence[SampleKey], sampling: Sampling, on_step: OnStep = None) -> Tensor:
+    def image(
+        self, keys: Sequence[SampleKey], sampling: Sampling, on_step: OnStep = None, steering: Steering | None = None
+    ) -> Tensor:
         """Stage 1: the first image of each prompt, [B,C,1,H,W]."""
-        condition = self.condition([key.prompt for key in keys], self.model.diffusion("image").fps)
-        return self._sample("image", condition, 1, [key.generator("image") for key in keys], sampling, on_step)
+        condition = self.image_condition([key.prompt for key in keys])
+        generators = [key.generator("image") for key in keys]
+        return self._sample("image", condition, 1, generators, sampling, on_step, steering)
+
+    def controlled_image(
+        self,
+        keys: Sequence[SampleKey],
+        pictures: np.ndarray[Any, Any],
+        scale: float,
+        sampling: Sampling,
+        on_step: OnStep = None,
+        steering: Steering | None = None,
+    ) -> Tensor:
+        """Stage 1 along the outlines of `pictures`, uint8 [B,S,S,3]: [B,C,1,H,W]. Scale 0 is `image`, bit for bit."""
+        part = self.model.part("control")
+        assert isinstance(part, ControlPart)
+        plain = self.denoiser("image")
+        assert isinstance(plain.network, UNet)
+        network = ControlledUNet(plain.network, self.model.control.to(self.device), scale)
+        denoiser = Denoiser(network, plain.schedule, plain.prediction, plain.dtype, plain.variance)
+        hint = HINTS[part.hint](torch.from_numpy(np.ascontiguousarray(pictures))).to(self.device)
+        condition = replace(self.image_condition([key.prompt for key in keys]), hint=hint)
+        generators = [key.generator("image") for key in keys]
+        return self._sample("image", condition, 1, generators, sampling, on_step, steering, denoiser)
 
     def video(
-        self, keys: Sequence[SampleKey], first: Tensor, fps: float, sampling: Sampling, on_step: OnStep = None
+        self,
+        keys: Sequence[SampleKey],
+        first: Tensor,
+        fps: float,
+        sampling: Sampling,
+        on_step: OnStep = None,
+        steering: Steering | None = None,
     ) -> Tensor:
         """Stage 2: from first images [B,C,1,H,W] to clips [B,C,T,H,W]."""
+        condition = self.video_condition([key.prompt for key in keys], first, fps)
+        frames, generators = self.model.diffusion("video").frames, [key.generator("video") for key in keys]
+        return self._sample("video", condition, frames, generators, sampling, on_step, steering)
+
+    def image_condition(self, prompts: Sequence[str]) -> Condition:
+        """What stage 1 is told."""
+        return self.condition(prompts, self.model.diffusion("image").fps)
+
+    def video_condition(self, prompts: Sequence[str], first: Tensor, fps: float) -> Condition:
+        """What stage 2 is told: the prompts, and the first images [B,C,1,H,W]."""
         frames = self.model.diffusion("video").frames
-        condition = self.condition([key.prompt for key in keys], fps)
         known = first.new_zeros(*first.shape[:2], frames, *first.shape[3:])
         known[:, :, :1] = first
-        condition = with_known(condition, known, video_stage.known_slots(frames))
-        return self._sample("video", condition, frames, [key.generator("video") for key in keys], sampling, on_step)
+        return with_known(self.condition(prompts, fps), known, video_stage.known_slots(frames))
+
+    def invert(
+        self, stage: DiffusionStage, latents: Tensor, condition: Condition, sampling: Sampling, on_step: OnStep = None
+    ) -> Tensor:
+        """The noise [B,C,T,H,W] from which the stage makes `latents`, nearly; the sampler must be DDIM with eta 0."""
+        sampler = sampling.sampler
+        if not isinstance(sampler, DDIM) or sampler.random:
+            raise UserError(
+                f"the {stage} stage is sampled by {sampler!r}; only ddim with eta 0 leads back to its noise"
+            )
+        denoise, schedule = sampling.guidance(self.denoiser(stage), condition), self.model.diffusion(stage).schedule
+        return invert(denoise, latents, schedule, sampler.steps, sampler.spacing, on_step)
 
     def interpolation(
         self, keys: Sequence[SampleKey], clip: Tensor, fps: float, sampling: Sampling, on_step: OnStep = None
@@ -127,6 +201,29 @@ class Pipeline:
         smooth[:, :, ::factor] = clip
         return smooth
 
+    def upscale(
+        self, key: SampleKey, frames: np.ndarray[Any, Any], sampling: Sampling, on_step: OnStep = None
+    ) -> np.ndarray[Any, Any] | None:
+        """Super-resolution: frames uint8 [T,S,S,3] of one clip to [T,kS,kS,3]; None where the result is not finite.
+
+        Each frame by itself, and all from the same noise: what stands still does not flicker, and how many frames go
+        through together changes nothing but rounding.
+        """
+        part = self.model.part("upscale")
+        assert isinstance(part, UpscalePart)
+        large = upscale_stage.enlarge(torch.from_numpy(np.ascontiguousarray(frames)), part.factor)
+        given = upscale_stage.to_squares(large[:, None], upscale_stage.square_side(part.network)).to(self.device)
+        told = self.condition([key.prompt], part.fps)
+        pieces = []
+        for known in given.split(UPSCALE_FRAMES):
+            condition = with_known(told.select([0] * len(known)), known, (0,))
+            generators = [key.generator("upscale") for _ in known]
+            made = self._sample("upscale", condition, 1, generators, sampling, on_step)
+            if not torch.isfinite(made).all():
+                return None
+            pieces.append(upscale_stage.with_difference(known, made, part.deviation)[:, 0])
+        return torch.cat(pieces).cpu().numpy()
+
     @torch.no_grad()
     def encode(self, frames: np.ndarray[Any, Any]) -> Tensor:
         """uint8 frames [B,T,H,W,3] to the mean of their latents [B,C,T,h,w]."""
@@ -146,10 +243,17 @@ class Pipeline:
         generators: Sequence[torch.Generator],
         sampling: Sampling,
         on_step: OnStep,
+        steering: Steering | None = None,
+        denoiser: Denoiser | None = None,
     ) -> Tensor:
         part = self.model.diffusion(stage)
         side = part.size // self.autoencoder.factor
-        shape = (part.network.channels, frames, side, side)
+        shape: tuple[int, ...] = (part.network.channels, frames, side, side)
+        if condition.known is not None:  # what is given lies where the rest is made; upscale's are no latents
+            shape = tuple(condition.known.shape[1:])
         noise = torch.stack([torch.randn(shape, generator=g) for g in generators]).to(self.device)
-        denoise = sampling.guidance(self.denoiser(stage), condition)
+        denoise = sampling.guidance(denoiser or self.denoiser(stage), condition)
+        if steering is not None:
+            noise = steering.start(stage, noise)
+            denoise = steering.wrap(stage, denoise, condition, sampling)
         return sampling.sampler(denoise, noise, part.schedule, generators, on_step)

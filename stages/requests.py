@@ -16,10 +16,19 @@ from videodiff import config as configs
 from videodiff.config import Config
 from videodiff.diffusion.samplers import SamplerKind
 from videodiff.errors import UserError
-from videodiff.model import DESCRIPTION, Model, sha256
+from videodiff.model import DESCRIPTION, Model, find, sha256
 
 SIDECAR_FORMAT = 1
 MAX_ROWS = 1024  # more in a side-car's batch than any `--batch-size` means that it was changed by hand
+
+
+# Options that name what is read beside the model: files, and folders of models.
+FILES, GUIDES = ("image", "control", "noise"), ("classifier", "weak_model")
+# Options that came after the first side-cars. They count where they are given alone, so that those still repeat.
+LATER = (
+    "control", "control_scale", "upscale", "guidance_rescale", "guidance_interval", "classifier", "classifier_scale",
+    "class_name", "weak_model", "weak_scale", "noise",
+)  # fmt: skip
 
 
 class Options(Config):
@@ -38,6 +47,21 @@ class Options(Config):
     interpolation: bool = True
     image: str | None = None
     image_only: bool = False
+    control: str | None = None
+    control_scale: float | None = Field(None, ge=0)
+    upscale: bool = False
+    guidance_rescale: float | None = Field(None, ge=0, le=1)
+    guidance_interval: tuple[float, float | None] | None = None
+    classifier: str | None = None
+    classifier_scale: float | None = Field(None, ge=0)
+    class_name: str | None = None
+    weak_model: str | None = None
+    weak_scale: float | None = Field(None, ge=0)
+    noise: str | None = None
+
+    def models(self) -> list[str]:
+        """Every model that is named: the one that makes the frames first, then those that guide it."""
+        return [self.model, *(name for key in GUIDES if (name := getattr(self, key)) is not None)]
 
     @field_validator("prompt")
     @classmethod
@@ -63,14 +87,20 @@ class Request:
     former: tuple[str, str] | None = None
 
     def identity(self, model_hash: str) -> str:
-        """Names what will be made: the options that change the frames, the sample, the model, the given picture."""
-        told = configs.to_dict(self.options)
-        for key in ("num_samples", "model"):
+        """Names what will be made: the options that change the frames, the sample, the model, what else is read."""
+        told = configs.to_dict(self.options) | self.inputs()
+        for key in ("num_samples", "model", *(name for name in LATER if told[name] in (None, False))):
             del told[key]
-        if self.options.image is not None:
-            told["image"] = sha256(Path(self.options.image))
         text = json.dumps({"options": told, "sample": self.sample, "model": model_hash}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
+
+    def inputs(self) -> dict[str, str]:
+        """Option -> sha256 of what it names: a file, or the description of a model, which names those of its files."""
+        paths: dict[str, Path] = {}
+        for key in (*FILES, *GUIDES):
+            if (name := getattr(self.options, key)) is not None:
+                paths[key] = Path(name) if key in FILES else find(name) / DESCRIPTION
+        return {key: sha256(path) for key, path in paths.items()}
 
     def file(self, ending: str) -> Path:
         """stem + ending; a dot in the stem stays."""
@@ -155,8 +185,8 @@ def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _repeated(sidecar: Path, out: Path | None, options: dict[str, Any]) -> Request:
-    """The request that wrote a side-car; only its model may be named anew, since folders move."""
-    if extra := sorted(set(options) - {"model"}):
+    """The request that wrote a side-car; only its models may be named anew, since folders move."""
+    if extra := sorted(set(options) - {"model", *GUIDES}):
         raise UserError(f"--from repeats a generation exactly; leave out {', '.join(extra)}")
     try:
         told = json.loads(sidecar.read_text(encoding="utf-8"))
@@ -192,9 +222,10 @@ def _repeated(sidecar: Path, out: Path | None, options: dict[str, Any]) -> Reque
             f"{sidecar}: was made with another model ({former_model[:12]}) than {repeated.model} is now "
             f"({found[:12]}); name the folder of the former one with --model"
         )
-    if repeated.image is not None and not Path(repeated.image).is_file():
-        raise UserError(f"{sidecar}: was made from {repeated.image}, which is missing; put the picture back")
+    read = [name for key in (*FILES, *GUIDES) if (name := getattr(repeated, key)) is not None]
+    if missing := [name for key in FILES if (name := getattr(repeated, key)) and not Path(name).is_file()]:
+        raise UserError(f"{sidecar}: was made from {missing[0]}, which is missing; put it back")
     if request.identity(found) != identity:
-        what = f"{repeated.image} has changed since" if repeated.image is not None else "it was changed by hand"
+        what = f"{' or '.join(read)} has changed since" if read else "it was changed by hand"
         raise UserError(f"{sidecar}: can't be repeated exactly: {what}; give the options on the command line instead")
     return request

@@ -97,7 +97,49 @@ def write_toy_model(folder: Path) -> Path:
     return folder
 
 
+def write_toy_classifier(toy: Path, folder: Path, classes: tuple[str, ...]) -> Path:
+    """The toy model with a classifier of its latents: random weights, of which each class has those of its name."""
+    import torch
+
+    from videodiff import config as configs
+    from videodiff.model import DESCRIPTION, ClassifierPart, Model, carry, write_weights
+    from videodiff.networks.classifier import ClassifierConfig, NoisyClassifier
+    from videodiff.seeding import generator
+
+    folder.mkdir(parents=True)
+    base = Model.load(toy)
+    told = {"context_dims": (), "pooled_dim": None}
+    network = ClassifierConfig(
+        encoder=base.diffusion("image").network.model_copy(update=told), num_classes=len(classes), pooling="mean"
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        state = {
+            name: value + 0.1 * torch.randn_like(value) for name, value in NoisyClassifier(network).state_dict().items()
+        }
+    width = state["leave.weight"].shape[1]
+    state["leave.weight"] = torch.stack([torch.randn(width, generator=generator("class", name)) for name in classes])
+    state["leave.bias"] = torch.zeros(len(classes))
+    part = ClassifierPart(
+        network=network,
+        schedule=base.diffusion("image").schedule,
+        attribute="shape",
+        classes=classes,
+        size=32,
+        weights=write_weights(folder, "classifier.safetensors", state),
+    )
+    configs.save(carry(base, folder).model_copy(update={"classifier": part}), folder / DESCRIPTION)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def toy_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a toy model with random weights; shared, so copy it before you change it."""
     return write_toy_model(tmp_path_factory.mktemp("toy") / "model")
+
+
+@pytest.fixture(scope="session")
+def toy_classifier(toy_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the toy model with a classifier of shapes; shared, so copy it before you change it."""
+    shapes = ("circle", "cross", "square", "triangle")
+    return write_toy_classifier(toy_model, tmp_path_factory.mktemp("toy") / "classifier", shapes)

@@ -21,6 +21,7 @@ def condition() -> Condition:
         known_mask=known_mask,
         fps=torch.tensor([8.0, 16.0, 7.5]),
         known_time=torch.tensor([257, 0, 100]),
+        hint=torch.rand(B, 1, 8 * H, 8 * W),
     )
 
 
@@ -39,7 +40,7 @@ def test_without_text(condition: Condition) -> None:
     assert [mask.tolist() for mask in null.text_mask] == [[[True] + [False] * 6] * B, [[True] + [False] * 3] * B]
     assert null.pooled is not None
     assert not null.pooled.any()
-    for name in ("known", "known_mask", "fps", "known_time"):
+    for name in ("known", "known_mask", "fps", "known_time", "hint"):
         assert torch.equal(getattr(null, name), getattr(condition, name))
 
 
@@ -53,6 +54,7 @@ def test_without_image(condition: Condition) -> None:
     assert null.fps is not None
     assert condition.fps is not None
     assert torch.equal(null.fps, condition.fps)
+    assert null.hint is condition.hint
 
 
 def test_the_null_text_says_nothing_about_the_text(condition: Condition) -> None:
@@ -97,7 +99,7 @@ def test_unlike_conditions_are_not_stacked(condition: Condition) -> None:
 
 def test_a_cast_keeps_masks_and_times(condition: Condition) -> None:
     cast = condition.to(dtype=torch.bfloat16)
-    for x in (*cast.text, cast.pooled, cast.known, cast.known_mask):
+    for x in (*cast.text, cast.pooled, cast.known, cast.known_mask, cast.hint):
         assert x is not None
         assert x.dtype == torch.bfloat16
     assert {mask.dtype for mask in cast.text_mask} == {torch.bool}

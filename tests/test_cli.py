@@ -18,7 +18,14 @@ from stages.cli import main
 from videodiff.model import Model
 
 ROOT = Path(__file__).resolve().parents[1]
-TOY = ["data.size=32", "data.batch_size=4", "data.workers=0", "network.patch=4", "network.widths=[16,16]"]
+TOY = [
+    "data.size=32",
+    "data.frames=2",
+    "data.batch_size=4",
+    "data.workers=0",
+    "network.patch=4",
+    "network.widths=[16,16]",
+]
 
 
 def run(*arguments: object) -> int:

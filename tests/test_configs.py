@@ -5,17 +5,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from stages.assemble import load_stage
+from stages.assemble import STAGE_CONFIGS, load_stage
 from stages.autoencoder import AutoencoderStage
 from stages.base import StageConfig
+from stages.classifier import ClassifierStage
+from stages.control import ControlStage
 from stages.image import ImageStage
 from stages.interpolation import InterpolationStage, windows
 from stages.text import TextStage
+from stages.upscale import UpscaleStage, square_side
 from stages.video import VideoStage
 from videodiff import config as configs
 from videodiff.diffusion.prediction import check_pair
-from videodiff.model import STAGES
+from videodiff.model import EXTRAS, STAGES
 from videodiff.networks.autoencoder import Autoencoder
+from videodiff.networks.classifier import ClassifierConfig, NoisyClassifier
 from videodiff.networks.unet import UNet, UNetConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,12 +40,12 @@ def road(path: Path) -> dict[str, StageConfig]:
 
 
 def test_there_is_one_for_each_stage() -> None:
-    assert {path.stem for path in (ROOT / "configs" / "demo").glob("*.yaml")} == {*STAGES, "autoencoder_vq"}
+    assert {path.stem for path in (ROOT / "configs" / "demo").glob("*.yaml")} == {*STAGE_CONFIGS, "autoencoder_vq"}
 
 
-def test_each_run_of_the_demo_has_a_folder_of_its_own() -> None:
-    runs = [load_stage(path).run.dir for path in (ROOT / "configs" / "demo").glob("*.yaml")]
-    assert len(set(runs)) == len(runs)
+def test_each_run_of_the_demo_has_a_folder_and_a_seed_of_its_own() -> None:
+    runs = [load_stage(path).run for path in (ROOT / "configs" / "demo").glob("*.yaml")]
+    assert len({run.dir for run in runs}) == len({run.seed for run in runs}) == len(runs)
 
 
 @pytest.mark.parametrize("path", FILES, ids=name)
@@ -58,11 +62,12 @@ def test_a_yaml_loads_and_survives_being_saved(path: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize("path", FILES, ids=name)
 def test_a_stage_stands_on_the_one_before_it(path: Path) -> None:
     config, stages = load_stage(path), road(path)
+    if config.stage in EXTRAS:  # type: ignore[attr-defined]
+        assert config.model == "demo"  # beside the road, on the bundled model
+        return
     position = STAGES.index(config.stage)  # type: ignore[attr-defined]
     former = stages.get(STAGES[position - 1]) if position else None
     assert config.model == (former.run.dir if former is not None else None)
-    runs = [other.run for other in stages.values()]
-    assert len({run.dir for run in runs}) == len({run.seed for run in runs}) == len(runs)
 
 
 @pytest.mark.parametrize("path", FILES, ids=name)
@@ -79,6 +84,24 @@ def test_the_networks_fit_together(path: Path) -> None:
             return
         if isinstance(config, TextStage):
             assert config.network.image_size == config.data.size
+            return
+        if isinstance(config, ControlStage):
+            assert (config.data.size, config.data.frames) == (image.data.size, 1)
+            return
+        if isinstance(config, UpscaleStage):
+            assert config.data.size == 2 * image.data.size
+            check_pair(config.prediction, config.schedule)
+            side = square_side(config.network)
+            assert config.data.size % (side * config.network.divisor) == 0
+            assert config.network.context_dims == (text.network.width,)
+            assert config.network.pooled_dim == text.network.embed_dim
+            assert config.data.frames == 1
+            return
+        if isinstance(config, ClassifierStage):
+            assert config.network.channels == autoencoder.network.latent_channels
+            assert config.data.size == image.data.size
+            assert config.data.size // factor % config.network.divisor == 0
+            NoisyClassifier(ClassifierConfig(encoder=config.network, num_classes=2, pooling=config.pooling))
             return
         network: UNetConfig = image.network
         assert network.channels == autoencoder.network.latent_channels

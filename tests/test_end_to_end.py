@@ -9,16 +9,17 @@ from pathlib import Path
 
 import pytest
 
+from data_pipeline.world import render_clip
 from stages.cli import main
 from videodiff.model import STAGES, Model
-from videodiff.video_io import read_video
+from videodiff.video_io import read_image, read_video, write_png
 
 ROOT = Path(__file__).resolve().parents[1]
 
 # The demo's own YAMLs, made small: 32x32 pixels, 4 frames at 8 fps, two steps a stage.
 EVERY = ["run.steps=2", "run.save_every=2", "run.sample_every=2", "data.batch_size=4", "data.size=32", "data.workers=0"]
 OWN = {
-    "autoencoder": ["network={latent_channels: 4, patch: 4, widths: [16, 16]}"],
+    "autoencoder": ["data.frames=2", "network={latent_channels: 4, patch: 4, widths: [16, 16]}"],
     "text": [
         "network={width: 16, layers: 1, heads: 2, embed_dim: 16, image_size: 32, image_width: 16, image_layers: 1,"
         " image_heads: 2}",
@@ -32,6 +33,13 @@ OWN = {
     ],
     "video": ["data.frames=4", "sampling.sampler.steps=2"],
     "interpolation": ["data.frames=5", "sampling.sampler.steps=2"],
+    "control": [],
+    "upscale": [
+        "data.size=64",
+        "network={channels: 48, model_channels: 16, channel_mult: [1, 1], num_res_blocks: 1,"
+        " attention_levels: [false, true], head_channels: 8}",
+        "sampling.sampler.steps=2",
+    ],
 }
 
 
@@ -81,3 +89,26 @@ def test_from_nothing_to_a_judged_video(
 
     command(["evaluate", "model", "--stage", "all", "--num-prompts", "2", "--seed", "1", "--out", "judged"])
     assert list((tmp_path / "judged").glob("*.json"))
+
+
+def test_from_an_image_stage_to_a_controlled_and_larger_picture(
+    toy_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What stands beside the road, each on the one before it."""
+    monkeypatch.chdir(tmp_path)
+    former = str(toy_model)
+    for stage, size in (("control", "32"), ("upscale", "64")):
+        world = ["--num-clips", "4", "--size", size, "--frames", "2", "--fps", "8", "--seed", "1"]
+        in_this_process(["data", "world", "--out", f"shards/{stage}", *world])
+        overrides = [*EVERY, *OWN[stage], f"run.dir=runs/{stage}", f"data.shards=shards/{stage}", f"model={former}"]
+        in_this_process(["train", f"configs/demo/{stage}.yaml", *overrides])
+        former = f"runs/{stage}"
+        assert list((tmp_path / former / "samples").glob("*.png"))
+    write_png("picture.png", render_clip(1, 1, 32, 1, 8.0).frames[0])
+    given = ["a large red circle moving left", "--model", former, "--control", "picture.png", "--upscale"]
+    in_this_process(["generate", *given, "-o", "out.mp4"])
+    frames, fps = read_video("out.mp4")
+    assert frames.shape == (7, 64, 64, 3)
+    assert fps == 16
+    in_this_process(["generate", *given, "-o", "one.png", "--image-only"])
+    assert read_image("one.png").shape == (64, 64, 3)

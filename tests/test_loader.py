@@ -17,7 +17,7 @@ from data_pipeline.clips import Clip, ClipError
 from data_pipeline.decoding import DecodePool
 from data_pipeline.loader import DataConfig, ShardSource
 from data_pipeline.order import Order
-from data_pipeline.shards import write_shard, write_world_shards
+from data_pipeline.shards import all_labels, write_shard, write_world_shards
 from data_pipeline.world import clips
 from videodiff.batch import VideoBatch
 from videodiff.config import ConfigError, build
@@ -296,3 +296,24 @@ def test_a_decoder_that_cannot_start_is_told() -> None:
         pytest.raises(UserError, match="cannot start"),
     ):
         list(pool.map([{"video": b""}]))
+
+
+# --- labels -----------------------------------------------------------------------------------------------------------
+
+
+def test_labels_are_what_the_jsons_say(world: Path) -> None:
+    shapes = {clip.key: clip.meta["scene"]["shape"] for clip in clips(11, 0, 32, 8, 16)}
+    assert len(set(shapes.values())) > 1
+    for cache in (0.0, 1.0):  # decoded anew, and from memory
+        batches = take(source(world, label="scene.shape", cache_gib=cache).batches(0, 0, 1, 4), 9)
+        assert all(batch.labels == tuple(shapes[key] for key in batch.keys) for batch in batches)
+    assert all(batch.select(slice(1, 3)).labels == batch.labels[1:3] for batch in batches)
+    assert take(source(world).batches(0, 0, 1, 4), 1)[0].labels == ()
+    assert all_labels(str(world), "scene.shape") == set(shapes.values())
+    assert all_labels(str(world), "number") == {str(number) for number in range(11)}
+
+
+@pytest.mark.parametrize("field", ["shape", "scene", "scene.x", "scene.shape.name", "captions"])
+def test_a_field_that_is_no_label_is_refused(world: Path, field: str) -> None:
+    with pytest.raises(UserError, match=f"data.label={field}"):
+        take(source(world, label=field).batches(0, 0, 1, 4), 1)

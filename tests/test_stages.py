@@ -4,8 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tiny_stages import Clips, stage_config, trained
 
 from data_pipeline.shards import write_world_shards
 from data_pipeline.world import render_clip
@@ -24,62 +24,18 @@ from stages.interpolation import InterpolationStage
 from stages.text import TextStage, TextTask
 from stages.video import VideoStage
 from videodiff import config as configs
-from videodiff.batch import Condition, VideoBatch
+from videodiff.batch import Condition
 from videodiff.errors import UserError
 from videodiff.model import DESCRIPTION, VOCABULARY, WORDS, Model, export, write_weights
 from videodiff.networks.text import build_vocabulary
 from videodiff.networks.unet import is_temporal
-from videodiff.training.trainer import RunConfig, train
-
-ENGINE = {"precision": "fp32", "learning_rate": 3e-3, "weight_decay": 0.0}
+from videodiff.training.trainer import RunConfig
 
 
 @pytest.fixture(autouse=True)
 def _same_start() -> None:
     """Networks start from the same weights whichever tests ran before."""
     torch.manual_seed(0)
-
-
-@dataclass
-class Clips:
-    """Rendered clips as batches, in memory."""
-
-    frames: int
-    fps: float
-    size: int = 32
-    fingerprint: str = "clips"
-
-    def batch(self, numbers: list[int]) -> VideoBatch:
-        clips = [render_clip(0, number % 6, self.size, self.frames, self.fps) for number in numbers]
-        return VideoBatch(
-            frames=torch.from_numpy(np.stack([clip.frames for clip in clips])),
-            captions=tuple(clip.captions[0] for clip in clips),
-            fps=torch.full((len(clips),), self.fps),
-            numbers=torch.tensor(numbers),
-            keys=tuple(clip.key for clip in clips),
-            weight=torch.ones(len(clips)),
-        )
-
-    def batches(self, start_sample: int, rank: int, world: int, micro_batch: int) -> Iterator[VideoBatch]:
-        while True:
-            yield self.batch([start_sample + rank + world * i for i in range(micro_batch)])
-            start_sample += world * micro_batch
-
-
-def stage_config(schema: type, tmp_path: Path, frames: int, fps: float = 8.0, **more: Any) -> Any:
-    tree = {
-        "stage": schema.__name__.removesuffix("Stage").lower(),
-        "run": {"dir": str(tmp_path / "run"), "steps": 20, "save_every": 20, "sample_every": 0},
-        "data": {"shards": "none", "batch_size": 4, "frames": frames, "fps": fps, "size": 32},
-        "engine": ENGINE,
-        **more,
-    }
-    return configs.build(schema, tree, "the test")
-
-
-def trained(config: Any, task: Any, source: Clips) -> Model:
-    train(config.run, config.engine, config.data.batch_size, task, source, config)
-    return Model.load(config.run.dir)
 
 
 # --- known frames, windows, dropout -----------------------------------------------------------------------------------

@@ -31,6 +31,7 @@ class VideoBatch:
     keys: tuple[str, ...]  # names of the samples in their shards
     weight: Tensor  # float32 [B]
     paraphrases: tuple[str, ...] = ()  # of each sample another of its captions, or its only one again
+    labels: tuple[str, ...] = ()  # of each sample what its JSON says at `data.label`, where the data names one
 
     def __len__(self) -> int:
         return self.frames.shape[0]
@@ -47,7 +48,7 @@ class Condition:
     The null value of a part, used for dropout in training and for guidance in sampling alike: text is zeros with a
     mask that keeps the first token (attention needs one), or `null_text` with the mask as it is (Stable Diffusion's
     empty caption); pooled text is zeros; the image is `known`, `known_mask` and `known_time` all zeros. The frame rate
-    is never dropped.
+    and the hint are never dropped.
     """
 
     text: tuple[Tensor, ...] = ()  # one [B, L, D] for each text tower
@@ -57,6 +58,7 @@ class Condition:
     known_mask: Tensor | None = None  # [B, 1, T, H, W], 1 on known frames
     fps: Tensor | None = None  # [B], frames per second
     known_time: Tensor | None = None  # [B], noise level t of the known frames, 0 = clean
+    hint: Tensor | None = None  # [B, 1, H, W] in pixels, in [0, 1]: what a ControlNet follows
     null_text: tuple[Tensor, ...] = ()  # one [B, L, D] for each text tower, tokens that stand for no text; () for zeros
 
     @property
@@ -97,16 +99,17 @@ class Condition:
         )
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Condition:
-        """On another device; tokens, pooled text, known latents and their mask in `dtype`.
+        """On another device; tokens, pooled text, known latents, their mask and the hint in `dtype`.
 
         Masks stay bool; `fps` and `known_time` keep their own dtype, because bfloat16 cannot tell t = 257 from 256.
         """
         moved = self._map(lambda x: x.to(device=device))
+        given = ("pooled", "known", "known_mask", "hint")
         return replace(
             moved,
             text=tuple(tokens.to(dtype=dtype) for tokens in moved.text),
             null_text=tuple(tokens.to(dtype=dtype) for tokens in moved.null_text),
-            **{n: x.to(dtype=dtype) for n in ("pooled", "known", "known_mask") if (x := getattr(moved, n)) is not None},
+            **{name: x.to(dtype=dtype) for name in given if (x := getattr(moved, name)) is not None},
         )
 
     def select(self, index: slice | Sequence[int] | Tensor) -> Condition:

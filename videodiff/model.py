@@ -33,7 +33,8 @@ from videodiff.diffusion.samplers import DDIM, Sampler
 from videodiff.diffusion.schedule import NoiseSchedule
 from videodiff.errors import UserError
 from videodiff.networks.autoencoder import Autoencoder, AutoencoderConfig
-from videodiff.networks.classifier import ClassifierConfig
+from videodiff.networks.classifier import ClassifierConfig, NoisyClassifier
+from videodiff.networks.control import ControlNet
 from videodiff.networks.t5 import T5Tower
 from videodiff.networks.text import PretrainedText, TextConfig, TextTower
 from videodiff.networks.towers import TextTowers
@@ -44,7 +45,7 @@ VOCABULARY, WORDS = "vocabulary.txt.gz", "words.txt"
 STAGES = ("autoencoder", "text", "image", "video", "interpolation")
 # What may stand beside the road: each is trained on a model with an image stage and changes none of its stages.
 EXTRAS = ("classifier", "control", "upscale")
-DiffusionStage = Literal["image", "video", "interpolation"]
+DiffusionStage = Literal["image", "video", "interpolation", "upscale"]
 Weights = Literal["ema", "raw"]
 
 
@@ -104,8 +105,7 @@ class Sampling(Config):
 
 
 class DiffusionPart(Config):
-    """A trained diffusion stage: `frames` x `size` x `size` at `fps`; `factor` is the gain in frame rate, and for
-    upscale the gain in height and width."""
+    """A trained diffusion stage: `frames` x `size` x `size` at `fps`; `factor` is the gain in frame rate."""
 
     network: UNetConfig
     schedule: NoiseSchedule
@@ -141,6 +141,13 @@ class ControlPart(Config):
     raw: File | None = None
 
 
+class UpscalePart(DiffusionPart):
+    """Trained super-resolution: `factor` is the gain in height and width. `deviation`: what the network makes in units
+    of one is that large in pixels in [-1,1]."""
+
+    deviation: float
+
+
 class ModelConfig(Config):
     """The content of `model.yaml`."""
 
@@ -152,7 +159,7 @@ class ModelConfig(Config):
     interpolation: DiffusionPart | None = None
     classifier: ClassifierPart | None = None
     control: ControlPart | None = None
-    upscale: DiffusionPart | None = None
+    upscale: UpscalePart | None = None
 
     def stages(self) -> list[str]:
         """Names of the stages that the model holds, in the order of the road, then of what stands beside it."""
@@ -208,7 +215,7 @@ class Model:
         return part
 
     def diffusion(self, stage: DiffusionStage) -> DiffusionPart:
-        """The description of one of the three diffusion stages."""
+        """The description of one of the diffusion stages."""
         part = self.part(stage)
         assert isinstance(part, DiffusionPart)
         return part
@@ -216,7 +223,7 @@ class Model:
     def state(self, stage: str) -> dict[str, Tensor]:
         """The weights of a stage, by parameter name, in float32."""
         part = self.part(stage)
-        file = part.raw if self.weights == "raw" and stage == self.config.stages()[-1] else part.weights
+        file = part.raw if self.weights == "raw" and stage == self._newest() else part.weights
         if file is None:
             raise UserError(f"{self.folder}: holds no raw weights, only averaged ones; leave out the choice of raw")
         state = self._read(file)
@@ -228,6 +235,11 @@ class Model:
             return load_file(path)
         except SafetensorError as error:
             raise UserError(f"{path}: not a readable safetensors file ({error}); copy it again") from None
+
+    def _newest(self) -> str:
+        """The stage that was trained last: it alone has raw weights; those it stands on were carried without theirs."""
+        stages = self.config.stages()
+        return next((stage for stage in stages if self.part(stage).raw is not None), stages[-1])
 
     @cached_property
     def autoencoder(self) -> Autoencoder:
@@ -263,16 +275,34 @@ class Model:
     def unet(self, stage: DiffusionStage) -> UNet:
         """The network of a diffusion stage.
 
-        The spatial half of video and interpolation is the image stage's, unless the video stage trained its own.
+        The spatial half of video and interpolation is the image stage's, unless the video stage trained its own;
+        upscale has one of its own.
         """
         part = self.diffusion(stage)
         network = UNet(part.network)
         state = self.state(stage)
         if stage == "interpolation" and self.config.video is not None:
             state = {**{name: value for name, value in self.state("video").items() if not is_temporal(name)}, **state}
-        if stage != "image":
+        if stage in ("video", "interpolation"):
             state = {**self.state("image"), **state}
         self._fill(network, state, stage)
+        return network.requires_grad_(False).eval()
+
+    @cached_property
+    def classifier(self) -> NoisyClassifier:
+        part = self.part("classifier")
+        assert isinstance(part, ClassifierPart)
+        network = NoisyClassifier(part.network)
+        self._fill(network, self.state("classifier"), "classifier")
+        return network.requires_grad_(False).eval()
+
+    @cached_property
+    def control(self) -> ControlNet:
+        """The ControlNet of the image stage."""
+        part = self.part("control")
+        assert isinstance(part, ControlPart)
+        network = ControlNet(part.network, self.autoencoder.factor)
+        self._fill(network, self.state("control"), "control")
         return network.requires_grad_(False).eval()
 
     def denoiser(self, stage: DiffusionStage, dtype: torch.dtype = torch.float32) -> Denoiser:

@@ -305,13 +305,17 @@ def kl_divergence(mean: Tensor, log_variance: Tensor) -> Tensor:
 
 
 def edges(frames: Tensor) -> Tensor:
-    """[N,3,H,W] in [-1,1] -> [N,1,H,W] in [0,1]: how near an edge, from the gradient widened by two pixels."""
+    """[N,3,H,W] in [-1,1] -> [N,1,H,W] in [0,1]: how near an edge, from the outlines widened by two pixels."""
+    return F.max_pool2d(outlines(frames), kernel_size=5, stride=1, padding=2)
+
+
+def outlines(frames: Tensor) -> Tensor:
+    """[N,3,H,W] in [-1,1] -> [N,1,H,W] in [0,1]: the gradient, largest over colours and the two directions."""
     frames = frames.float()
     down = F.pad((frames[..., 1:, :] - frames[..., :-1, :]).abs().amax(dim=1, keepdim=True), (0, 0, 0, 1))
     across = F.pad((frames[..., 1:] - frames[..., :-1]).abs().amax(dim=1, keepdim=True), (0, 1))
     # A step of half the range is a full edge; noise of compression (a few 1/255) stays near 0.
-    gradient = (2 * torch.maximum(down, across)).clamp(max=1)
-    return F.max_pool2d(gradient, kernel_size=5, stride=1, padding=2)
+    return (2 * torch.maximum(down, across)).clamp(max=1)
 
 
 def to_float(frames: Tensor) -> Tensor:

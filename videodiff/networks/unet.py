@@ -6,7 +6,7 @@ that of Stable Diffusion 1 and 2 (Rombach et al. 2022) and of ADM (Dhariwal & Ni
 temporal layers.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -97,6 +97,15 @@ class UNetConfig(Config):
             return self.head_channels
         heads = self.num_heads if isinstance(self.num_heads, int) else self.num_heads[level]
         return self.model_channels * self.channel_mult[level] // heads
+
+    @property
+    def skip_widths(self) -> tuple[int, ...]:
+        """Channels of the feature maps that the encoder hands to the decoder, in the order in which it makes them."""
+        widths = [self.model_channels]
+        for level, mult in enumerate(self.channel_mult):
+            resized = level < len(self.channel_mult) - 1
+            widths += [self.model_channels * mult] * (self.res_blocks[level] + resized)
+        return tuple(widths)
 
     @property
     def divisor(self) -> int:
@@ -238,7 +247,7 @@ class UNet(nn.Module):
         residual = config.resample == "residual"
         widths = [base * mult for mult in config.channel_mult]
         last = len(widths) - 1
-        channels, skips = base, [base]
+        channels = base
         resize: SpaceTimeConv | ResBlock | None
         down = []
         for level, width in enumerate(widths):
@@ -246,7 +255,6 @@ class UNet(nn.Module):
             for _ in range(config.res_blocks[level]):
                 blocks.append(Block(config, channels, level, config.attention_levels[level]))
                 channels = width
-                skips.append(width)
             resize = None
             if level < last:
                 resize = (
@@ -254,11 +262,10 @@ class UNet(nn.Module):
                     if residual
                     else SpaceTimeConv(width, width, kernel, stride=2)
                 )
-                skips.append(width)
             down.append(Level(blocks, resize))
         self.down = nn.ModuleList(down)
         self.middle = nn.ModuleList([Block(config, channels, last, True), Block(config, channels, last, False)])
-        up = []
+        up, skips = [], list(config.skip_widths)
         for level in reversed(range(len(widths))):
             blocks = []
             for _ in range(config.res_blocks[level] + 1):
@@ -276,9 +283,30 @@ class UNet(nn.Module):
         self.norm_out = group_norm(channels, config.norm_groups)
         self.conv_out = SpaceTimeConv(channels, config.out_channels, kernel, zero=True)
 
-    def forward(self, x: Tensor, time: Tensor, condition: Condition) -> Tensor:
+    def forward(self, x: Tensor, time: Tensor, condition: Condition, control: Sequence[Tensor] = ()) -> Tensor:
+        """control: what a ControlNet adds to each skip of the encoder and then to the middle, [N,C,h,w] each."""
+        hidden, skips, signals = self.encode(x, time, condition)
+        if control:
+            *onto_skips, onto_middle = control
+            skips = [skip + more for skip, more in zip(skips, onto_skips, strict=True)]
+            hidden = hidden + onto_middle
+        for level in self._levels(self.up):
+            for block in level.blocks:
+                hidden = self._run(block, torch.cat([hidden, skips.pop()], dim=1), signals)
+            if level.resize is not None:
+                if self.config.resample == "conv":
+                    hidden = F.interpolate(hidden, scale_factor=2.0, mode="nearest")
+                hidden = level.resize(hidden, signals)
+        out = self.conv_out(F.silu(self.norm_out(hidden)), signals)
+        return out.unflatten(0, (len(x), signals.frames)).transpose(1, 2)
+
+    def encode(
+        self, x: Tensor, time: Tensor, condition: Condition, hint: Tensor | None = None
+    ) -> tuple[Tensor, list[Tensor], Signals]:
+        """The encoder and the middle: the middle's feature map [N,C,h,w], the skips on the way to it as `skip_widths`
+        lists them, and what the blocks were told. hint [N,C,H,W] is added where x enters."""
         self._check(x, condition)
-        clips, _, frames = x.shape[:3]
+        frames = x.shape[2]
         video = self.config.temporal is not None and not (frames == 1 and condition.known is None)
         signals = self._signals(x, time, condition, video)
 
@@ -286,6 +314,8 @@ class UNet(nn.Module):
         if self.known_conv is not None and condition.known is not None and condition.known_mask is not None:
             known = torch.cat([condition.known, condition.known_mask.to(condition.known.dtype)], dim=1).to(x.dtype)
             hidden = hidden + self.known_conv(self._flatten(known))
+        if hint is not None:
+            hidden = hidden + hint
 
         skips = [hidden]
         for level in self._levels(self.down):
@@ -297,15 +327,7 @@ class UNet(nn.Module):
                 skips.append(hidden)
         for block in self.middle:
             hidden = self._run(block, hidden, signals)
-        for level in self._levels(self.up):
-            for block in level.blocks:
-                hidden = self._run(block, torch.cat([hidden, skips.pop()], dim=1), signals)
-            if level.resize is not None:
-                if self.config.resample == "conv":
-                    hidden = F.interpolate(hidden, scale_factor=2.0, mode="nearest")
-                hidden = level.resize(hidden, signals)
-        out = self.conv_out(F.silu(self.norm_out(hidden)), signals)
-        return out.unflatten(0, (clips, frames)).transpose(1, 2)
+        return hidden, skips, signals
 
     def spatial_state(self) -> dict[str, Tensor]:
         """The state of the image network inside: loads into a UNet without `temporal` and `known_channels`."""

@@ -30,8 +30,9 @@ class LossOutput:
 class Task(Protocol):
     """What is trained. The loop knows no more of it than this."""
 
-    module: nn.Module
-    """Enters the engine, which converts it in place; frozen networks beside it stay outside."""
+    @property
+    def module(self) -> nn.Module:
+        """Enters the engine, which converts it in place; frozen networks beside it stay outside."""
 
     def trains(self, name: str) -> bool:
         """Whether this parameter of the module gets gradients."""

@@ -64,10 +64,8 @@ def class_log_prob(classifier: Classifier, labels: Tensor | Sequence[int]) -> Lo
     labels = torch.as_tensor(labels)
 
     def log_prob(x_t: Tensor, t: Tensor) -> Tensor:
-        logits = classifier(x_t, _network_time(t, x_t))
+        logits = class_logits(classifier, x_t, t)
         _check_labels(labels, logits)
-        # At least float32, but float64 stays.
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return logits.log_softmax(1).gather(1, labels.to(logits.device)[:, None])[:, 0]
 
     return log_prob
@@ -84,14 +82,16 @@ def classifier_loss(
     t = sample_times(schedule, seed, numbers).to(x0.device)
     eps = normals(tuple(x0.shape[1:]), seed, "noise", numbers).to(x0.device)
     x_t = add_noise(x0, eps, t, schedule)
-    logits = classifier(x_t, _network_time(t, x_t))
+    logits = class_logits(classifier, x_t, t)
     _check_labels(labels, logits)
-    return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels, reduction="none")
+    return F.cross_entropy(logits, labels, reduction="none")
 
 
-def _network_time(t: Tensor, x_t: Tensor) -> Tensor:
-    """As Denoiser: networks count noise levels from 0."""
-    return (t - 1).to(x_t.device, torch.float32).clamp(min=0)
+def class_logits(classifier: Classifier, x_t: Tensor, t: Tensor) -> Tensor:
+    """Logits [B, K] of x_t [B, ...] at t [B] in [0, N], int64 or float: float32, or float64 where they are so."""
+    # As Denoiser: networks count noise levels from 0.
+    logits = classifier(x_t, (t - 1).to(x_t.device, torch.float32).clamp(min=0))
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def _check_labels(labels: Tensor, logits: Tensor) -> None:
