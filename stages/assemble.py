@@ -15,6 +15,7 @@ from stages.autoencoder import AutoencoderStage, AutoencoderTask
 from stages.base import StageConfig
 from stages.classifier import ClassifierStage, ClassifierTask
 from stages.control import ControlStage
+from stages.further_towers import place_in_run
 from stages.image import ImageStage
 from stages.interpolation import InterpolationStage
 from stages.text import TextStage, TextTask
@@ -63,7 +64,7 @@ def make_task(config: StageConfig) -> Task:
         return ClassifierTask(config, None if config.model is None else Model.load(config.model))
     base = _base(config)
     if isinstance(config, TextStage):
-        return TextTask(config, base, *_vocabulary(config))
+        return TextTask(config, base, *_vocabulary(config), place_in_run(config.further, Path(config.run.dir)))
     if isinstance(config, ImageStage):
         return image.task(config, base)
     if isinstance(config, VideoStage):

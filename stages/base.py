@@ -141,9 +141,9 @@ def with_known(condition: Condition, latents: Tensor, slots: Sequence[int]) -> C
 
 
 def told_text(network: UNetConfig, base: Model) -> UNetConfig:
-    """The network with the text tower's widths where its own are left out."""
+    """The network with the text towers' widths where its own are left out."""
     widths = {
-        "context_dims": network.context_dims or (base.text.width,),
+        "context_dims": network.context_dims or base.text.widths,
         "pooled_dim": network.pooled_dim or base.text.embed_dim,
     }
     return network.model_copy(update=widths)
@@ -157,7 +157,7 @@ def check_size(size: int, multiple: int, why: str) -> None:
 
 
 def check_fit(base: Model, network: UNetConfig, size: int) -> None:
-    """Refuse (UserError) a network that does not fit the autoencoder and the text tower of `base`, or the size."""
+    """Refuse (UserError) a network that does not fit the autoencoder and the text towers of `base`, or the size."""
     autoencoder = base.autoencoder
     wanted = autoencoder.config.latent_channels
     _check_equal(base, "channels", network.channels, wanted, "autoencoder's latent_channels")
@@ -167,9 +167,9 @@ def check_fit(base: Model, network: UNetConfig, size: int) -> None:
 
 
 def check_text(base: Model, network: UNetConfig) -> None:
-    """Refuse (UserError) a network that does not fit the text tower of `base`."""
+    """Refuse (UserError) a network that does not fit the text towers of `base`."""
     text = base.text
-    _check_equal(base, "context_dims", list(network.context_dims), [text.width], "text tower's width")
+    _check_equal(base, "context_dims", list(network.context_dims), list(text.widths), "text towers' width")
     _check_equal(base, "pooled_dim", network.pooled_dim, text.embed_dim, "text tower's embed_dim")
 
 

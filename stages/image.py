@@ -15,7 +15,7 @@ class ImageStage(DiffusionStageConfig):
     """`videodiff train configs/demo/image.yaml`. Its schedule and prediction are the video stage's too:
 
     a frozen spatial network can't change what it predicts. The network's `context_dims` and `pooled_dim` may be left
-    out: they are the text tower's then.
+    out: they are the text towers' then.
     """
 
     stage: Literal["image"]

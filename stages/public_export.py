@@ -37,6 +37,11 @@ def export_diffusers(model: Model, out: Path, half: bool = False) -> None:
     is not of Stable Diffusion's shape.
     """
     image, vae, text = model.diffusion("image"), model.autoencoder, model.text
+    if not isinstance(text, TextTower):
+        raise UserError(
+            f"{model.folder}: reads its text with {len(text.widths)} towers, and Stable Diffusion has one; leave "
+            "--format out"
+        )
     statistics = (vae.latent_mean, vae.latent_std)
     if any((values != values[0]).any() for values in statistics):
         raise UserError(

@@ -7,8 +7,7 @@ from typing import Literal
 
 import torch
 from pydantic import ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from stages import public_configs
@@ -121,15 +120,16 @@ def component(folder: Path, name: str, beside: bool = False) -> Path:
     raise UserError(f"{folder}: holds no {name}/; name the folder of a whole pipeline, or put {name}/ beside it")
 
 
-def read_weights(folder: Path, name: str) -> dict[str, Tensor]:
-    """All tensors of a component, from one safetensors file or the shards of an index, full precision before fp16.
+def read_weights(folder: Path, name: str, prefixes: tuple[str, ...] = ("",)) -> dict[str, Tensor]:
+    """The tensors of a component whose names start with one of `prefixes`, from one safetensors file or the shards of
+    an index, full precision before fp16.
 
     Raises UserError where there are none, and for pickles, which are never opened.
     """
     for variant in ("", ".fp16"):
         single = folder / f"{name}{variant}.safetensors"
         if single.is_file():
-            return _read(single)
+            return _read(single, prefixes)
         index = folder / f"{name}.safetensors.index{variant}.json"
         if index.is_file():
             table = read_json(index).get("weight_map")
@@ -137,8 +137,8 @@ def read_weights(folder: Path, name: str) -> dict[str, Tensor]:
                 raise UserError(f"{index}: its weight_map is missing or points out of the folder; copy it again")
             state: dict[str, Tensor] = {}
             for file in sorted(set(table.values())):
-                state |= _read(folder / file)
-            if lost := sorted(set(table) - set(state)):
+                state |= _read(folder / file, prefixes)
+            if lost := sorted({name for name in table if name.startswith(prefixes)} - set(state)):
                 raise UserError(f"{index}: {len(lost)} weights are in no shard, {lost[0]} first; copy the shards again")
             return state
     if pickles := sorted(file.name for pattern in ("*.bin", "*.ckpt", "*.pt") for file in folder.glob(pattern)):
@@ -146,9 +146,10 @@ def read_weights(folder: Path, name: str) -> dict[str, Tensor]:
     raise UserError(f"{folder}: no {name}.safetensors, alone, as fp16 or with an index; copy the weights there")
 
 
-def _read(path: Path) -> dict[str, Tensor]:
+def _read(path: Path, prefixes: tuple[str, ...]) -> dict[str, Tensor]:
     try:
-        return load_file(path)
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys() if name.startswith(prefixes)}  # noqa: SIM118
     except FileNotFoundError:
         raise UserError(f"{path}: missing, but the index names it; copy all shards") from None
     except (SafetensorError, OSError) as error:

@@ -12,20 +12,25 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from stages.base import StageConfig, stages_before, write_part
+from stages.further_towers import FurtherTower, open_towers, write_towers
 from videodiff import config as configs
 from videodiff.batch import VideoBatch
 from videodiff.errors import UserError
-from videodiff.model import DESCRIPTION, VOCABULARY, WORDS, Model, TextPart, carry, place
+from videodiff.model import DESCRIPTION, VOCABULARY, WORDS, FurtherPart, Model, TextPart, carry, files_of, place
 from videodiff.networks.text import ContrastiveTextModel, PretrainedText, TextConfig, TextTower
 from videodiff.training.distributed import barrier, gather_rows, rank, world
 from videodiff.training.task import LossOutput
 
 
 class TextStage(StageConfig):
-    """`videodiff train configs/demo/text.yaml`. With `network.pretrained` a public tower is taken over, not trained."""
+    """`videodiff train configs/demo/text.yaml`. With `network.pretrained` a public tower is taken over, not trained.
+
+    `further` towers, all public, stand beside either; the image network has a cross-attention for each.
+    """
 
     stage: Literal["text"]
     network: TextConfig = TextConfig()
+    further: tuple[FurtherTower, ...] = ()
     paraphrase_weight: float = Field(
         1.0, ge=0, description="of telling a clip's second caption from those of other clips, beside its film strip"
     )
@@ -62,7 +67,9 @@ class TextTask:
     """Symmetric cross-entropy between the captions of a global batch and their film strips, and between the captions
     and second captions of the same clips."""
 
-    def __init__(self, config: TextStage, base: Model, vocabulary: Path, words: Path) -> None:
+    def __init__(
+        self, config: TextStage, base: Model, vocabulary: Path, words: Path, further: tuple[FurtherPart, ...] = ()
+    ) -> None:
         micro_batch, accumulation = config.engine.accumulation(config.data.batch_size, world())
         if accumulation > 1:
             raise UserError(
@@ -70,6 +77,7 @@ class TextTask:
                 f"{config.data.batch_size} with all others at once; leave it out, or lower data.batch_size"
             )
         self.config, self.base, self.vocabulary, self.words = config, base, vocabulary, words
+        self.further = further  # their files lie in the run's folder, as vocabulary and words do
         files = {"vocabulary": str(vocabulary), "words": str(words)}
         self.module = ContrastiveTextModel(config.network.model_copy(update=files))
 
@@ -97,6 +105,8 @@ class TextTask:
 
     def export(self, state: dict[str, Tensor], folder: Path, file: str) -> None:
         vocabulary, words = place(self.vocabulary, folder, VOCABULARY), place(self.words, folder, WORDS)
+        for name in (file.name for tower in self.further for file in files_of(tower)):
+            place(Path(self.config.run.dir) / name, folder, name)
         network = self.config.network
         state = {name.removeprefix("clip."): value for name, value in state.items()}  # open_clip's own names
         write_part(
@@ -105,7 +115,9 @@ class TextTask:
             folder,
             file,
             state,
-            lambda weights: TextPart(network=network, weights=weights, vocabulary=vocabulary, words=words),
+            lambda weights: TextPart(
+                network=network, weights=weights, vocabulary=vocabulary, words=words, further=self.further
+            ),
         )
 
 
@@ -130,7 +142,7 @@ def contrast(texts: Tensor, others: Tensor, scale: Tensor, usable: Tensor) -> tu
 
 
 def adopt(config: TextStage, public: PretrainedText, base: Model) -> None:
-    """Make a public open_clip model the text tower: nothing is trained, the run's folder becomes a Model with it.
+    """Make public models the text towers: nothing is trained, the run's folder becomes a Model with them.
 
     Of `base` the stages before the text stage are taken. Raises UserError, before anything is written, for weights that
     are not the tower's.
@@ -139,10 +151,11 @@ def adopt(config: TextStage, public: PretrainedText, base: Model) -> None:
     if folder.resolve() in (base.folder.resolve(), path.resolve().parent):
         raise UserError(f"run.dir={folder}: holds the model or the weights that are taken over; name a new folder")
     TextTower(config.network)
+    further = open_towers(config.further, folder)
     if rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
         weights = place(path.resolve(), folder, f"text{path.suffix}")  # a link to a link may point nowhere
-        part = TextPart(network=config.network, weights=weights)
+        part = TextPart(network=config.network, weights=weights, further=write_towers(further, folder))
         model = carry(stages_before(base, "text"), folder).model_copy(update={"text": part})
         configs.save(model, folder / DESCRIPTION)
     barrier()

@@ -14,6 +14,9 @@ ROOMS = ("videodiff", "data_pipeline", "stages")  # an import only points left
 OWNERS = {
     "deepspeed": {"videodiff/training/engine.py"},
     "open_clip": {"videodiff/networks/text.py"},
+    "transformers": {"videodiff/networks/t5.py"},
+    "tokenizers": {"videodiff/networks/t5.py"},
+    "sentencepiece": {"videodiff/networks/t5.py"},
     "imageio": {"videodiff/video_io.py"},
     "imageio_ffmpeg": {"videodiff/video_io.py"},
     "omegaconf": {"videodiff/config.py"},
@@ -24,6 +27,7 @@ OWNERS = {
 
 # What a user may wait for, or may not have installed.
 HEAVY = ("torch", "numpy", "deepspeed", "open_clip", "decord", "webdataset", "imageio", "diffusers", "PIL")
+HEAVY += ("transformers", "tokenizers", "sentencepiece")
 
 
 def source_files() -> list[Path]:

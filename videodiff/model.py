@@ -16,9 +16,10 @@ from contextlib import contextmanager
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal, TypeAlias
 
 import torch
+from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -34,7 +35,9 @@ from videodiff.errors import UserError
 from videodiff.networks.autoencoder import Autoencoder, AutoencoderConfig
 from videodiff.networks.classifier import ClassifierConfig, NoisyClassifier
 from videodiff.networks.control import ControlNet
+from videodiff.networks.t5 import T5Tower
 from videodiff.networks.text import PretrainedText, TextConfig, TextTower
+from videodiff.networks.towers import TextTowers
 from videodiff.networks.unet import UNet, UNetConfig, is_temporal
 
 DESCRIPTION = "model.yaml"
@@ -61,14 +64,37 @@ class AutoencoderPart(Config):
     raw: File | None = None
 
 
+class OpenClipPart(Config):
+    """A public open_clip model as a further text tower: open_clip's name of its architecture."""
+
+    kind: Literal["open_clip"] = "open_clip"
+    name: str
+    weights: File
+
+
+class T5Part(Config):
+    """A T5's encoder as a further text tower: its weights, config.json and tokenizer."""
+
+    kind: Literal["t5"] = "t5"
+    context_length: int
+    weights: File
+    settings: File
+    tokenizer: File
+
+
+FurtherPart: TypeAlias = Annotated[OpenClipPart | T5Part, Field(discriminator="kind")]
+
+
 class TextPart(Config):
-    """The text tower, its vocabulary and the words it was trained on; a public model brings its own (None)."""
+    """The text tower, its vocabulary and the words it was trained on; a public model brings its own (None).
+    `further` towers stand beside it, each with a cross-attention of its own."""
 
     network: TextConfig
     weights: File
     raw: File | None = None
     vocabulary: File | None = None
     words: File | None = None
+    further: tuple[FurtherPart, ...] = ()
 
 
 class Sampling(Config):
@@ -166,8 +192,8 @@ class Model:
     def files(self) -> list[File]:
         """Every file that the description names."""
         parts = [getattr(self.config, stage) for stage in self.config.stages()]
-        named = [getattr(part, field, None) for part in parts for field in ("weights", "raw", "vocabulary", "words")]
-        return [file for file in named if file is not None]
+        further = self.config.text.further if self.config.text is not None else ()
+        return [file for part in (*parts, *further) for file in files_of(part)]
 
     def path(self, file: File) -> Path:
         """The verified path of a file of this model."""
@@ -200,12 +226,15 @@ class Model:
         file = part.raw if self.weights == "raw" and stage == self._newest() else part.weights
         if file is None:
             raise UserError(f"{self.folder}: holds no raw weights, only averaged ones; leave out the choice of raw")
+        state = self._read(file)
+        return {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
+
+    def _read(self, file: File) -> dict[str, Tensor]:
         path = self.path(file)
         try:
-            state = load_file(path)
+            return load_file(path)
         except SafetensorError as error:
             raise UserError(f"{path}: not a readable safetensors file ({error}); copy it again") from None
-        return {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
 
     def _newest(self) -> str:
         """The stage that was trained last: it alone has raw weights; those it stands on were carried without theirs."""
@@ -221,15 +250,27 @@ class Model:
         return network.requires_grad_(False).eval()
 
     @cached_property
-    def text(self) -> TextTower:
+    def text(self) -> TextTower | TextTowers:
+        """The text tower, or where there are several, all of them in one."""
         part = self.part("text")
         assert isinstance(part, TextPart)
+        first = self._first_tower(part)
+        return TextTowers([first, *map(self._further_tower, part.further)]) if part.further else first
+
+    def _first_tower(self, part: TextPart) -> TextTower:
         if part.network.pretrained is not None:
             public = PretrainedText(name=part.network.pretrained.name, path=str(self.path(part.weights)))
             return TextTower(part.network.model_copy(update={"pretrained": public}))
         files = {name: getattr(part, name) for name in ("vocabulary", "words")}
         paths = {name: None if file is None else str(self.path(file)) for name, file in files.items()}
         return TextTower(part.network.model_copy(update=paths), self.state("text"))
+
+    def _further_tower(self, part: FurtherPart) -> TextTower | T5Tower:
+        if isinstance(part, OpenClipPart):
+            public = PretrainedText(name=part.name, path=str(self.path(part.weights)))
+            return TextTower(TextConfig(pretrained=public))
+        files = self.path(part.settings), self.path(part.tokenizer)
+        return T5Tower(*files, self._read(part.weights), part.context_length)
 
     def unet(self, stage: DiffusionStage) -> UNet:
         """The network of a diffusion stage.
@@ -279,6 +320,11 @@ class Model:
                 f"({len(odd)} such names); {DESCRIPTION} and the weights belong to different models"
             )
         network.load_state_dict(state)
+
+
+def files_of(part: Config) -> list[File]:
+    """The files that a part names, not those of its further towers."""
+    return [value for _, value in part if isinstance(value, File)]
 
 
 def find(name: str | os.PathLike[str]) -> Path:
@@ -349,6 +395,8 @@ def carry(model: Model, folder: Path) -> ModelConfig:
             for field, name in (("vocabulary", VOCABULARY), ("words", WORDS)):
                 if (file := getattr(part, field)) is not None:
                     update[field] = place(model.path(file), folder, name)
+            for file in (file for tower in part.further for file in files_of(tower)):
+                place(model.path(file), folder, file.name)
         parts[stage] = part.model_copy(update=update)
     return ModelConfig(**parts)
 
@@ -394,4 +442,17 @@ def _fill_folder(model: Model, folder: Path, half: bool) -> None:
             (folder / part.weights.name).unlink()  # a hard link: writing through it would change the original
             weights = write_weights(folder, part.weights.name, model.state(stage), torch.float16 if half else None)
             description = description.model_copy(update={stage: part.model_copy(update={"weights": weights})})
+    if half and description.text is not None:
+        further = tuple(_halved(model, tower, folder) for tower in description.text.further)
+        text = description.text.model_copy(update={"further": further})
+        description = description.model_copy(update={"text": text})
     configs.save(description, folder / DESCRIPTION)
+
+
+def _halved(model: Model, tower: FurtherPart, folder: Path) -> FurtherPart:
+    name = tower.weights.name
+    if not name.endswith(".safetensors"):
+        return tower
+    (folder / name).unlink()
+    weights = write_weights(folder, name, model._read(tower.weights), torch.float16)
+    return tower.model_copy(update={"weights": weights})

@@ -334,6 +334,7 @@ class TextTower(nn.Module):
         self.embed_dim: int | None = settings["embed_dim"] if config.padding == "masked" else None
         self.text = _make_text(settings, self.tokenizer.size, quick_gelu, self.embed_dim)
         self.width: int = settings["width"]
+        self.widths = (self.width,)
         self.num_layers: int = settings["layers"]
         self.num_heads: int = settings["heads"]
         self.quick_gelu: bool = quick_gelu
