@@ -36,7 +36,8 @@ class ClassifierStage(StageConfig):
     """`videodiff train configs/demo/classifier.yaml`.
 
     `data.label` names the field of the samples' JSON that is told, e.g. scene.shape; its last word is the attribute.
-    `network` is the U-Net whose first half reads, `model` the one whose latents it reads; null: pixels in [-1, 1].
+    `network` is the U-Net whose first half reads; its `channels` may be left out: they are those of what it reads.
+    `model` is the one whose latents it reads; null: pixels in [-1, 1].
     """
 
     stage: Literal["classifier"]
@@ -67,8 +68,11 @@ class ClassifierTask:
                 f"data.label={config.data.label}: of {list(self.classes)} there is nothing to tell apart; name another"
             )
         self.schedule, self.size = _schedule(config, base), config.data.size
-        _check_network(config, base)
-        told = {"encoder": configs.to_dict(config.network), "num_classes": len(self.classes), "pooling": config.pooling}
+        told = {
+            "encoder": configs.to_dict(_network(config, base)),
+            "num_classes": len(self.classes),
+            "pooling": config.pooling,
+        }
         self.network = configs.build(ClassifierConfig, told, "network")
         self.module: nn.Module = NoisyClassifier(self.network)
         self.posteriors = None
@@ -146,11 +150,13 @@ def _schedule(config: ClassifierStage, base: Model | None) -> NoiseSchedule:
     return schedule
 
 
-def _check_network(config: ClassifierStage, base: Model | None) -> None:
+def _network(config: ClassifierStage, base: Model | None) -> UNetConfig:
+    """The network with the channels of what it reads; UserError where it is told others, or does not fit the size."""
     autoencoder = base.autoencoder if base is not None else None
     channels, factor = (3, 1) if autoencoder is None else (autoencoder.config.latent_channels, autoencoder.factor)
-    if config.network.channels != channels:
+    if "channels" in config.network.model_fields_set and config.network.channels != channels:
         what = "pixels have" if autoencoder is None else f"the latents of {config.model} have"
         raise UserError(f"network.channels: {config.network.channels}, but {what} {channels}; set {channels}")
     why = f"autoencoder's factor {factor} x the network's {config.network.divisor}"
     check_size(config.data.size, factor * config.network.divisor, why)
+    return config.network.model_copy(update={"channels": channels})

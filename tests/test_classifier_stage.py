@@ -206,7 +206,7 @@ def test_from_shards_to_a_guided_picture(
     monkeypatch.chdir(tmp_path)
     toy = [f"model={toy_model}", f"data.shards={shards}", "run.dir=run", "run.steps=3", "run.save_every=3",
            "data.size=32", "data.batch_size=8", "data.workers=0", "engine.learning_rate=0.01", "engine.warmup_steps=0",
-           "network={channels: 4, model_channels: 16, channel_mult: [1], attention_levels: [false], head_channels: 8}",
+           "network={model_channels: 16, channel_mult: [1], attention_levels: [false], head_channels: 8}",
     ]  # fmt: skip
     assert run("train", "configs/demo/classifier.yaml", *toy) == 0
     shas = []
