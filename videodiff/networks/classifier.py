@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from videodiff.batch import Condition
 from videodiff.config import Config
 from videodiff.networks.layers import Attention, group_norm, to_tokens, zeroed
-from videodiff.networks.unet import UNet, UNetConfig
+from videodiff.networks.unet import UNetConfig, encoder_of
 
 
 class ClassifierConfig(Config):
@@ -57,10 +57,7 @@ class NoisyClassifier(nn.Module):
     def __init__(self, config: ClassifierConfig) -> None:
         super().__init__()
         self.config = config
-        self.encoder = UNet(config.encoder)
-        # What is left is the encoder; its state holds nothing that is never used.
-        for decoder_part in ("up", "norm_out", "conv_out"):
-            delattr(self.encoder, decoder_part)
+        self.encoder = encoder_of(config.encoder)
         width = config.encoder.model_channels * config.encoder.channel_mult[-1]
         self.norm = group_norm(width)
         self.pool = Attention(width, config.encoder.head_channels) if config.pooling == "attention" else None
@@ -68,19 +65,9 @@ class NoisyClassifier(nn.Module):
         zeroed(self.leave)
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        encoder, told = self.encoder, Condition()
-        encoder._check(x, told)
         x = x.to(self.leave.weight.dtype)
         clips, _, frames = x.shape[:3]
-        signals = encoder._signals(x, time, told, video=frames > 1 and self.config.encoder.temporal is not None)
-        hidden = encoder.conv_in(encoder._flatten(x), signals)
-        for level in encoder._levels(encoder.down):
-            for block in level.blocks:
-                hidden = encoder._run(block, hidden, signals)
-            if level.resize is not None:
-                hidden = level.resize(hidden, signals)
-        for block in encoder.middle:
-            hidden = encoder._run(block, hidden, signals)
+        hidden, _, _ = self.encoder.encode(x, time, Condition())
         tokens = to_tokens(F.silu(self.norm(hidden))).unflatten(0, (clips, frames)).flatten(1, 2)
         pooled = tokens.mean(dim=1, keepdim=True)
         if self.pool is not None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from videodiff.batch import Condition
 from videodiff.networks.autoencoder import outlines, to_float
 from videodiff.networks.layers import zeroed
-from videodiff.networks.unet import UNet, UNetConfig
+from videodiff.networks.unet import UNet, UNetConfig, encoder_of
 
 # What a picture, uint8 [B,H,W,3], is followed by: its hint [B,1,H,W] in [0,1]; the same in training and at generation.
 HINTS: dict[str, Callable[[Tensor], Tensor]] = {"edges": lambda pictures: outlines(to_float(pictures))}
@@ -27,9 +27,7 @@ class ControlNet(nn.Module):
         """config: the image network's. factor: pixels along a side of a latent."""
         super().__init__()
         self.factor = factor
-        self.encoder = UNet(config)
-        for decoder_part in ("up", "norm_out", "conv_out"):
-            delattr(self.encoder, decoder_part)
+        self.encoder = encoder_of(config)
         width = config.model_channels
         self.hint = nn.Sequential(
             nn.PixelUnshuffle(factor),

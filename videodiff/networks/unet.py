@@ -395,6 +395,14 @@ class UNet(nn.Module):
             raise ValueError("the network takes condition.fps, and it is None")
 
 
+def encoder_of(config: UNetConfig) -> UNet:
+    """A UNet without its decoder: of it `encode` alone works, and its state holds nothing that is never used."""
+    network = UNet(config)
+    for decoder_part in ("up", "norm_out", "conv_out"):
+        delattr(network, decoder_part)
+    return network
+
+
 def is_temporal(name: str) -> bool:
     """Whether a parameter of a UNet belongs to the video network alone, told from its name."""
     return any(part == "known_conv" or part.startswith("temporal") for part in name.split("."))
