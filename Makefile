@@ -1,4 +1,5 @@
 # make demo         a prompt becomes outputs/demo.mp4, from nothing but Python and pip
+# make install      install everything, the packages of training and tests too
 # make test         install everything and run all tests but the slow ones (make test-slow runs those)
 # make lint         ruff, format, types
 # make bench-digits train and measure the diffusion core on handwritten digits; writes docs/core-results.md
@@ -16,12 +17,14 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # torch goes first and by its exact version: an unpinned one may bring gigabytes of CUDA packages that a CPU can't use.
 TORCH := $(shell sed -n 's/^\(torch==[^; ]*\).*/\1/p' constraints.txt)
 
-.PHONY: demo demo-model bench-digits bench-network test test-slow lint clean
+.PHONY: demo install demo-model bench-digits bench-network test test-slow lint clean
 
 demo: $(VENV)/.demo
 	@mkdir -p outputs
 	$(BIN)/videodiff generate "$(PROMPT)" -o outputs/demo.mp4
 	@echo "The video: $(CURDIR)/outputs/demo.mp4; its first image and its settings lie beside it."
+
+install: $(VENV)/.all
 
 demo-model: $(VENV)/.all
 	$(BIN)/python -m stages.demo_model --out runs/demo $(if $(INSTALL),--install)

@@ -78,6 +78,10 @@ def write_world_shards(
         if not value > 0:
             raise UserError(f"world shards: {name} is {value}; it must be positive")
     plan = {"source": "world", "seed": seed, **numbers}
+    if not fps < 1000:
+        raise UserError(f"world shards: fps is {fps:g}; an mp4 holds rates below 1000")
+    if size < 16:
+        raise UserError(f"world shards: size is {size}; shapes are drawn from 16 pixels on")
     if size % 2:
         raise UserError(f"world shards: size {size} is odd, which mp4 players cannot show; use {size + 1}")
     out = Path(out)

@@ -27,6 +27,7 @@ from videodiff.errors import UserError
 from videodiff.model import VOCABULARY, WORDS, Model
 from videodiff.networks.text import build_vocabulary
 from videodiff.training import distributed
+from videodiff.training.run_folder import cannot_write
 from videodiff.training.task import Task
 from videodiff.training.trainer import train
 
@@ -92,8 +93,10 @@ def _vocabulary(config: TextStage) -> tuple[Path, Path]:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             build_vocabulary(all_captions(config.data.shards), vocabulary, words, config.num_merges)
-        except (UserError, OSError) as error:
+        except UserError as error:
             problem = str(error)
+        except OSError as error:
+            problem = cannot_write(folder, error)
     distributed.raise_from_first(problem)
     return vocabulary, words
 

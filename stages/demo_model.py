@@ -8,15 +8,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from data_pipeline.world import ATTRIBUTES
 from stages.assemble import load_stage
@@ -25,6 +22,7 @@ from stages.evaluate_statistics import ROWS
 from stages.pipeline import Pipeline, SampleKey
 from videodiff import resources
 from videodiff.model import DESCRIPTION, STAGES, Model, export, sha256
+from videodiff.training.run_folder import MACHINES
 from videodiff.video_io import Frames, save_sheet
 
 # Folder of the shards -> what `videodiff data world` is asked for. The image stage sees the first frames of scenes.
@@ -128,20 +126,20 @@ def card(out: Path, model: Path, report: dict[str, Any], counts: Sequence[str]) 
         ]
         last = records[-100:]
         hours = sum(record["seconds"] for record in records) / 3600
-        config = load_stage(resources.path(f"configs/demo/{stage}.yaml"))
+        config = load_stage(out / stage / "config.yaml")  # what the run was given, whatever the recipe says by now
         seed, batch = config.run.seed, config.data.batch_size
         loss = sum(record["loss"] for record in last) / len(last)
         lines.append(f"| {stage} | {len(records)} | {batch} | {seed} | {hours:.2f} | {loss:.4f} |")
     lines += [
         "",
         "Data: " + "; ".join(f"{name}: `videodiff data world {_shown(a)}`" for name, a in SHARDS.items()) + ".",
-        f"Machine: {_machine()}, PyTorch {torch.__version__}.",
+        f"Machine: {'; '.join(_machines(out))}.",
         "",
         f"## Figures: `videodiff evaluate demo {' '.join(counts)} --seed {SEED}`",
         "",
         "Share of prompts that the reader finds right, in percent, with 95 % intervals. Caption wordings and seeds are",
-        "unseen in training. Held out: a tenth of the combinations, which no training clip shows; held-out pairs: all",
-        "combinations with one of six pairs of attributes (such as red with triangle) that no training clip shows.",
+        "unseen in training. Held-out pairs: all combinations with one of six pairs of attributes (such as red with",
+        "triangle) that no training clip shows; held out: a tenth of the other combinations, unseen in training too.",
         "",
         *table(report["rows"]),
     ]
@@ -177,16 +175,10 @@ def _shown(arguments: dict[str, int]) -> str:
     return " ".join(f"--{key} {value}" for key, value in arguments.items())
 
 
-def _machine() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    names = [line.split(":", 1)[1].strip() for line in _cpuinfo() if line.startswith("model name")]
-    return f"{os.cpu_count()} CPU cores ({names[0] if names else platform.processor() or platform.machine()})"
-
-
-def _cpuinfo() -> list[str]:
-    path = Path("/proc/cpuinfo")
-    return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+def _machines(out: Path) -> list[str]:
+    """Where the stages were trained, each machine once."""
+    files = [out / stage / MACHINES for stage in STAGES]
+    return list(dict.fromkeys(line for path in files for line in path.read_text(encoding="utf-8").splitlines()))
 
 
 def _videodiff(*arguments: str) -> None:

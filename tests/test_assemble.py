@@ -111,6 +111,13 @@ def test_what_the_text_stage_cannot_do_is_refused(given: list[str], override: st
     assert "\n" not in str(refusal.value)
 
 
+def test_a_run_folder_that_cannot_be_made_is_named_with_the_way_out(given: list[str], tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(UserError, match=rf"^run\.dir={folder}: can't be written \(.*\); name another folder$"):
+            make_task(load_stage(YAML, [*given, f"run.dir={folder}"]))
+
+
 def test_the_whole_batch_as_micro_batch_is_no_accumulation(given: list[str]) -> None:
     make_task(load_stage(YAML, [*given, "engine.micro_batch=4"]))
 

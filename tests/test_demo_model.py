@@ -7,8 +7,10 @@ import pytest
 
 from stages.assemble import load_stage
 from stages.demo_model import SHARDS, STAGE_SHARDS, card
+from videodiff import config as configs
 from videodiff.model import STAGES
 from videodiff.resources import path as resource
+from videodiff.training.run_folder import machine, record_machine
 
 
 @pytest.fixture
@@ -18,6 +20,9 @@ def runs(tmp_path: Path) -> Path:
         (tmp_path / stage).mkdir()
         records = [{"step": step, "loss": 10.0 * number, "seconds": 36.0} for step in range(1, 201)]
         (tmp_path / stage / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+        config = load_stage(resource(f"configs/demo/{stage}.yaml"), [f"data.batch_size={number}", "run.seed=70"])
+        configs.save(config, tmp_path / stage / "config.yaml")
+        record_machine(tmp_path / stage)
     return tmp_path
 
 
@@ -34,7 +39,8 @@ def test_the_card_states_recipe_and_figures(runs: Path, toy_model: Path) -> None
     assert "| image | held out pair | 4 | - | 75.0 (30.1-95.4) | - | - | - | - | - |" in text
     assert "reconstruction 35.2" in text
     assert "The image stage loses most." in text
-    assert "| video | 200 | 8 | 4 | 2.00 | 40.0000 |" in text  # 200 steps of 36 s are two hours
+    assert "| video | 200 | 4 | 70 | 2.00 | 40.0000 |" in text  # 200 steps of 36 s are two hours
+    assert text.count(machine()) == 1
     assert "4 frames of 32x32 at 8 fps; 7 frames at 16 fps after interpolation." in text
 
 

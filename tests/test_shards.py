@@ -115,7 +115,8 @@ def test_other_content_is_never_overwritten(copied: Path, tmp_path: Path) -> Non
         write_world_shards(tmp_path / "notes", **WORLD)
     with pytest.raises(UserError, match="cannot be used as a folder"):
         write_world_shards(tmp_path / "notes" / "todo.txt", **WORLD)
-    for wrong in ({"num_clips": 0}, {"size": 33}, {"fps": -1}, {"frames": 0}, {"samples_per_shard": 0}):
+    for wrong in ({"num_clips": 0}, {"size": 33}, {"fps": -1}, {"frames": 0}, {"samples_per_shard": 0},
+                  {"fps": 2000}, {"fps": float("inf")}, {"fps": float("nan")}, {"size": 8}):  # fmt: skip
         with pytest.raises(UserError, match="world shards"):
             write_world_shards(tmp_path / "new", **{**WORLD, **wrong})
     assert not (tmp_path / "new").exists()
