@@ -106,7 +106,9 @@ def folded(estimate: Estimate, x_t: Tensor, alpha: float, sigma: float) -> Estim
 
     Noise is the score times -sigma, so eps - sigma shift; x0 follows from x_t = alpha x0 + sigma eps:
     x0 + sigma^2 / alpha shift. At alpha = 0 x_t says nothing of x0, the gradient of any log p(y | x_t) is 0, and what a
-    classifier claims there is left out: both parts of the estimate stay.
+    classifier claims there is left out: both parts of the estimate stay. That is not the limit of the guided sampler:
+    as alpha falls, sigma^2 / alpha shift goes to E[x0 | y] - E[x0] (Tweedie), and at 0 itself it is 0 / 0. So the first
+    step, to s, misses alpha_s times that difference, which vanishes as alpha_s does.
     """
     if estimate.shift is None:
         return estimate

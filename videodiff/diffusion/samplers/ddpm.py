@@ -22,7 +22,7 @@ class DDPM(SamplerConfig):
     white noise), or learned: exp(f log beta + (1 - f) log beta_tilde) (improved DDPM, eq. 15) with beta, beta_tilde of
     the step from t to s and f = `Estimate.variance_fraction`. The last step adds no noise.
     A score shift moves the mean by Sigma shift (Dhariwal & Nichol 2105.05233, algorithm 1); with beta_tilde the last
-    step has no variance, and so no shift.
+    step has no variance, and so no shift. From alpha = 0 nothing is moved, see `folded`.
     """
 
     kind: Literal["ddpm"] = "ddpm"
@@ -44,7 +44,7 @@ class DDPM(SamplerConfig):
             beta = 1 - a**2
             variance = self._variance(estimate, beta, posterior_variance(alpha_t, sigma_t, alpha_s, sigma_s))
             x = alpha_s * beta / sigma_t**2 * estimate.x0 + a * (sigma_s / sigma_t) ** 2 * x
-            if estimate.shift is not None:
+            if estimate.shift is not None and alpha_t > 0:
                 x = x + variance * estimate.shift
             if s > 0:
                 x = x + variance**0.5 * draw(x)
