@@ -247,7 +247,7 @@ MISTAKES = {
     "steps": ({"sampling": {"sampler": {"kind": "ddim", "steps": 2000}}}, "sampler.steps is 2000"),
     "variance": (
         {"sampling": {"sampler": {"kind": "ddpm", "variance": "learned"}}},
-        r"sampler.variance is learned, but .* network.learn_variance is false.* use variance: beta_tilde",
+        r"sampler.variance is learned, but .*network.learn_variance is false.* use variance: beta_tilde",
     ),
     "times": (
         {"sampling": {"sampler": {"kind": "ddim", "steps": 20, "spacing": "leading"}}},
