@@ -133,6 +133,21 @@ def test_wrong_frames_are_refused() -> None:
         make().encode_clip(torch.zeros(1, 1, 8, 8, 3))
 
 
+@pytest.mark.parametrize("shape", [(1, 4, 2, 4, 4), (1, 3, 4, 4), (3, 2, 4, 4)])
+def test_a_latent_of_another_shape_is_refused(shape: tuple[int, ...]) -> None:
+    network, latent = make(), torch.zeros(shape)
+    with pytest.raises(ValueError, match=r"the latent has shape .*, not \[B,C,T,h,w\] with C = 3"):
+        network.decode_clip(latent)
+    if shape != (1, 3, 4, 4):
+        with pytest.raises(ValueError, match=r"the latent has shape .*, not \[N,C,h,w\] with C = 3"):
+            network.decode(latent)
+
+
+def test_pictures_without_three_colours_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"frames have shape \[1, 1, 8, 8\], not \[N,3,H,W\]"):
+        make().encode(torch.zeros(1, 1, 8, 8))
+
+
 def test_a_sample_has_the_posteriors_mean_and_std() -> None:
     network = make()
     posterior = network.encode(to_float(clips(1, 1, 8, 8)))

@@ -228,3 +228,31 @@ def test_offset_noise_moves_whole_channels() -> None:
     assert (torch.corrcoef(drawn.T) - torch.eye(3)).abs().max() < 4 / 400**0.5  # channels apart
     alone = DiffusionLoss(offset_noise=strength).draw_noise((3, 2, 4, 4), 5, numbers[[7]])
     assert torch.equal(alone, noise[[7]].float())
+
+
+@pytest.mark.parametrize(
+    ("eps", "t", "problem"),
+    [
+        (EPS[:, :, :1], T, r"eps has shape \[5, 2, 1, 4, 4\], not \[5, 2, 3, 4, 4\], its \[B,\.\.\.\] as x0"),
+        (EPS[:1], T, r"eps has shape \[1, "),
+        (EPS, T[:1], r"t has shape \[1\], not \[5\], its \[B\]"),
+        (EPS, T[:, None], r"t has shape \[5, 1\]"),
+        (EPS, T + 1, r"times \[2, 51, 301, 701\] are not all within 0\.\.1000"),
+    ],
+)
+def test_noise_and_times_that_do_not_fit_are_refused(eps: Tensor, t: Tensor, problem: str) -> None:
+    for call in (
+        lambda: DiffusionLoss()(claims(WRONG, ZERO, "v"), X0, eps, t, Condition()),
+        lambda: add_noise(X0, eps, t, ZERO),
+    ):
+        with pytest.raises(ValueError, match=problem):
+            call()
+
+
+@pytest.mark.parametrize("shape", [(5, 2, 3, 4, 1), (5, 2, 1, 4, 4), (1, 2, 3, 4, 4), (5, 2)])
+def test_a_network_that_answers_in_another_shape_is_refused(shape: tuple[int, ...]) -> None:
+    denoiser = Denoiser(lambda x, time, condition: torch.zeros(shape), ZERO, "v")
+    with pytest.raises(ValueError, match=r"network's output has shape .*, not \[5, 2, 3, 4, 4\], its \[B,C,T,H,W\]"):
+        DiffusionLoss()(denoiser, X0, EPS, T, Condition())
+    with pytest.raises(ValueError, match=r"t has shape \[1\], not \[5\]"):
+        denoiser.estimate(X0, T[:1], Condition())

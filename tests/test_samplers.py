@@ -4,6 +4,7 @@ A new member of the union is tested here at once.
 """
 
 import itertools
+from dataclasses import replace
 from typing import get_args
 
 import pytest
@@ -175,6 +176,32 @@ def test_another_number_of_generators_is_an_error(sampler: AnySampler) -> None:
 def test_more_steps_than_the_schedule_has_are_refused(sampler: AnySampler) -> None:
     with pytest.raises(UserError, match="1 to 1000"):
         with_steps(sampler, 1001)(oracle(ZERO), torch.zeros(1, 2), ZERO, generators(1))
+
+
+@pytest.mark.parametrize("sampler", [s for s in SAMPLERS if hasattr(s, "spacing")], ids=str)
+def test_leading_steps_are_refused_with_zero_terminal_snr(sampler: AnySampler) -> None:
+    leading = sampler.model_copy(update={"spacing": "leading", "steps": 20})
+    with pytest.raises(UserError, match="spacing: trailing"):
+        leading(oracle(ZERO), torch.zeros(1, 2), ZERO, generators(1))
+    assert leading(oracle(PLAIN), torch.zeros(1, 2), PLAIN, generators(1)).isfinite().all()
+
+
+@pytest.mark.parametrize("sampler", VARIANTS, ids=str)
+def test_what_a_classifier_claims_of_pure_noise_changes_nothing(sampler: AnySampler) -> None:
+    # x_N is independent of x0, and so of whatever a class says of x0; one step earlier it is not.
+    sampler, noise = with_steps(sampler, 3), normals((6,), 0, "noise", range(2))
+    second = sampler.times(ZERO)[1]
+
+    def shifted(at: float) -> Tensor:
+        def denoise(x_t: Tensor, t: Tensor) -> Estimate:
+            shift = 5.0 * (t[:, None] == at) * torch.ones_like(x_t)
+            return replace(oracle(ZERO)(x_t, t), shift=shift)
+
+        return sampler(denoise, noise, ZERO, generators(2))
+
+    plain = sampler(oracle(ZERO), noise, ZERO, generators(2))
+    assert torch.equal(shifted(ZERO.num_steps), plain)
+    assert not torch.allclose(shifted(second), plain)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS, ids=str)

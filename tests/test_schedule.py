@@ -87,6 +87,14 @@ def test_impossible_numbers_of_steps_are_refused(steps: int) -> None:
         EMU.times(steps)
 
 
+def test_leading_times_are_refused_where_they_miss_the_only_pure_noise() -> None:
+    zero = EMU.model_copy(update={"zero_terminal_snr": True})
+    with pytest.raises(UserError, match=r"leading begins at 951 of 1000 .* spacing: trailing"):
+        zero.times(20, "leading")
+    assert zero.times(1000, "leading")[0] == 1000
+    assert zero.times(20, "linspace")[0] == zero.times(20)[0] == 1000
+
+
 def test_unknown_spacing_is_refused() -> None:
     with pytest.raises(UserError, match="trailing, leading or linspace"):
         EMU.times(4, "quadratic")  # type: ignore[arg-type]
@@ -102,9 +110,29 @@ def test_impossible_schedules_are_refused(key: str, value: object) -> None:
         NoiseSchedule(**{key: value})  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("values", "problem"),
+    [
+        ({"kind": "linear", "beta_start": 0.9, "beta_end": 0.99}, r"alpha_bar from 0\.1 to 0, .* smaller betas"),
+        (
+            {"kind": "linear", "beta_start": 0.9, "beta_end": 0.99, "zero_terminal_snr": True},
+            "can't tell all steps apart",
+        ),
+        ({"beta_start": 1e-20, "beta_end": 1e-20}, r"from 1 to 1, .* can't tell all steps apart"),
+        ({"snr_shift": 1e-30}, r"snr_shift 1e-30 .* nearer to 1"),
+        ({"kind": "cosine", "beta_start": 1e-4}, r"beta_start 0\.0001 does nothing with kind cosine; leave it out"),
+        ({"kind": "cosine", "beta_end": 0.02}, r"beta_end 0\.02 does nothing with kind cosine"),
+    ],
+)
+def test_numbers_that_make_no_schedule_are_refused(values: dict[str, object], problem: str) -> None:
+    with pytest.raises(UserError, match=problem):
+        build(NoiseSchedule, values, "schedule.yaml")
+
+
 def test_the_shared_table_does_not_remember_who_asked_first() -> None:
-    schedule, t = NoiseSchedule(num_steps=77), torch.tensor([1, 77])
+    t = torch.tensor([1, 77])
     with torch.device("meta"), torch.inference_mode():
+        schedule = NoiseSchedule(num_steps=77)
         assert schedule.alpha_bar.device.type == "cpu"
     weight = torch.ones(2, dtype=torch.float64, requires_grad=True)
     (weight * schedule.alpha(t)).sum().backward()
@@ -167,6 +195,13 @@ def test_times_outside_the_schedule_are_refused(t: float) -> None:
     for of in (EMU.alpha, EMU.sigma, EMU.log_snr):
         with pytest.raises(ValueError, match=r"0\.\.1000"):
             of(torch.tensor([5.0, t]))
+
+
+@pytest.mark.parametrize("t", [-1, 1001, 2000])
+def test_steps_outside_the_table_are_refused(t: int) -> None:
+    for of in (EMU.alpha, EMU.sigma, EMU.snr):
+        with pytest.raises(ValueError, match=rf"times \[5, {t}\] are not all within 0\.\.1000"):
+            of(torch.tensor([5, t]))
 
 
 def test_more_noise_than_the_schedule_has_is_refused() -> None:

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -384,6 +385,49 @@ def test_wrong_calls_are_refused() -> None:
         image_network(x, TIME, condition())
     with pytest.raises(ValueError, match=r"condition\.fps"):
         network(x, TIME, replace(condition(), fps=None))
+
+
+MASK, KNOWN = torch.ones(2, 5, dtype=torch.bool), normal(2, 3, 3, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "problem"),
+    [
+        ("time", normal(3), "time has shape [3], not [2], its [B] here"),
+        ("pooled", normal(2, 4), "pooled has shape [2, 4], not [2, 5], its [B,E]"),
+        ("pooled", normal(1, 5), "pooled has shape [1, 5], not [2, 5]"),
+        ("text", (normal(1, 5, 6), normal(2, 5, 10)), "text[0] has shape [1, 5, 6], not [2, 5, 6], its [B,L,D]"),
+        ("text", (normal(2, 5, 6), normal(2, 10)), "text[1] has shape [2, 10], not [2, 10, 10], its [B,L,D]"),
+        ("text_mask", (MASK, MASK[:, :4]), "text_mask[1] has shape [2, 4], not [2, 5], its [B,L]"),
+        ("text_mask", (MASK,), "2 texts and text_mask for 1"),
+        ("text_mask", (), "2 texts and text_mask for 0"),
+        ("text_mask", (MASK, MASK.float()), "text_mask[1] is torch.float32; give bool"),
+        ("known", KNOWN[:, :2], "known has shape [2, 2, 3, 4, 4], not [2, 3, 3, 4, 4], its [B,C,T,H,W]"),
+        ("known", KNOWN[:, :, :1], "known has shape [2, 3, 1, 4, 4], not [2, 3, 3, 4, 4]"),
+        ("known", KNOWN[..., :2, :], "known has shape [2, 3, 3, 2, 4], not [2, 3, 3, 4, 4]"),
+        ("known_mask", KNOWN[:, :1, :, :1, :1], "known_mask has shape [2, 1, 3, 1, 1], not [2, 1, 3, 4, 4]"),
+        ("known_mask", None, "known frames need both"),
+        ("known", None, "known frames need both"),
+        ("fps", torch.ones(3), "fps has shape [3], not [2], its [B]"),
+    ],
+)
+def test_wrong_shapes_are_refused_by_name_and_legend(name: str, given: Any, problem: str) -> None:
+    told = condition() if name == "time" else replace(condition(), **{name: given})
+    with pytest.raises(ValueError, match=re.escape(problem)):
+        UNet(SMALL)(KNOWN, given if name == "time" else TIME, told)
+
+
+def test_a_control_that_does_not_fit_is_refused() -> None:
+    network, x = UNet(SMALL), normal(2, 3, 3, 4, 4)
+    hidden, skips, _ = network.encode(x, TIME, condition())
+    control = [torch.zeros_like(features) for features in (*skips, hidden)]
+    network(x, TIME, condition(), control)
+    with pytest.raises(
+        ValueError, match=f"control has {len(skips)} feature maps, not {len(control)}: one for each skip"
+    ):
+        network(x, TIME, condition(), control[:-1])
+    with pytest.raises(ValueError, match=r"control\[0\] has shape \[1, .*, its \[N,C,h,w\]"):
+        network(x, TIME, condition(), [control[0][:1], *control[1:]])
 
 
 @pytest.mark.parametrize(

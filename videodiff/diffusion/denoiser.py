@@ -9,6 +9,7 @@ from torch import Tensor
 from videodiff.batch import Condition
 from videodiff.diffusion.prediction import Denoise, Estimate, Prediction, Variance, check_pair, split
 from videodiff.diffusion.schedule import NoiseSchedule
+from videodiff.shapes import check_shape
 
 Network = Callable[[Tensor, Tensor, Condition], Tensor]  # (x [B,C,T,H,W], time float32 [B] in 0..N-1, condition) -> x
 
@@ -40,9 +41,10 @@ class Denoiser:
         """What the network predicts for x_t [B, C, T, H, W] at t [B] in (0, N], and its variance fraction, both as x_t.
 
         At least float32. The fraction is (v + 1) / 2 of the network's v, not held within [0, 1] here, so that training
-        has a gradient everywhere; None with a fixed variance. Raises ValueError when the number of channels is not
-        what `variance` asks for.
+        has a gradient everywhere; None with a fixed variance. Raises ValueError when t or the network's output has
+        another shape, such as the number of channels that the other `variance` has.
         """
+        check_shape("t", t, "[B]", x_t.shape[:1])
         # Networks count noise levels from 0, and none was trained below the first noisy step.
         time = (t - 1).to(x_t.device, torch.float32).clamp(min=0)
         output = self.network(x_t.to(self.dtype), time, condition.to(x_t.device, self.dtype))
@@ -53,6 +55,7 @@ class Denoiser:
                 f"the network gives {output.shape[1]} channels for x_t with {x_t.shape[1]}; variance {self.variance} "
                 f"takes {channels}: set network.learn_variance to match"
             )
+        check_shape("the network's output", output, "[B,C,T,H,W]", (len(x_t), channels, *x_t.shape[2:]))
         if self.variance == "fixed":
             return output, None
         predicted, v = output.chunk(2, dim=1)

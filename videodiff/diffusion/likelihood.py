@@ -63,11 +63,12 @@ class Bound:
     def rate_distortion(self) -> tuple[Tensor, Tensor]:
         """(rate [S], distortion [S]) of decoding progressively: DDPM, algorithm 4 and figure 5, means over samples.
 
-        rate[k]: bits per dimension (of what the model works on) received when x_t, t = times[k], is known.
-        distortion[k]: root mean square error of the x0 guessed from it, in the data's units.
+        rate[k]: received when x_t, t = times[k], is known; bits per dimension of data with grey levels, nats per
+        dimension of latents. distortion[k]: root mean square error of the x0 guessed from it, in the data's units.
         """
         sent = torch.cat([self.prior[None], self.steps[:-1]]).cumsum(0)
-        return sent.mean(1) / (self.dimensions * math.log(2)), self.squared_errors.mean(1).sqrt()
+        unit = 1.0 if self.levels is None else math.log(2)
+        return sent.mean(1) / (self.dimensions * unit), self.squared_errors.mean(1).sqrt()
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from videodiff.diffusion.schedule import NoiseSchedule
 from videodiff.errors import UserError
+from videodiff.shapes import check_shape
 
 Prediction = Literal["eps", "x0", "v"]
 # fixed: the caller's choice of beta or beta_tilde. learned_range: the network says where between them, with as many
@@ -56,7 +57,12 @@ def check_pair(prediction: Prediction, schedule: NoiseSchedule) -> None:
 
 
 def add_noise(x0: Tensor, eps: Tensor, t: Tensor, schedule: NoiseSchedule) -> Tensor:
-    """x_t = alpha_t x0 + sigma_t eps (DDPM, eq. 4): x0, eps [B, ...], t int64 [B] in 0..N; at least float32."""
+    """x_t = alpha_t x0 + sigma_t eps (DDPM, eq. 4): x0, eps [B, ...], t int64 [B] in 0..N; at least float32.
+
+    Raises ValueError for other shapes, which would be stretched to fit.
+    """
+    check_shape("eps", eps, "[B,...] as x0", x0.shape)
+    check_shape("t", t, "[B]", x0.shape[:1])
     return spread(schedule.alpha(t), x0) * x0 + spread(schedule.sigma(t), x0) * eps
 
 

@@ -43,10 +43,22 @@ class NoiseSchedule(Config):
     snr_shift: float = Field(1.0, gt=0)
 
     @model_validator(mode="after")
-    def _betas_rise(self) -> "NoiseSchedule":
+    def _noise_grows(self) -> "NoiseSchedule":
         if self.beta_start > self.beta_end:
             raise ValueError(
                 f"beta_start {self.beta_start} is above beta_end {self.beta_end}: noise must grow with time; swap them"
+            )
+        fields = type(self).model_fields
+        if self.kind == "cosine":  # a value that is the default may come from a saved description, which has all keys
+            for key in ("beta_start", "beta_end"):
+                if getattr(self, key) != fields[key].default:
+                    raise ValueError(f"{key} {getattr(self, key)} does nothing with kind cosine; leave it out")
+        table = self.alpha_bar
+        if not bool((table.diff() < 0).all()) or (table[-1] == 0) != self.zero_terminal_snr:
+            raise ValueError(
+                f"betas {self.beta_start:g} to {self.beta_end:g} and snr_shift {self.snr_shift:g} over "
+                f"{self.num_steps} steps take alpha_bar from {float(table[1]):.4g} to {float(table[-1]):.4g}, where "
+                "float64 can't tell all steps apart; choose smaller betas, fewer steps, or an snr_shift nearer to 1"
             )
         return self
 
@@ -58,7 +70,8 @@ class NoiseSchedule(Config):
     def alpha(self, t: Tensor) -> Tensor:
         """alpha_t = sqrt(alpha_bar_t), float64, shape and device of `t`: integers, or floats in [0, N] (see above).
 
-        Whole floats give the table's entry exactly. Raises ValueError for floats outside [0, N].
+        Whole floats give the table's entry exactly. Raises ValueError outside [0, N]; for integers on a GPU,
+        a look at which would wait for it, that is an assertion on the GPU.
         """
         return self._squares(t)[0].sqrt()
 
@@ -78,8 +91,7 @@ class NoiseSchedule(Config):
         decreasing between. Raises ValueError outside.
         """
         N, t = self.num_steps, t.to(torch.float64)
-        if not bool(((t >= 0) & (t <= N)).all()):
-            raise ValueError(f"times {t.flatten()[:4].tolist()} are not all within 0..{N}, the steps of the schedule")
+        self._check_within(t)
         table = _log_snr(self, str(t.device))
         i = t.floor().long().clamp(max=N - 1)
         above, below, fraction = table[i], table[i + 1], t - i
@@ -114,17 +126,28 @@ class NoiseSchedule(Config):
         """(alpha_t^2, sigma_t^2)."""
         table = _alpha_bar(self, str(t.device))
         if not t.is_floating_point():
-            return table[t], 1 - table[t]
+            try:  # unlike table[t], index_select knows no negative numbers
+                entry = table.index_select(0, t.flatten()).view(t.shape)
+            except IndexError:
+                self._check_within(t)
+                raise
+            return entry, 1 - entry
         log_snr = self.log_snr(t)
         whole, entry = t == t.floor(), table[t.floor().long()]
         return torch.where(whole, entry, log_snr.sigmoid()), torch.where(whole, 1 - entry, (-log_snr).sigmoid())
+
+    def _check_within(self, t: Tensor) -> None:
+        if not bool(((t >= 0) & (t <= self.num_steps)).all()):
+            given = t.flatten()[:4].tolist()
+            raise ValueError(f"times {given} are not all within 0..{self.num_steps}, the steps of the schedule")
 
     def times(self, steps: int, spacing: Spacing = "trailing") -> list[int]:
         """`steps` times at which a sampler asks its denoiser, strictly decreasing, within 1..N, without the final 0.
 
         trailing: N, N - N/S, ...: begins at the noisiest state, the one choice that fits zero terminal SNR
         (Lin et al., table 2). leading: 1 + k floor(N/S), as in DDIM's code. linspace: evenly from N down to 1.
-        Raises UserError when the schedule has fewer steps than asked for.
+        Raises UserError when the schedule has fewer steps than asked for, and under zero terminal SNR for leading times
+        that don't begin at N: only there is the state the pure noise that sampling starts from.
         """
         N, S = self.num_steps, steps
         if not 1 <= S <= N:
@@ -132,7 +155,13 @@ class NoiseSchedule(Config):
         if spacing == "trailing":
             return [round(N - k * N / S) for k in range(S)]
         if spacing == "leading":
-            return [1 + k * (N // S) for k in reversed(range(S))]
+            times = [1 + k * (N // S) for k in reversed(range(S))]
+            if self.zero_terminal_snr and times[0] < N:
+                raise UserError(
+                    f"sampler.spacing leading begins at {times[0]} of {N} steps, where a schedule with "
+                    "zero_terminal_snr still holds data, and sampling starts from pure noise; set spacing: trailing"
+                )
+            return times
         if spacing == "linspace":
             return [1 + round((N - 1) * k / (S - 1)) for k in reversed(range(S))] if S > 1 else [N]
         raise UserError(f"spacing is {spacing!r}: choose trailing, leading or linspace")

@@ -234,6 +234,7 @@ class Autoencoder(nn.Module):
 
     def decode(self, latent: Tensor, chunk: int | None = None) -> Tensor:
         """[N,C,h,w] in normalised units -> [N,3,H,W], about [-1,1]; `chunk` frames at a time, None for all."""
+        self._check(latent, "[N,C,h,w]")
         shift, scale = (buffer[:, None, None].to(latent.dtype) for buffer in (self.latent_mean, self.latent_std))
         pieces = (latent * scale + shift).split(chunk or len(latent))
         if self.quantizer is not None:
@@ -259,17 +260,25 @@ class Autoencoder(nn.Module):
     @torch.no_grad()
     def decode_clip(self, latent: Tensor) -> Tensor:
         """[B,C,T,h,w] in normalised units -> uint8 [B,T,H,W,3]; clip by clip, as `encode_clip`."""
+        self._check(latent, "[B,C,T,h,w]")
         clips = []
         for clip in latent.to(next(self.parameters()).dtype).transpose(1, 2):
             pictures = self.decode(clip, self.config.chunk).float().permute(0, 2, 3, 1)
             clips.append(((pictures + 1) * 127.5).round().clamp(0, 255).to(torch.uint8))
         return torch.stack(clips)
 
+    def _check(self, latent: Tensor, legend: str) -> None:
+        channels = self.config.latent_channels
+        if latent.ndim != legend.count(",") + 1 or latent.shape[1] != channels:
+            raise ValueError(f"the latent has shape {list(latent.shape)}, not {legend} with C = {channels}")
+
     def _moments(self, frames: Tensor) -> tuple[Tensor, Tensor]:
         mean, log_variance = self._encoded(frames).chunk(2, dim=1)
         return mean, log_variance.clamp(*LOG_VARIANCE)
 
     def _encoded(self, frames: Tensor) -> Tensor:
+        if frames.ndim != 4 or frames.shape[1] != 3:
+            raise ValueError(f"frames have shape {list(frames.shape)}, not [N,3,H,W]")
         height, width = frames.shape[-2:]
         if height % self.factor or width % self.factor:
             raise ValueError(f"frames of {height}x{width} are no multiple of {self.factor}: resize or crop them")

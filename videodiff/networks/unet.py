@@ -27,6 +27,7 @@ from videodiff.networks.layers import (
     group_norm,
     sinusoid,
 )
+from videodiff.shapes import check_shape
 
 
 class TemporalConfig(Config):
@@ -287,6 +288,7 @@ class UNet(nn.Module):
         """control: what a ControlNet adds to each skip of the encoder and then to the middle, [N,C,h,w] each."""
         hidden, skips, signals = self.encode(x, time, condition)
         if control:
+            self._check_control(control, [*skips, hidden])
             *onto_skips, onto_middle = control
             skips = [skip + more for skip, more in zip(skips, onto_skips, strict=True)]
             hidden = hidden + onto_middle
@@ -305,7 +307,7 @@ class UNet(nn.Module):
     ) -> tuple[Tensor, list[Tensor], Signals]:
         """The encoder and the middle: the middle's feature map [N,C,h,w], the skips on the way to it as `skip_widths`
         lists them, and what the blocks were told. hint [N,C,H,W] is added where x enters."""
-        self._check(x, condition)
+        self._check(x, time, condition)
         frames = x.shape[2]
         video = self.config.temporal is not None and not (frames == 1 and condition.known is None)
         signals = self._signals(x, time, condition, video)
@@ -371,7 +373,7 @@ class UNet(nn.Module):
             frames=x.shape[2],
         )
 
-    def _check(self, x: Tensor, condition: Condition) -> None:
+    def _check(self, x: Tensor, time: Tensor, condition: Condition) -> None:
         config = self.config
         if x.ndim != 5 or x.shape[1] != config.channels:
             raise ValueError(f"x has shape {list(x.shape)}, the network takes [B,{config.channels},T,H,W]")
@@ -383,6 +385,8 @@ class UNet(nn.Module):
         given = tuple(text.shape[-1] for text in condition.text)
         if given != config.context_dims:
             raise ValueError(f"text tokens have widths {given}, the network takes {config.context_dims}")
+        if len(condition.text_mask) != len(given):
+            raise ValueError(f"the condition has {len(given)} texts and text_mask for {len(condition.text_mask)}")
         if (condition.pooled is None) != (config.pooled_dim is None):
             raise ValueError(
                 "the network takes pooled text and the condition has none"
@@ -391,8 +395,37 @@ class UNet(nn.Module):
             )
         if condition.known is not None and self.known_conv is None:
             raise ValueError("known frames are given to a network without known_channels; use a video model")
+        if (condition.known is None) != (condition.known_mask is None):
+            raise ValueError("of the condition's known and known_mask one is None; known frames need both")
         if config.temporal and config.temporal.fps and x.shape[2] > 1 and condition.fps is None:
             raise ValueError("the network takes condition.fps, and it is None")
+
+        B, _, T, H, W = x.shape
+        table: list[tuple[str, Tensor | None, str, tuple[int, ...]]] = [
+            ("time", time, "[B]", (B,)),
+            ("pooled", condition.pooled, "[B,E]", (B, config.pooled_dim or 0)),
+            ("known", condition.known, "[B,C,T,H,W]", tuple(x.shape)),
+            ("known_mask", condition.known_mask, "[B,1,T,H,W]", (B, 1, T, H, W)),
+            ("fps", condition.fps, "[B]", (B,)),
+        ]
+        for number, (text, mask) in enumerate(zip(condition.text, condition.text_mask, strict=True)):
+            length = text.shape[1:2]
+            table.append((f"text[{number}]", text, "[B,L,D]", (B, *length, given[number])))
+            table.append((f"text_mask[{number}]", mask, "[B,L]", (B, *length)))
+            if mask.dtype != torch.bool:
+                raise ValueError(f"text_mask[{number}] is {mask.dtype}; give bool, True for tokens to attend to")
+        for name, tensor, legend, wanted in table:
+            if tensor is not None:
+                check_shape(name, tensor, legend, wanted)
+
+    @staticmethod
+    def _check_control(control: Sequence[Tensor], onto: Sequence[Tensor]) -> None:
+        if len(control) != len(onto):
+            raise ValueError(
+                f"control has {len(control)} feature maps, not {len(onto)}: one for each skip, and one for the middle"
+            )
+        for number, (more, features) in enumerate(zip(control, onto, strict=True)):
+            check_shape(f"control[{number}]", more, "[N,C,h,w]", features.shape)
 
 
 def encoder_of(config: UNetConfig) -> UNet:

@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor
 
 from videodiff.config import Config
-from videodiff.diffusion.prediction import Denoise, Estimate
+from videodiff.diffusion.prediction import Denoise, Estimate, Variance
 from videodiff.diffusion.schedule import NoiseSchedule
 from videodiff.errors import UserError
 
@@ -44,6 +44,10 @@ class SamplerConfig(Config):
         Raises UserError when the sampler doesn't fit the schedule, before anything is computed.
         """
         raise NotImplementedError
+
+    def check(self, schedule: NoiseSchedule, variance: Variance) -> None:
+        """Refuse (UserError) a schedule that doesn't fit, or a network whose variance is not what this one needs."""
+        self.times(schedule)
 
     def path(self, ask: Ask, x: Tensor, levels: Levels, draw: Draw) -> Iterator[Tensor]:
         """From x at levels[0], yields the state after each step; the last one is clean. levels ends with (0, 1, 0)."""
@@ -106,7 +110,9 @@ def folded(estimate: Estimate, x_t: Tensor, alpha: float, sigma: float) -> Estim
 
     Noise is the score times -sigma, so eps - sigma shift; x0 follows from x_t = alpha x0 + sigma eps:
     x0 + sigma^2 / alpha shift. At alpha = 0 x_t says nothing of x0, the gradient of any log p(y | x_t) is 0, and what a
-    classifier claims there is left out: both parts of the estimate stay.
+    classifier claims there is left out: both parts of the estimate stay. That is not the limit of the guided sampler:
+    as alpha falls, sigma^2 / alpha shift goes to E[x0 | y] - E[x0] (Tweedie), and at 0 itself it is 0 / 0. So the first
+    step, to s, misses alpha_s times that difference, which vanishes as alpha_s does.
     """
     if estimate.shift is None:
         return estimate
