@@ -49,6 +49,15 @@ class Clip:
         return self.frames[first : first + frames]
 
 
+@dataclass(frozen=True)
+class Preview(Clip):
+    """A few frames of a clip all of whose ``total`` frames were decoded, and what the file is."""
+
+    fps: float  # on average; 0 for an image
+    height: int
+    width: int
+
+
 def window_start(total: int, frames: int, position: float) -> int:
     """The grid frame where a window starts: each of the total - frames + 1 starts has an equal share of [0,1)."""
     return min(int(position * (total - frames + 1)), total - frames)
@@ -77,11 +86,7 @@ def decode_clip(
         if frames > 1:
             raise ClipError("too short", f"1 frame, {frames} asked")
         return Clip(fit(_image(video), (height, width), crop), 0, 1)
-    try:
-        import decord
-    except ImportError as error:
-        raise UserError(f"decord cannot be loaded ({error}); install it with pip install 'videodiff[train]'") from None
-    decord.logging.set_level(decord.logging.QUIET)  # what is wrong with a file is told once, by ClipError
+    decord = _decord()
     try:
         reader: Any = decord.VideoReader(io.BytesIO(video), num_threads=1)
         times = np.sort(reader.get_frame_timestamp(range(len(reader)))[:, 0].astype(np.float64))
@@ -95,9 +100,54 @@ def decode_clip(
     except ClipError:
         raise
     except Exception as error:  # decord's own error class exists only where decord does, and it raises others too
-        detail = re.sub(r"\[[\d:]+\] \S+:\d+: ", "", str(error))  # no times and places of decord's own code
-        raise ClipError("undecodable", (detail.strip().splitlines() or [type(error).__name__])[0][:200]) from None
+        raise _undecodable(error) from None
     return Clip(np.concatenate(fitted), first, len(grid))
+
+
+def preview_clip(video: bytes, *, frames: int, height: int, suffix: str = "mp4") -> Preview:
+    """Decode all of a clip, and keep up to ``frames`` frames from its beginning to its end, ``height`` pixels high.
+
+    Raises ClipError "undecodable".
+    """
+    if suffix in IMAGE_SUFFIXES:
+        picture = _image(video)
+        return Preview(_lowered(picture, height), 0, 1, 0.0, *picture.shape[1:3])
+    decord = _decord()
+    try:
+        reader: Any = decord.VideoReader(io.BytesIO(video), num_threads=1)
+        total = len(reader)
+        times = reader.get_frame_timestamp(range(total))[:, 0]
+        kept = set(np.linspace(0, total - 1, min(frames, total)).astype(int).tolist())
+        rows = []
+        for first in range(0, total, 32):
+            piece = _read(reader, list(range(first, min(first + 32, total))))
+            chosen = [i for i in range(len(piece)) if first + i in kept]
+            rows += [_lowered(piece[chosen], height)] if chosen else []
+    except ClipError:
+        raise
+    except Exception as error:
+        raise _undecodable(error) from None
+    seconds = float(times.max() - times.min())
+    fps = (total - 1) / seconds if seconds > 0 else 0.0
+    return Preview(np.concatenate(rows), 0, total, fps, *piece.shape[1:3])
+
+
+def _lowered(frames: npt.NDArray[np.uint8], height: int) -> npt.NDArray[np.uint8]:
+    return fit(frames, (height, max(round(height * frames.shape[2] / frames.shape[1]), 1)))
+
+
+def _decord() -> Any:
+    try:
+        import decord
+    except ImportError as error:
+        raise UserError(f"decord cannot be loaded ({error}); install it with pip install 'videodiff[train]'") from None
+    decord.logging.set_level(decord.logging.QUIET)  # what is wrong with a file is told once, by ClipError
+    return decord
+
+
+def _undecodable(error: Exception) -> ClipError:
+    detail = re.sub(r"\[[\d:]+\] \S+:\d+: ", "", str(error))  # no times and places of decord's own code
+    return ClipError("undecodable", (detail.strip().splitlines() or [type(error).__name__])[0][:200])
 
 
 def _read(reader: Any, indices: list[int]) -> npt.NDArray[np.uint8]:

@@ -55,6 +55,7 @@ class Shard:
     bytes: int
     digest: str  # sha256 of the file where the index tells it, else of the member names and sizes
     url: str | None = None
+    indexed: bool = False  # whether an index told all this, else a scan
     crc32: tuple[int, ...] = ()  # of each sample's bytes, where the index tells it
     shapes: tuple[Shape | None, ...] = ()  # of each sample, where the index tells it
     encoding: Encoding | None = None
@@ -71,21 +72,22 @@ class Shard:
         return self.path
 
 
-def open_shards(location: str) -> list[Shard]:
+def open_shards(location: str, problems: list[str] | None = None) -> list[Shard]:
     """The shards that ``location`` names.
 
     It is a folder (with an index or without), an index.json, one tar, or several by a {000..012} or * pattern; on this
     machine, or at an http(s) or s3 URL, whose shards come into a local cache when they are first read. Sizes are
     compared with the index, which finds a torn shard at once. Raises UserError for anything missing, torn or
-    compressed; ``pipe:`` and other schemes are refused.
+    compressed; ``pipe:`` and other schemes are refused. Where ``problems`` are collected, shards that are missing, torn
+    or compressed are named there and left out.
     """
     texts = locations.expand(location)
     if not texts:
         raise UserError("data.shards is empty; name a folder of shards")
     shards: list[Shard] = []
     for text in texts:
-        shards += _remote(text) if locations.is_remote(text) else _local(Path(text))
-    if not any(shard.offsets for shard in shards):
+        shards += _remote(text, problems) if locations.is_remote(text) else _local(Path(text), problems)
+    if not any(shard.offsets for shard in shards) and not problems:
         raise UserError(
             f"data.shards={location!r}: there is no sample in these shards; write some with `videodiff data world`"
         )
@@ -124,26 +126,45 @@ def fingerprint(shards: Iterable[Shard]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def read_index(index: Path) -> list[Shard]:
-    """The shards that an index on this machine names; UserError where it is none, or a shard is missing or torn."""
+def read_index(index: Path, problems: list[str] | None = None) -> list[Shard]:
+    """The shards that an index on this machine names; UserError where it is none, or a shard is missing or torn, unless
+    ``problems`` are collected."""
     try:
         shards = _parse(index.read_bytes(), str(index))
     except OSError as error:
         raise _no_index(str(index), error) from None
-    for shard in shards:
-        if not shard.path.is_file():
-            raise UserError(f"{shard.path}: the index names this shard, but it is missing; write or copy it again")
-        if (size := shard.path.stat().st_size) != shard.bytes:
-            raise UserError(
-                f"{shard.path}: torn, {size} bytes where the index says {shard.bytes}; write or copy it again"
-            )
-    return shards
+    return [shard for shard in shards if _is_whole(shard, problems)]
 
 
-def _local(path: Path) -> list[Shard]:
+def _is_whole(shard: Shard, problems: list[str] | None) -> bool:
+    problem = None
+    if not shard.path.is_file():
+        problem = f"{shard.path}: the index names this shard, but it is missing; write or copy it again"
+    elif (size := shard.path.stat().st_size) != shard.bytes:
+        problem = f"{shard.path}: torn, {size} bytes where the index says {shard.bytes}; write or copy it again"
+    if problem is not None:
+        _tell(problem, problems)
+    return problem is None
+
+
+def _tell(problem: str, problems: list[str] | None) -> None:
+    if problems is None:
+        raise UserError(problem)
+    problems.append(problem)
+
+
+def _scanned(path: Path, problems: list[str] | None) -> list[Shard]:
+    try:
+        return [scan_shard(path)]
+    except UserError as error:
+        _tell(str(error), problems)
+        return []
+
+
+def _local(path: Path, problems: list[str] | None) -> list[Shard]:
     if path.is_dir():
         if (path / INDEX).is_file():
-            return read_index(path / INDEX)
+            return read_index(path / INDEX, problems)
         if (path / PLAN).exists():
             raise UserError(f"{path}: these shards were never finished; run the command that writes them again")
         found = sorted(tar for tar in path.glob("*.tar") if tar.name[0] != ".")
@@ -153,20 +174,21 @@ def _local(path: Path) -> list[Shard]:
         found = [path]
     if not found:
         raise UserError(f"{path}: there is no shard here; write some with `videodiff data world`, or check the path")
-    return [shard for file in found for shard in (read_index(file) if file.name == INDEX else [scan_shard(file)])]
+    opened = (read_index(file, problems) if file.name == INDEX else _scanned(file, problems) for file in found)
+    return [shard for shards in opened for shard in shards]
 
 
-def _remote(url: str) -> list[Shard]:
+def _remote(url: str, problems: list[str] | None) -> list[Shard]:
     name = locations.file_name(url)
     if "*" in name:
         found = locations.glob(url)
         if not found:
             raise UserError(f"{url}: there is no shard here; check the URL")
-        return [shard for one in found for shard in _remote(one)]
+        return [shard for one in found for shard in _remote(one, problems)]
     if name.endswith(".tar"):
         path = locations.cached_path(url, locations.version_of(url))
         locations.fetch(url, path)  # without an index it has to be read to be known
-        return [scan_shard(path)]
+        return _scanned(path, problems)
     index = url if name == INDEX else locations.beside(url.rstrip("/") + "/", INDEX)
     return _parse(locations.read(index), index)
 
@@ -201,6 +223,7 @@ def _shard(entry: dict[str, Any], where: str, encoding: Encoding | None) -> Shar
         bytes=entry["bytes"],
         digest=entry["sha256"],
         url=place if remote else None,
+        indexed=True,
         crc32=crc32,
         shapes=shapes,
         encoding=encoding,

@@ -35,13 +35,14 @@ def expand(location: str) -> list[str]:
 
     try:
         return [_allowed(text, location) for text in braceexpand.braceexpand(location)] if location else []
-    except braceexpand.UnbalancedBracesError as error:
+    except ValueError as error:  # of its own class
         raise UserError(f"data.shards={location!r}: {error}; close every brace") from None
 
 
 def is_remote(text: str) -> bool:
-    """Whether it is a URL, not a path."""
-    return _SCHEME.match(text) is not None
+    """Whether it is a URL that is opened, not a path."""
+    scheme = _SCHEME.match(text)
+    return scheme is not None and scheme[1].lower() in REMOTE
 
 
 def beside(text: str, name: str) -> str:
@@ -132,7 +133,7 @@ def sha256(file: Any) -> str:
 
 def _allowed(text: str, location: str) -> str:
     scheme = _SCHEME.match(text)
-    if scheme is None or scheme[1].lower() in REMOTE:
+    if scheme is None or is_remote(text):
         return text
     if scheme[1].lower() == "file":
         return re.sub(r"^file:(//)?", "", text, flags=re.IGNORECASE)

@@ -64,6 +64,14 @@ def read_sample(shard: Shard, number: int) -> RawSample:
     return _checked(shard, sample)
 
 
+def try_sample(shard: Shard, number: int) -> RawSample | SampleError:
+    """`read_sample`, its error given and not raised."""
+    try:
+        return read_sample(shard, number)
+    except SampleError as error:
+        return error
+
+
 def all_captions(location: str) -> Iterator[str]:
     """Every caption of the shards at ``location`` (see `open_shards`), in their order. Videos are skipped, not read."""
     for shard in open_shards(location):
@@ -113,17 +121,15 @@ def _shape(shard: Shard, number: int) -> Shape | None:
         if suffix in sample:
             return _image_shape(sample[suffix])
     meta, _ = _texts(sample)
-    fps, height, width = (meta.get(name) for name in ("fps", "height", "width"))
-    frames = meta.get("frames", meta.get("num_frames"))
-    if frames is None and _positive(fps) and _positive(meta.get("duration")):
-        frames = round(float(fps) * float(meta["duration"]))
-    if not all(_positive(value) for value in (frames, fps, height, width)):
-        return None
-    return Shape(int(frames), float(fps), int(height), int(width))
+    fps, height, width = (_positive(meta.get(name)) for name in ("fps", "height", "width"))
+    frames = _positive(meta.get("frames", meta.get("num_frames"))) or round(fps * _positive(meta.get("duration")))
+    return Shape(int(frames), fps, int(height), int(width)) if min(frames, fps, height, width) > 0 else None
 
 
-def _positive(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
+def _positive(value: Any) -> float:
+    """A finite, positive number as one; 0 for anything else."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return float(value) if number and 0 < value < float("inf") else 0.0
 
 
 def _image_shape(header: bytes) -> Shape | None:

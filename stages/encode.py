@@ -21,7 +21,7 @@ from data_pipeline.data_config import DataConfig
 from data_pipeline.decoding import DecodePool
 from data_pipeline.features import Features, pack
 from data_pipeline.index import INDEX, PLAN, Shard, fingerprint, open_shards
-from data_pipeline.samples import FEATURES, RawSample, SampleError, read_sample
+from data_pipeline.samples import FEATURES, RawSample, SampleError, try_sample
 from data_pipeline.shards import started, write_index, write_shard
 from videodiff.errors import UserError
 from videodiff.model import Model
@@ -119,10 +119,7 @@ class _Encoder:
     def _jobs(self, shard: Shard, first: int, told: list[RawSample | SampleError]) -> Iterator[dict[str, Any] | None]:
         config = self.config
         for place in range(len(shard.offsets)):
-            try:
-                raw: RawSample | SampleError = read_sample(shard, place)
-            except SampleError as error:
-                raw = error
+            raw = try_sample(shard, place)
             told.append(raw)
             for variant in range(self.variants):
                 augmentation = self._augmentation(first + place, variant)

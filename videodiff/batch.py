@@ -58,8 +58,8 @@ class VideoBatch:
 
     def select(self, rows: slice) -> VideoBatch:
         """Some of the samples."""
-        values = (getattr(self, field.name) for field in fields(self))
-        return VideoBatch(*(None if value is None else value[rows] for value in values))
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{name: value[rows] for name, value in values.items() if value is not None})
 
 
 @dataclass(frozen=True)
