@@ -134,6 +134,22 @@ def test_an_empty_shard_among_others_changes_nothing(shards: Path) -> None:
     assert epoch(shards) == ({}, {f"s{n:02}" for n in range(COUNT)})
 
 
+def test_decoders_that_hang_exit_or_crash_are_counted_exactly(tmp_path: Path) -> None:
+    words = ["fine", "hang", "die", "fine", "crash", "bad", "fine", "die", "fine", "fine", "fine", "fine"]
+    write_shard(tmp_path / "a.tar", [(f"s{n}", f"{w} {n}".encode(), {"captions": ["x"]}) for n, w in enumerate(words)])
+    values = {"batch_size": 12, "frames": 4, "fps": 8, "size": 8, "streams": 3, "workers": 2, "deadline_seconds": 3}
+    listed = tmp_path / "bad.jsonl"
+    opened = ShardSource(DataConfig(shards=str(tmp_path), **values), 0, listed, "misbehaving_decoder:decode")
+    batch = next(batches := opened.batches(0, 0, 1, 12))
+    batches.close()  # type: ignore[attr-defined]
+    assert opened.bad_counts == {"deadline": 1, "crash": 3, "too short": 1}
+    good = {key for key, weight in zip(batch.keys, batch.weight.tolist(), strict=True) if weight}
+    assert good == {f"s{n}" for n, word in enumerate(words) if word == "fine"}
+    details = {entry["key"]: entry["detail"] for entry in map(json.loads, listed.read_text().splitlines())}
+    assert "status 11" in details["s2"]
+    assert "status -11" in details["s4"]
+
+
 class Bomb:
     def __init__(self, marker: Path) -> None:
         self.marker = marker

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import tempfile
 from collections import Counter
 from itertools import islice
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from tiny_shards import clip, picture, tar
 
@@ -191,3 +194,34 @@ def test_shapes_of_others_come_from_their_jsons(tmp_path: Path) -> None:
     tar(tmp_path / "a.tar", [("1.mp4", video), ("1.txt", b"x")])
     with pytest.raises(UserError, match=r"tells their width, height, fps and frames"):
         ShardSource(config(str(tmp_path), buckets=BUCKETS), 0)
+
+
+@settings(deadline=None, max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    sizes=st.lists(st.integers(0, 5), min_size=1, max_size=4).filter(any),
+    streams=st.integers(1, 5),
+    world=st.integers(1, 3),
+    later_world=st.integers(1, 3),
+    workers=st.sampled_from([0, 0, 1, 2]),
+    resume=st.integers(0, 3),
+)
+def test_real_shards_come_in_one_order_whoever_reads_them(
+    sizes: list[int], streams: int, world: int, later_world: int, workers: int, resume: int, tmp_path: Path
+) -> None:
+    """Some ranks read `resume` batches of 6, others go on: each image once an epoch, as one process reads them."""
+    folder = Path(tempfile.mkdtemp(dir=tmp_path))
+    for shard, size in enumerate(sizes):
+        members = [(f"{shard}-{n}.png", picture(40 * shard + n, 8, 8)) for n in range(size)]
+        tar(folder / f"{shard}.tar", [m for name, data in members for m in ((name, data), (name[:-3] + "txt", b"x"))])
+    data = config(str(folder), batch_size=6, frames=1, size=8, streams=streams, workers=workers, cache_gib=0)
+    steps = resume + -(-sum(sizes) // 6)
+    alone = rows(take(ShardSource(data.model_copy(update={"workers": 0}), 1), steps, micro=6))
+    first = [alone[n][0] for n in range(sum(sizes))]
+    assert sorted(first) == sorted(f"{shard}-{n}" for shard, size in enumerate(sizes) for n in range(size))
+    found: dict[int, tuple[str, str, bytes]] = {}
+    for ranks, start, count in ((world, 0, resume), (later_world, resume, steps - resume)):
+        for rank in range(ranks if count else 0):
+            mine = take(ShardSource(data, 1), count, 6 * start, rank, ranks, 6 // ranks)
+            assert [len(batch) for batch in mine] == [6 // ranks] * count
+            found |= rows(mine)
+    assert found == alone
