@@ -13,7 +13,7 @@ from rich.progress import Progress
 from data_pipeline import locations, tars
 from data_pipeline.clips import IMAGE_SUFFIXES, ClipError, Preview
 from data_pipeline.decoding import DecodePool
-from data_pipeline.features import unpack
+from data_pipeline.features import check_finite, unpack
 from data_pipeline.index import Shard, open_shards
 from data_pipeline.samples import FEATURES, TEXT_SUFFIXES, VIDEO_SUFFIXES, RawSample, SampleError, try_sample
 from videodiff.errors import UserError
@@ -121,7 +121,9 @@ def _judge(shard: Shard, raw: RawSample | SampleError, result: Any, found: Findi
         return
     if shard.encoding is not None:
         try:
-            unpack(raw.video, shard.encoding.variants, len(raw.captions))
+            features = unpack(raw.video, shard.encoding.variants, len(raw.captions))
+            for variant in range(shard.encoding.variants):
+                check_finite(features.choose(variant, variant % len(raw.captions)))
         except ClipError as error:
             result = error
     if isinstance(result, ClipError):

@@ -68,9 +68,14 @@ def unpack(data: bytes, variants: int, captions: int) -> Features:
         or any(len(values) != captions for values in told)
     ):
         raise ClipError("features", f"not those of {variants} variants and {captions} captions")
-    if not all(bool(values.isfinite().all()) for values in (found.mean, found.std, *found.text)):
-        raise ClipError("features", "not finite")
     return found
+
+
+def check_finite(sample: Encoded) -> None:
+    """Raises ClipError "features" where a number is not one: nan would spread from it over the whole step."""
+    # A sum is nan or infinite when any of its parts is, and takes a tenth of the time of looking at each.
+    if not all(bool(values.sum().isfinite()) for values in (sample.mean, sample.std, *sample.text)):
+        raise ClipError("features", "not finite")
 
 
 def stack(samples: Sequence[Encoded]) -> Encoded:

@@ -23,7 +23,7 @@ from data_pipeline.bad_samples import BadSamples
 from data_pipeline.clips import Clip, ClipError
 from data_pipeline.data_config import Bucket, DataConfig
 from data_pipeline.decoding import DECODER, DecodePool
-from data_pipeline.features import blank, check_encoding, same_shapes, stack, unpack
+from data_pipeline.features import blank, check_encoding, check_finite, same_shapes, stack, unpack
 from data_pipeline.index import fingerprint, open_shards
 from data_pipeline.mixture import Mixture
 from data_pipeline.prefetch import prefetched
@@ -205,8 +205,10 @@ class ShardSource:
         """One of the sample's variants, with the caption of the number. Raises ClipError."""
         assert self._encoding is not None
         features = unpack(raw.video, self._encoding.variants, len(raw.captions))
-        variant = int(draw(self._seed, "variant", number) * self._encoding.variants)
-        chosen = features.choose(variant, self._two(len(raw.captions), number)[0])
+        variants = self._encoding.variants
+        variant = int(draw(self._seed, "variant", number) * variants) if variants > 1 else 0
+        chosen = features.choose(variant, self._first(len(raw.captions), number))
+        check_finite(chosen)
         if not same_shapes(chosen, self._blank):
             raise ClipError("features", "other shapes than those of the first sample")
         return chosen
@@ -228,9 +230,13 @@ class ShardSource:
         except (SampleError, ClipError):  # it is counted when its turn comes
             return None
 
+    def _first(self, choices: int, number: int) -> int:
+        """Which of a sample's captions it has."""
+        return int(draw(self._seed, "caption", number) * choices)
+
     def _two(self, choices: int, number: int) -> tuple[int, int]:
         """A sample's caption and another one of its captions, the same again where it has only one."""
-        first = int(draw(self._seed, "caption", number) * choices)
+        first = self._first(choices, number)
         others = [index for index in range(choices) if index != first] or [first]
         return first, others[int(draw(self._seed, "paraphrase", number) * len(others))]
 
