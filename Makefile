@@ -2,6 +2,7 @@
 # make test         install everything and run all tests but the slow ones (make test-slow runs those)
 # make lint         ruff, format, types
 # make bench-digits train and measure the diffusion core on handwritten digits; writes docs/core-results.md
+# make bench-data   measure the loader against bare decoders and plain webdataset; writes docs/data-speed.md
 # make demo-model   train the bundled model again by its recorded recipe (hours on a CPU; run it again to go on);
 #                   INSTALL=1 puts the result in the place of the bundled one
 # make clean        remove what was built; runs/ and outputs/ stay
@@ -15,7 +16,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # torch goes first and by its exact version: an unpinned one may bring gigabytes of CUDA packages that a CPU can't use.
 TORCH := $(shell sed -n 's/^\(torch==[^; ]*\).*/\1/p' constraints.txt)
 
-.PHONY: demo demo-model bench-digits test test-slow lint clean
+.PHONY: demo demo-model bench-digits bench-data test test-slow lint clean
 
 demo: $(VENV)/.demo
 	@mkdir -p outputs
@@ -27,6 +28,9 @@ demo-model: $(VENV)/.all
 
 bench-digits: $(VENV)/.bench
 	$(BIN)/python -m benchmarks.digits
+
+bench-data: $(VENV)/.all $(VENV)/.bench
+	$(BIN)/python -m benchmarks.data --out docs/data-speed.md
 
 test: $(VENV)/.all
 	$(BIN)/python -m pytest -q
