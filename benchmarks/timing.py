@@ -37,18 +37,25 @@ class Ratio:
 
 
 def paired(
-    ours: Callable[[], object], theirs: Callable[[], object], pairs: int, per_unit: tuple[float, float] = (1.0, 1.0)
+    ours: Callable[[], object],
+    theirs: Callable[[], object],
+    pairs: int,
+    per_unit: tuple[float, float] = (1.0, 1.0),
+    before: Callable[[Callable[[], object]], object] = lambda call: None,
 ) -> Ratio:
     """Run both alternately, `pairs` times after one warm-up each; the order within a pair alternates.
 
     per_unit: work of one call of ours and of theirs (such as FLOPs); times are divided by it before they are compared.
+    before: what is done with a call before each of its timings, untimed.
     """
     for call in (ours, theirs):
         _seconds(call)
     times = np.empty((pairs, 2))
     for pair in range(pairs):
         for side in (0, 1) if pair % 2 == 0 else (1, 0):
-            times[pair, side] = _seconds((ours, theirs)[side])
+            call = (ours, theirs)[side]
+            before(call)
+            times[pair, side] = _seconds(call)
     ratios = (times[:, 0] / per_unit[0]) / (times[:, 1] / per_unit[1])
     draws = np.random.default_rng(0).integers(0, pairs, (RESAMPLES, pairs))
     low, high = np.quantile(np.median(ratios[draws], axis=1), (0.025, 0.975))

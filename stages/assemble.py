@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
@@ -15,6 +16,7 @@ from stages.autoencoder import AutoencoderStage, AutoencoderTask
 from stages.base import StageConfig
 from stages.classifier import ClassifierStage, ClassifierTask
 from stages.control import ControlStage
+from stages.encode import encoder_digest
 from stages.further_towers import place_in_run
 from stages.image import ImageStage
 from stages.interpolation import InterpolationStage
@@ -92,13 +94,25 @@ def _vocabulary(config: TextStage) -> tuple[Path, Path]:
     if distributed.rank() == 0 and not (folder / "checkpoints").is_dir():  # a run that has weights keeps its words
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            build_vocabulary(all_captions(config.data.shards), vocabulary, words, config.num_merges)
+            build_vocabulary(
+                chain.from_iterable(all_captions(d.shards) for d in config.data.data_sets()),
+                vocabulary,
+                words,
+                config.num_merges,
+            )
         except UserError as error:
             problem = str(error)
         except OSError as error:
             problem = cannot_write(folder, error)
     distributed.raise_from_first(problem)
     return vocabulary, words
+
+
+def _encoder(config: StageConfig) -> Callable[[], str] | None:
+    """The hash of what made the latents and text features that a stage learns from; None where it needs pictures."""
+    if not isinstance(config, (ImageStage, VideoStage, InterpolationStage)):
+        return None
+    return lambda: encoder_digest(_base(config))
 
 
 def train_stage(path: str | Path, overrides: Sequence[str] = ()) -> None:
@@ -109,7 +123,8 @@ def train_stage(path: str | Path, overrides: Sequence[str] = ()) -> None:
         if isinstance(config, TextStage) and config.network.pretrained is not None:
             text.adopt(config, config.network.pretrained, _base(config))
             return
-        source = ShardSource(config.data, config.run.seed, Path(config.run.dir) / "bad_samples.jsonl")
+        bad_samples = Path(config.run.dir) / "bad_samples.jsonl"
+        source = ShardSource(config.data, config.run.seed, bad_samples, encoder=_encoder(config))
         train(config.run, config.engine, config.data.batch_size, make_task(config), source, config)
     finally:
         distributed.cleanup()

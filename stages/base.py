@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field, model_validator
@@ -55,6 +56,14 @@ class StageConfig(Config):
     data: DataConfig
     engine: EngineConfig = EngineConfig()
     model: str | None = None
+
+    takes_buckets: ClassVar[bool] = False  # whether clips may have several shapes
+
+    @model_validator(mode="after")
+    def _one_shape(self) -> StageConfig:
+        if self.data.buckets and not self.takes_buckets:
+            raise ValueError("data.buckets: this stage needs clips of one shape; leave it out")
+        return self
 
 
 class Dropout(Config):
@@ -149,11 +158,11 @@ def told_text(network: UNetConfig, base: Model) -> UNetConfig:
     return network.model_copy(update=widths)
 
 
-def check_size(size: int, multiple: int, why: str) -> None:
+def check_size(size: int, multiple: int, why: str, name: str = "data.size") -> None:
     """Refuse (UserError) a picture size that the networks can't halve as often as they do."""
     if size % multiple:
         fitting = max(size // multiple, 1) * multiple
-        raise UserError(f"data.size: {size} is not a multiple of {multiple} ({why}); use {fitting}, for one")
+        raise UserError(f"{name}: {size} is not a multiple of {multiple} ({why}); use {fitting}, for one")
 
 
 def check_fit(base: Model, network: UNetConfig, size: int) -> None:
@@ -203,6 +212,9 @@ class DiffusionTask:
         self.prediction: Prediction = part["prediction"]
         sampler = part["sampling"].sampler
         self.check()
+        divisor = self.base.autoencoder.factor * network.config.divisor if config.data.buckets else 1
+        for side in {side for bucket in config.data.buckets for side in (bucket.height, bucket.width)}:
+            check_size(side, divisor, "the autoencoder's factor x the network's", "data.buckets")
         check_pair(self.prediction, self.schedule)
         sampler.check(self.schedule, network.config.variance)
         if config.loss.levels is not None:
@@ -225,16 +237,32 @@ class DiffusionTask:
 
     def latents(self, batch: VideoBatch, seed: int) -> Tensor:
         """A posterior sample of each clip, [B,C,T,H,W] float32, drawn by the sample's own number."""
-        mean, std = self.posteriors(batch.frames)
+        if batch.encoded is None:
+            mean, std = self.posteriors(batch.frames)
+        else:
+            mean, std = (part.to(device()) for part in (batch.encoded.mean, batch.encoded.std))
         return mean + std * normals(tuple(mean.shape[1:]), seed, "posterior", batch.numbers).to(mean.device)
 
     def condition(self, batch: VideoBatch, latents: Tensor) -> Condition:
         """What the network is told of the batch, nothing dropped."""
-        with torch.no_grad():
-            features = self.text.encode(list(batch.captions))
-        condition = features.condition(batch.fps)
+        condition = self._told(batch)
         slots = self.known_slots(latents.shape[2])
         return with_known(condition, latents, slots) if slots else condition
+
+    @torch.no_grad()
+    def _told(self, batch: VideoBatch) -> Condition:
+        """The text alone: encoded now, or as it was encoded before."""
+        if (given := batch.encoded) is None:
+            return self.text.encode(list(batch.captions)).condition(batch.fps)
+        null = (tokens.expand(len(batch), -1, -1) for tokens in self.no_text.null_text)
+        told = Condition(given.text, given.text_mask, given.pooled, fps=batch.fps, null_text=tuple(null))
+        return told.to(device())
+
+    @cached_property
+    @torch.no_grad()
+    def no_text(self) -> Condition:
+        """What the text tower says of no text, [1,L,D]."""
+        return self.text.encode([""]).condition(torch.ones(1))
 
     def frames(self, latents: Tensor, batch: VideoBatch) -> Tensor:
         """uint8 [B,T,H,W,3] of latents that were made as the batch's."""

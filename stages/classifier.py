@@ -14,6 +14,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from data_pipeline.loader import DataConfig
 from data_pipeline.shards import all_labels
 from stages.base import PosteriorCache, StageConfig, check_size, write_part
 from videodiff import config as configs
@@ -56,13 +57,18 @@ class ClassifierStage(StageConfig):
         return self
 
 
+def _labels(config: DataConfig) -> set[str]:
+    assert config.label is not None
+    return set().union(*(all_labels(data_set.shards, config.label) for data_set in config.data_sets()))
+
+
 class ClassifierTask:
     """Cross-entropy on noised clips at uniform times; a bad clip, which has no label, counts for nothing."""
 
     def __init__(self, config: ClassifierStage, base: Model | None) -> None:
         assert config.data.label is not None
         self.base, self.attribute = base, config.data.label.rpartition(".")[2]
-        self.classes = config.classes or tuple(sorted(all_labels(config.data.shards, config.data.label)))
+        self.classes = config.classes or tuple(sorted(_labels(config.data)))
         if len(self.classes) < 2:
             raise UserError(
                 f"data.label={config.data.label}: of {list(self.classes)} there is nothing to tell apart; name another"

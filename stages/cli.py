@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from stages import cli_data
 from videodiff.errors import UserError
 
 app = typer.Typer(
@@ -21,6 +22,8 @@ app = typer.Typer(
 )
 data = typer.Typer(help="Make training data.")
 app.add_typer(data, name="data")
+for command in (cli_data.check, cli_data.show, cli_data.encode):
+    data.command()(command)
 
 
 class StageChoice(str, Enum):
@@ -256,7 +259,7 @@ def _interval(given: tuple[float, float] | None) -> tuple[float, float | None] |
 
 
 # What --help must not need, and an installation without the extra `train` has not.
-TRAINING_PACKAGES = ("deepspeed", "webdataset", "decord", "braceexpand", "tensorboard")
+TRAINING_PACKAGES = ("deepspeed", "webdataset", "decord", "braceexpand", "fsspec", "tensorboard")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from stages.base import DiffusionStageConfig, DiffusionTask, Dropout, told_text
 from videodiff.diffusion.prediction import Prediction
@@ -18,6 +18,7 @@ class ImageStage(DiffusionStageConfig):
     out: they are the text towers' then.
     """
 
+    takes_buckets: ClassVar[bool] = True
     stage: Literal["image"]
     network: UNetConfig
     schedule: NoiseSchedule = NoiseSchedule(zero_terminal_snr=True)

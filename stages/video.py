@@ -6,7 +6,7 @@ image and its mask are trained.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from stages.base import DiffusionStageConfig, DiffusionTask
 from videodiff.errors import UserError
@@ -17,6 +17,7 @@ from videodiff.networks.unet import TemporalConfig, UNet, temporal_parameter_nam
 class VideoStage(DiffusionStageConfig):
     """`videodiff train configs/demo/video.yaml`; `model` names the run or model that holds the image stage."""
 
+    takes_buckets: ClassVar[bool] = True
     stage: Literal["video"]
     temporal: TemporalConfig = TemporalConfig()
     freeze_spatial: bool = True

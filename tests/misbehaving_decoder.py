@@ -1,6 +1,7 @@
 """A decoder for tests of the helpers, in a module that they import in no time: its fate is written in its video."""
 
 import os
+import signal
 import time
 from typing import Any
 
@@ -16,6 +17,8 @@ def decode(**job: Any) -> Clip:
         time.sleep(600)
     if word == "die":
         os._exit(11)
+    if word == "crash":
+        os.kill(os.getpid(), signal.SIGSEGV)
     if word == "bad":
         raise ClipError("too short", "in a test")
     if word == "slow":

@@ -22,7 +22,9 @@ OWNERS = {
     "omegaconf": {"videodiff/config.py"},
     "yaml": {"videodiff/config.py"},
     "decord": {"data_pipeline/clips.py"},
-    "webdataset": {"data_pipeline/shards.py", "data_pipeline/loader.py"},
+    "fsspec": {"data_pipeline/locations.py"},
+    "braceexpand": {"data_pipeline/locations.py"},
+    "webdataset": {"data_pipeline/tars.py"},
 }
 
 # What a user may wait for, or may not have installed.

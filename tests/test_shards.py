@@ -223,8 +223,8 @@ def test_nothing_in_a_shard_or_its_name_is_executed(tmp_path: Path) -> None:
     for location in (
         f"pipe:touch {marker}",
         f"pipe:touch {marker}; cat a{{0..1}}.tar",
-        "http://example.com/a.tar",
-        "s3://a/b",
+        "ftp://example.com/a.tar",
+        "simplecache::http://a/b",
     ):
         with pytest.raises(UserError, match="not opened"):
             open_shards(location)

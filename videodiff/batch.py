@@ -17,6 +17,25 @@ OptionalTensor = TypeVar("OptionalTensor", Tensor, Tensor | None)
 
 
 @dataclass(frozen=True)
+class Encoded:
+    """What a model's frozen encoders made of a batch beforehand: posteriors of its clips, features of its captions.
+
+    They are stored in half precision and given in float32.
+    """
+
+    mean: Tensor  # [B, C, T, H, W] in latents
+    std: Tensor  # the posterior's standard deviation, of the same shape
+    text: tuple[Tensor, ...]  # one [B, L, D] for each text tower
+    text_mask: tuple[Tensor, ...]  # bool [B, L] for each
+    pooled: Tensor | None  # [B, E]
+
+    def __getitem__(self, rows: slice) -> Encoded:
+        """Some of the samples."""
+        text, mask = (tuple(x[rows] for x in towers) for towers in (self.text, self.text_mask))
+        return Encoded(self.mean[rows], self.std[rows], text, mask, None if self.pooled is None else self.pooled[rows])
+
+
+@dataclass(frozen=True)
 class VideoBatch:
     """Decoded clips in the order of the run.
 
@@ -32,13 +51,15 @@ class VideoBatch:
     weight: Tensor  # float32 [B]
     paraphrases: tuple[str, ...] = ()  # of each sample another of its captions, or its only one again
     labels: tuple[str, ...] = ()  # of each sample what its JSON says at `data.label`, where the data names one
+    encoded: Encoded | None = None  # of encoded shards, whose frames are not known: [B, T, 0, 0, 3]
 
     def __len__(self) -> int:
         return self.frames.shape[0]
 
     def select(self, rows: slice) -> VideoBatch:
         """Some of the samples."""
-        return VideoBatch(*(getattr(self, field.name)[rows] for field in fields(self)))
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{name: value[rows] for name, value in values.items() if value is not None})
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,73 @@
+"""Bad data is counted, never hidden: by reason, in a list, and up to a limit."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from pathlib import Path
+
+from data_pipeline.clips import ClipError
+from videodiff.errors import UserError
+
+
+class BadSamples:
+    """Counts bad clips by reason, lists them in a file, and stops the run when they become too many.
+
+    ``path`` is the run's list: appended to, and believed, so that a resumed run is the same. The run stops beyond the
+    share ``limit`` of bad clips, once there are more than ``floor``.
+    """
+
+    def __init__(self, path: Path | None, limit: float, floor: int) -> None:
+        self._path, self._limit, self._floor = path, limit, floor
+        self._seen = self._bad = 0  # by this rank since it started
+        self.counts: Counter[str] = Counter()  # those of the run's former parts included
+        self.recorded: dict[int, str] = {}  # number in the run -> key
+        for line in path.read_text(encoding="utf-8").split("\n") if path is not None and path.is_file() else ():
+            try:
+                entry = json.loads(line)
+                number, key, reason = int(entry["number"]), str(entry["key"]), str(entry["reason"])
+            except (ValueError, KeyError, TypeError):
+                continue  # a line cut by a kill: its clip is judged again
+            self.recorded[number] = key
+            self.counts[reason] += 1
+
+    def good(self) -> None:
+        """Count a clip that is none of them."""
+        self._seen += 1
+
+    def take(self, number: int, key: str, shard: Path, error: ClipError | None) -> str:
+        """Count a bad clip, list it unless it is listed (error None), return its key. UserError beyond the limit."""
+        self._seen += 1
+        self._bad += 1
+        if error is None:
+            key = self.recorded[number]
+        else:
+            self.recorded[number] = key
+            self.counts[error.reason] += 1
+            entry = {"number": number, "key": key, "shard": str(shard), "reason": error.reason, "detail": error.detail}
+            self._write(json.dumps(entry, ensure_ascii=False) + "\n")
+        if self._bad > max(self._floor, self._limit * self._seen):
+            reasons = ", ".join(f"{count} {reason}" for reason, count in self.counts.most_common())
+            where = f", listed in {self._path}" if self._path else ""
+            raise UserError(
+                f"{self._bad} of {self._seen} clips are bad ({reasons}{where}), "
+                f"more than data.bad_limit={self._limit:g}; the last is {key} in {shard}; mend them or raise the limit"
+            )
+        return key
+
+    def _write(self, line: str) -> None:
+        if self._path is None:
+            return
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            # One write in append mode, so that the lines of several ranks do not mix.
+            file = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+            try:
+                os.write(file, line.encode(errors="backslashreplace"))
+            finally:
+                os.close(file)
+        except OSError as error:
+            raise UserError(
+                f"{self._path}: cannot be written ({error.strerror}); check rights and disk space"
+            ) from None

@@ -1,0 +1,153 @@
+"""Videos and captions become latents and text features once, so that training decodes nothing: `videodiff data encode`.
+
+Window, crop and flip of a sample are fixed then, for each of K variants by itself; the posterior's mean and deviation
+are kept, so that every training step still draws its own latents.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import Progress
+
+from data_pipeline.augmentation import Augmentation
+from data_pipeline.bad_samples import BadSamples
+from data_pipeline.clips import Clip, ClipError
+from data_pipeline.data_config import DataConfig
+from data_pipeline.decoding import DecodePool
+from data_pipeline.features import Features, pack
+from data_pipeline.index import INDEX, PLAN, Shard, fingerprint, open_shards
+from data_pipeline.samples import FEATURES, RawSample, SampleError, try_sample
+from data_pipeline.shards import started, write_index, write_shard
+from videodiff.errors import UserError
+from videodiff.model import Model
+from videodiff.training.distributed import device
+
+BAD_SAMPLES = "bad_samples.jsonl"
+_Encoded = tuple[str, bytes, dict[str, Any]]  # key, bytes of safetensors, JSON
+
+
+def encoder_digest(model: Model) -> str:
+    """A hash of what makes a model's latents and text features: the autoencoder without its decoder, the text towers.
+
+    Weights are compared in half precision, in which they may be stored, and by value, not by file.
+    """
+    digest = hashlib.sha256()
+    text = model.part("text")
+    files = [getattr(text, name) for name in ("vocabulary", "words")]
+    digest.update(repr([file.sha256 if file else None for file in files]).encode())
+    for network in (model.autoencoder, model.text):
+        for name, value in sorted(network.state_dict().items()):
+            if not name.startswith("decoder."):
+                value = value.half() if value.is_floating_point() else value
+                digest.update(f"{name} {tuple(value.shape)}".encode())
+                digest.update(value.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def encode(config: DataConfig, model: Model, out: Path, variants: int, seed: int, progress: bool = False) -> Path:
+    """Encode the data set that ``config`` names into shards in ``out``, one for each of its own; returns their index.
+
+    A sample becomes one of latents and text features in half precision, with its JSON. One that can't be decoded is
+    left out, and listed in bad_samples.jsonl there. A run that was interrupted continues when asked again for the same.
+    Raises UserError where a shard can't be read, or when too many samples are bad.
+    """
+    assert isinstance(config.shards, str)
+    shards = open_shards(config.shards)
+    if any(shard.encoding for shard in shards):
+        raise UserError(f"{config.shards}: these shards are encoded already; name those of videos")
+    if config.size % model.autoencoder.factor:
+        raise UserError(f"--size {config.size} is not a multiple of the autoencoder's {model.autoencoder.factor}")
+    encoding = {"frames": config.frames, "fps": config.fps, "size": config.size, "variants": variants}
+    plan = {
+        "source": fingerprint(shards),
+        "seed": seed,
+        "crop": config.crop,
+        "flip": config.flip,
+        "encoding": {"encoder": encoder_digest(model), **encoding},
+    }
+    if started(out, plan):
+        return out / INDEX
+    encoder = _Encoder(config, model, variants, seed, sum(len(shard.offsets) for shard in shards))
+    names = [f"encoded-{number:06d}.tar" for number in range(len(shards))]
+    bad = BadSamples(out / BAD_SAMPLES, config.bad_limit, config.bad_floor)
+    with (
+        Progress(disable=not progress) as bar,
+        DecodePool(config.workers, config.deadline_seconds) as pool,
+    ):
+        task = bar.add_task("encode", total=encoder.num_samples)
+        first = 0
+        for shard, name in zip(shards, names, strict=True):
+            if not (out / name).exists():  # else whole, since it was renamed into place
+                write_shard(out / name, encoder.samples(shard, first, pool, bad), FEATURES)
+            first += len(shard.offsets)
+            bar.update(task, completed=first)
+    write_index(out, names, plan)
+    for leftover in (*out.glob(".encoded-*.tar"), out / PLAN):
+        leftover.unlink(missing_ok=True)
+    return out / INDEX
+
+
+class _Encoder:
+    def __init__(self, config: DataConfig, model: Model, variants: int, seed: int, num_samples: int) -> None:
+        self.config, self.variants, self.seed, self.num_samples = config, variants, seed, num_samples
+        self.autoencoder, self.text = model.autoencoder.to(device()), model.text.to(device())
+
+    def samples(self, shard: Shard, first: int, pool: DecodePool, bad: BadSamples) -> Iterator[_Encoded]:
+        """The good samples of a shard, the first of which is number ``first`` of all."""
+        told: list[RawSample | SampleError] = []
+        results = pool.map(self._jobs(shard, first, told))
+        for place in range(len(shard.offsets)):
+            clips = [next(results) for _ in range(self.variants)]
+            raw, number = told[place], first + place
+            told[place] = SampleError("done", "")  # the videos before this one are not needed any more
+            error = next((clip for clip in clips if isinstance(clip, ClipError)), None)
+            if isinstance(raw, SampleError):
+                error = ClipError(raw.reason, str(raw))
+            if number in bad.recorded or error is not None:
+                key = raw.key
+                bad.take(number, key, shard.path, None if number in bad.recorded else error)
+                continue
+            bad.good()
+            assert isinstance(raw, RawSample)
+            yield raw.key, pack(self._features(raw, clips, number)), {**raw.meta, "captions": list(raw.captions)}
+
+    def _jobs(self, shard: Shard, first: int, told: list[RawSample | SampleError]) -> Iterator[dict[str, Any] | None]:
+        config = self.config
+        for place in range(len(shard.offsets)):
+            raw = try_sample(shard, place)
+            told.append(raw)
+            for variant in range(self.variants):
+                augmentation = self._augmentation(first + place, variant)
+                yield (
+                    None
+                    if isinstance(raw, SampleError)
+                    else {
+                        "video": raw.video,
+                        "suffix": raw.suffix,
+                        "fps": config.fps,
+                        "frames": config.frames,
+                        "size": config.size,
+                        "position": augmentation.position,
+                        "crop": augmentation.crop,
+                    }
+                )
+
+    def _augmentation(self, number: int, variant: int) -> Augmentation:
+        return Augmentation.draw(self.config, self.seed, number + variant * self.num_samples)
+
+    @torch.no_grad()
+    def _features(self, raw: RawSample, clips: list[Any], number: int) -> Features:
+        means, stds = [], []
+        for variant, clip in enumerate(clips):
+            assert isinstance(clip, Clip)
+            frames = self._augmentation(number, variant).cut(clip, self.config.frames)
+            posterior = self.autoencoder.encode_clip(torch.from_numpy(frames.copy())[None].to(device()))
+            means.append(posterior.mean[0])
+            stds.append(posterior.std[0])
+        told = self.text.encode(list(raw.captions)).condition(torch.ones(len(raw.captions)))
+        return Features(torch.stack(means), torch.stack(stds), told.text, told.text_mask, told.pooled)

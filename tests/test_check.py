@@ -1,0 +1,94 @@
+"""`data check` on sound sets, on each thing that can be wrong, and as the command that people run."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+from tiny_shards import picture, tar
+
+from data_pipeline.check import check_shards, steps_per_epoch
+from data_pipeline.shards import all_captions, open_shards, write_world_shards
+from videodiff.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Path:
+    """7 clips of half a second in 3 shards."""
+    return write_world_shards(tmp_path / "world", 7, size=32, frames=4, fps=8, seed=0, samples_per_shard=3).parent
+
+
+def videodiff(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "stages", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+
+
+def test_a_sound_set(world: Path) -> None:
+    found = check_shards(str(world), 2, 60)
+    assert (found.problems, found.num_shards, found.num_samples, found.num_good) == ([], 3, 7, 7)
+    assert found.num_captions == len(list(all_captions(str(world))))
+    assert found.seconds == pytest.approx(7 * 4 / 8)
+    (world / "index.json").unlink()
+    assert check_shards(str(world), 0, 60) == found
+
+
+def test_everything_that_is_wrong_is_listed(world: Path) -> None:
+    """One bit of one video, and an index's shard that is gone: the rest is checked all the same."""
+    shard = open_shards(str(world))[0]
+    data = bytearray(shard.path.read_bytes())
+    data[shard.offsets[1] + 800] ^= 1
+    shard.path.write_bytes(bytes(data))
+    (world / "world-000002.tar").unlink()
+    found = check_shards(str(world), 0, 60)
+    assert dict(found.counts) == {"unusable shard": 1, "hash": 1, "torn": 1}
+    assert (found.num_samples, found.num_good, len(found.problems)) == (6, 5, 3)
+    assert "world-000002.tar" in found.problems[0]
+    assert "world-000000.tar" in found.problems[1]
+
+
+def test_members_of_others(tmp_path: Path) -> None:
+    members = [
+        ("1.jpg", picture(3, 20, 20)), ("1.txt", b"good"),
+        ("2.jpg", b"\xff\xd8\xff junk"), ("2.txt", b"bad"),
+        ("3.mp4", b""), ("3.txt", b"empty"),
+        ("4.png", picture(3, 20, 20)),
+        ("5.txt", b"alone"),
+        ("6.png", picture(3, 20, 20)), ("6.txt", b"good"), ("6.pkl", b"x"),
+        ("../7.png", picture(3, 20, 20)), ("../7.txt", b"x"),
+        ("README", b"hello"),
+    ]  # fmt: skip
+    found = check_shards(str(tar(tmp_path / "a.tar", members)), 1, 60)
+    assert dict(found.counts) == {
+        "undecodable": 2, "no caption": 1, "no video": 1, "unread member": 2, "unsafe name": 1,
+    }  # fmt: skip
+    assert (found.num_samples, found.num_good) == (7, 2)
+
+
+def test_the_command_exits_with_the_list(world: Path) -> None:
+    done = videodiff("data", "check", str(world), "--batch-size", "4", "--world-size", "2")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines() == [
+        "7 of 7 samples in 3 shards are good (28 captions, 0.000972 hours)",
+        "1.75 steps an epoch: batches of 4 = 2 x 2",
+    ]
+    with tarfile.open(world / "z.tar", "w") as opened:
+        info = tarfile.TarInfo("1.mp4")
+        opened.addfile(info, io.BytesIO())
+    done = videodiff("data", "check", str(world / "z.tar"))
+    assert done.returncode == 2
+    assert "z.tar: sample 1 has no caption" in done.stdout
+    assert done.stderr.strip().endswith("1 problems (1 no caption), listed above; mend or remove them")
+    assert videodiff("data", "check", str(world), "--batch-size", "4", "--world-size", "3").returncode == 2
+
+
+def test_an_epoch_has_equal_shares() -> None:
+    assert steps_per_epoch(10, 4, 2) == 2.5
+    with pytest.raises(UserError, match="equal shares"):
+        steps_per_epoch(10, 4, 3)
