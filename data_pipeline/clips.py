@@ -60,12 +60,7 @@ def decode_clip(
     Raises ClipError: "undecodable", "too short" (fewer frames than asked), "too slow" (a source rate well below fps).
     """
     try:
-        import decord
-    except ImportError as error:
-        raise UserError(f"decord cannot be loaded ({error}); install it with pip install 'videodiff[train]'") from None
-    decord.logging.set_level(decord.logging.QUIET)  # what is wrong with a file is told once, by ClipError
-    try:
-        reader: Any = decord.VideoReader(io.BytesIO(video), num_threads=1)
+        reader = open_decord(io.BytesIO(video))
         times = np.sort(reader.get_frame_timestamp(range(len(reader)))[:, 0].astype(np.float64))
         grid = grid_frames(times, fps, frames)
         first, count = window_start(len(grid), frames, position), frames
@@ -73,8 +68,8 @@ def decode_clip(
             first, count = 0, len(grid)
         # In pieces, since the source may be much larger than its fitted frames.
         pieces = [grid[i : min(i + 32, first + count)].tolist() for i in range(first, first + count, 32)]
-        fitted = [fit(_read(reader, piece), size) for piece in pieces]
-    except ClipError:
+        fitted = [fit(read_frames(reader, piece), size) for piece in pieces]
+    except (ClipError, UserError):
         raise
     except Exception as error:  # decord's own error class exists only where decord does, and it raises others too
         detail = re.sub(r"\[[\d:]+\] \S+:\d+: ", "", str(error))  # no times and places of decord's own code
@@ -82,7 +77,17 @@ def decode_clip(
     return Clip(np.concatenate(fitted), first, len(grid))
 
 
-def _read(reader: Any, indices: list[int]) -> npt.NDArray[np.uint8]:
+def open_decord(source: str | io.BytesIO) -> Any:
+    """decord's reader of a file or its bytes. UserError where there is no decord; decord's own errors pass."""
+    try:
+        import decord
+    except ImportError as error:
+        raise UserError(f"decord cannot be loaded ({error}); install it with pip install 'videodiff[train]'") from None
+    decord.logging.set_level(decord.logging.QUIET)  # what is wrong with a file is told once, by ClipError
+    return decord.VideoReader(source, num_threads=1)
+
+
+def read_frames(reader: Any, indices: list[int]) -> npt.NDArray[np.uint8]:
     """Frames uint8 [T,H,W,3] of a decord reader."""
     try:
         return np.asarray(reader.get_batch(indices).asnumpy())

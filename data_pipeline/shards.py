@@ -28,7 +28,7 @@ from videodiff.video_io import atomic_path, encode_video, write_json
 
 VIDEO_SUFFIXES = ("mp4", "webm", "mkv", "mov", "avi")
 INDEX = "index.json"
-_PLAN = ".making.json"  # what an interrupted write was asked for
+PLAN = ".making.json"  # what an interrupted write was asked for
 _VERSION = 1
 _Sample = tuple[str, bytes, dict[str, Any]]  # key, bytes of an mp4, JSON
 _SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*):")
@@ -100,15 +100,23 @@ def write_world_shards(
                 write_shard(out / name, _counted(samples, lambda: bar.advance(task)))
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+    write_index(out, names, plan)
+    for leftover in (*out.glob(".world-*.tar"), out / PLAN):  # of runs that were killed
+        leftover.unlink(missing_ok=True)
+    return out / INDEX
+
+
+def write_index(out: Path, names: Iterable[str], said: dict[str, Any]) -> None:
+    """Write index.json of the finished shards ``names`` in ``out``: where each sample starts, and each file's sha256.
+
+    ``said`` goes along: where they come from.
+    """
     shards = [scan_shard(out / name, hash_file=True) for name in names]
     entries = [
         {"file": s.path.name, "samples": len(s.offsets), "bytes": s.bytes, "sha256": s.digest, "offsets": s.offsets}
         for s in shards
     ]
-    write_json(out / INDEX, {"version": _VERSION, **plan, "fingerprint": fingerprint(shards), "shards": entries})
-    for leftover in (*out.glob(".world-*.tar"), out / _PLAN):  # of runs that were killed
-        leftover.unlink(missing_ok=True)
-    return out / INDEX
+    write_json(out / INDEX, {"version": _VERSION, **said, "fingerprint": fingerprint(shards), "shards": entries})
 
 
 def write_shard(path: Path, samples: Iterable[_Sample]) -> None:
@@ -172,6 +180,11 @@ def read_sample(shard: Shard, number: int) -> RawSample:
     return _checked(shard, sample)
 
 
+def read_texts(shard: Shard, number: int) -> RawSample:
+    """As `read_sample`, without reading the video: its bytes are empty."""
+    return _checked(shard, _read_texts(shard, number))
+
+
 def _checked(shard: Shard, sample: dict[str, Any]) -> RawSample:
     key = str(sample["__key__"])
     video = next((sample[suffix] for suffix in VIDEO_SUFFIXES if suffix in sample), None)
@@ -191,7 +204,7 @@ def all_captions(location: str) -> Iterator[str]:
     """Every caption of the shards at ``location`` (see `open_shards`), in their order. Videos are skipped, not read."""
     for shard in open_shards(location):
         for number in range(len(shard.offsets)):
-            yield from _checked(shard, _read_texts(shard, number)).captions
+            yield from read_texts(shard, number).captions
 
 
 def all_labels(location: str, field: str) -> set[str]:
@@ -199,7 +212,7 @@ def all_labels(location: str, field: str) -> set[str]:
     found = set()
     for shard in open_shards(location):
         for number in range(len(shard.offsets)):
-            sample = _checked(shard, _read_texts(shard, number))
+            sample = read_texts(shard, number)
             found.add(label_of(shard, sample.key, sample.meta, field))
     return found
 
@@ -308,7 +321,7 @@ def _paths(location: str) -> list[Path]:
                 if (path / INDEX).is_file()
                 else sorted(tar for tar in path.glob("*.tar") if tar.name[0] != ".")
             )
-            if (path / _PLAN).exists() and not (path / INDEX).is_file():
+            if (path / PLAN).exists() and not (path / INDEX).is_file():
                 raise UserError(f"{path}: these shards were never finished; run the command that writes them again")
         elif "*" in path.name and path.parent.is_dir():
             found = sorted(path.parent.glob(path.name))
@@ -365,7 +378,7 @@ def _started(out: Path, plan: dict[str, Any]) -> bool:
         there = sorted(path.name for path in out.iterdir())
     except OSError as error:
         raise UserError(f"{out}: cannot be used as a folder ({error.strerror}); choose another") from None
-    for name in (INDEX, _PLAN):
+    for name in (INDEX, PLAN):
         if name in there:
             try:
                 known = json.loads((out / name).read_text(encoding="utf-8"))
@@ -381,7 +394,7 @@ def _started(out: Path, plan: dict[str, Any]) -> bool:
             return False
     if there:
         raise UserError(f"{out}: holds other files ({there[0]}); choose an empty folder")
-    write_json(out / _PLAN, plan)
+    write_json(out / PLAN, plan)
     return False
 
 
