@@ -28,7 +28,7 @@ _MAIN = "import sys; sys.path[:] = {path!r}; from data_pipeline.decoding import 
 
 
 class DecodePool:
-    """``workers`` helper processes that call ``function`` ("module:name", keyword arguments in, a Clip or the like out).
+    """``workers`` helper processes that call ``function`` ("module:name", keyword arguments in, a result out).
 
     With ``workers`` = 0 the call happens in this process, without a deadline. Close it, or use it in a ``with``.
     """

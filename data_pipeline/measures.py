@@ -1,6 +1,6 @@
 """What is measured of a clip, and how pictures are made smaller for it. The only importer of cv2 and imagehash.
 
-T frames of h x w pixels. All is measured on the clip as it is stored, but bars at the edges on the picture before any crop.
+T frames of h x w pixels. All is measured on the clip as it is stored, but bars at the edges before any crop.
 """
 
 from __future__ import annotations

@@ -258,13 +258,11 @@ def _undecodable() -> Iterator[None]:
         yield
     except (ClipError, UserError, ImportError):
         raise
-    except FileNotFoundError:
-        raise ClipError("unreadable", "no such file") from None
-    except (PermissionError, IsADirectoryError) as error:
-        raise ClipError("unreadable", error.strerror or "") from None
     except StopIteration:
         raise ClipError("undecodable", "no frames") from None
     except Exception as error:  # av and decord have classes of their own, and raise others too
+        if isinstance(error, OSError) and type(error).__module__ == "builtins":
+            raise ClipError("unreadable", error.strerror or str(error)) from None
         detail = re.sub(r"\[[\d:]+\] \S+:\d+: |\[Errno -?\d+\] ", "", str(error))  # no places of a library's own code
         line = (detail.strip().splitlines() or [type(error).__name__])[0]
         raise ClipError("undecodable", re.sub(r": '.*", "", line)[:200]) from None  # nor the file's name again

@@ -30,6 +30,7 @@ _SHOWN = (
     "source_side",
 )
 _SHOWN += ("words", "clip_similarity", "aesthetic")
+_OPERATIONAL = ("workers", "video_seconds", "clip_seconds")  # they change no result
 _BINS = 40
 _KEPT, _REJECTED = 24, 8  # pictures on a sheet: of the kept clips, and of those with one reason
 _LISTED = 2000  # files that gave no clip
@@ -71,7 +72,7 @@ def _facts(clips: Sequence[Row], config: PrepareConfig) -> dict[str, Any]:
         "histograms": [h for h in (_histogram(name, clips, config) for name in _SHOWN) if h],
         "sheets": [(title, pictures) for title, pictures in sheets if pictures],
         "failed": failed[:_LISTED],
-        "settings": to_dict(config),
+        "settings": {name: value for name, value in to_dict(config).items() if name not in _OPERATIONAL},
     }
 
 
@@ -84,7 +85,7 @@ def _sheet(clips: Sequence[Row], most: int) -> list[dict[str, Any]]:
         if strip:
             values = [f"{name} {clip[name]:.3g}" for name in _SHOWN if clip.get(name) is not None]
             image = base64.b64encode(strip).decode()
-            pictures.append({"clip": clip, "image": image, "values": ", ".join(values)})
+            pictures.append({"clip": clip, "image": image, "measured": ", ".join(values)})
         if len(pictures) == most:
             break
     return pictures

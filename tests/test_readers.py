@@ -141,5 +141,5 @@ def test_what_is_no_video_has_its_reason(content: bytes, folder: Path) -> None:
             open_video(source)
         assert error.value.reason == "undecodable"
         assert "\n" not in str(error.value)
-    with pytest.raises(ClipError, match="unreadable: no such file"):
+    with pytest.raises(ClipError, match="unreadable: No such file"):
         open_video(folder / "nowhere.mp4")

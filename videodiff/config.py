@@ -62,7 +62,7 @@ def operational(default: Any = ..., **keywords: Any) -> Any:
 
 
 def load(schema: type[ConfigType], path: str | Path | None, overrides: Sequence[str] = ()) -> ConfigType:
-    """Read the YAML file `path` (None: every default), apply the overrides (`a.b=c`, c in YAML) in order, check the whole.
+    """Read the YAML file `path` (None: all defaults), apply the overrides (`a.b=c`, c in YAML) in order, check it all.
 
     `${other.key}` stands for the value of another key. A path such as `configs/demo/image.yaml` that does not lie in
     the working folder is the file of that name that comes with the package. Raises ConfigError with every problem at
