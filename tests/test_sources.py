@@ -10,10 +10,12 @@ import pytest
 from pyarrow import parquet
 
 from data_pipeline.clips import ClipError
+from data_pipeline.prepare_config import PrepareConfig
 from data_pipeline.readers import open_video
 from data_pipeline.shards import write_shard
 from data_pipeline.sources import Source, SourcesConfig, TableConfig, find_sources, fingerprint, read_bytes, seconds
 from data_pipeline.tables import read_columns, write_table
+from videodiff.config import load
 from videodiff.errors import UserError
 
 
@@ -132,8 +134,8 @@ def test_webvid(tmp_path: Path) -> None:
         '1066674784,https://somewhere/1.mp4,PT00H00M21S,100001_100050,"Rose, in ""bloom"""\n'
         "1066674785,https://somewhere/2.mp4,PT00H00M21S,100001_100050,\n"
     )
-    columns = TableConfig(video="{page_dir}/{videoid}.mp4", caption="name", origin="contentUrl", keep=("duration",))
-    sources = found(table, table=columns, root=str(tmp_path / "videos"))
+    config = load(PrepareConfig, "configs/data/webvid.yaml", ["sources.table.keep=[duration]"])
+    sources = found(table, table=config.sources.table, root=str(tmp_path / "videos"))
     first = sources["100001_100050/1066674784.mp4"]
     assert first.path == str(tmp_path / "videos/100001_100050/1066674784.mp4")
     assert first.captions == ('Rose, in "bloom"',)
@@ -145,7 +147,7 @@ def test_openvid_as_parquet_and_jsonl(tmp_path: Path) -> None:
     rows = [{"video": f"v{i}.mp4", "caption": f"clip {i}", "aesthetic score": 5.0 + i} for i in range(3)]
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
-    columns = TableConfig(keep=("aesthetic score",))
+    columns = load(PrepareConfig, "configs/data/openvid.yaml", ["sources.table.keep=[aesthetic score]"]).sources.table
     both = [found(tmp_path / name, table=columns) for name in ("a.parquet", "a.jsonl")]
     assert both[0] == both[1]
     assert both[0]["v2.mp4"].meta == {"aesthetic score": 7.0}
@@ -154,12 +156,13 @@ def test_openvid_as_parquet_and_jsonl(tmp_path: Path) -> None:
 def test_panda70m_has_many_spans_in_a_row(tmp_path: Path) -> None:
     (tmp_path / "panda.csv").write_text(
         "videoID,url,timestamp,caption\n"
-        "abc,https://x,\"[['0:00:13.047', '0:01:20.053'], ['1:00:20.053', '1:00:30']]\",\"['a fox', \"\"it's red\"\"]\"\n"
+        "abc,https://x,\"[['0:00:13.047', '0:01:20.053'], ['1:00:20.053', '1:00:30']]\","
+        '"[\'a fox\', ""it\'s red""]"\n'
         "bad,https://x,\"__import__('os').system('touch hacked')\",\"['a']\"\n"
         'odd,https://x,"[[5, 3]]","[\'a\']"\n'
     )
-    columns = TableConfig(video="{videoID}.mp4", spans="timestamp", origin="url")
-    sources = list(find_sources(SourcesConfig(table=columns), str(tmp_path / "panda.csv")))
+    config = load(PrepareConfig, "configs/data/panda70m.yaml")
+    sources = list(find_sources(config.sources, str(tmp_path / "panda.csv")))
     assert [(s.name, s.start, s.end, s.captions, s.problem) for s in sources] == [
         ("abc.mp4", 13.047, 80.053, ("a fox",), ""),
         ("abc.mp4", 3620.053, 3630.0, ("it's red",), ""),
