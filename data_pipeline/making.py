@@ -11,8 +11,9 @@ import contextlib
 import hashlib
 import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from data_pipeline.cutting import WORK, Cut
 from data_pipeline.decoding import DecodePool
 from data_pipeline.filters import verdict
 from data_pipeline.journal import Journal, Row, read_rows
-from data_pipeline.prepare_config import PrepareConfig
+from data_pipeline.prepare_config import PrepareConfig, ScoresConfig
 from data_pipeline.sources import Source
 from videodiff.errors import UserError
 
@@ -41,6 +42,8 @@ def make(journal: Journal, sources: list[Source], config: PrepareConfig, progres
         else:
             done.add((row["clip"][0], row["clip"][1]))
     excluded = read_exclusions(config)
+    if config.scores is not None:
+        _scorer(config.scores)  # weights that are missing are told before anything else
     rest = iter(sources)
     with pool(config) as helpers, bar(progress, "videos", len(sources)) as advance:
         while window := list(itertools.islice(rest, _WINDOW)):
@@ -68,7 +71,8 @@ def cut_missing(
     missing: Callable[[Place], bool],
 ) -> None:
     """Cut the ``missing`` clips of sources' rows into the journal; what is rejected already is noted undecoded."""
-    waiting: list[Place] = []
+    waiting: list[tuple[Place, Source]] = []
+    score = None if config.scores is None else _scorer(config.scores)
 
     def jobs() -> Iterator[dict[str, Any] | None]:
         for row in rows:
@@ -78,12 +82,23 @@ def cut_missing(
                     continue
                 said = known(source, row["look"], clip)
                 rejected = clip["problem"] or is_excluded(source, index, excluded) or verdict(config.filters, said)
-                waiting.append((source.number, index))
+                waiting.append(((source.number, index), source))
                 yield None if rejected else _cut_job(source, row["look"], clip, said, config)
 
     for number, result in enumerate(helpers.map(jobs())):
-        row, data = _clip_row(waiting[number], result)
+        place, source = waiting[number]
+        row, data = _clip_row(place, result)
+        if score is not None and isinstance(result, Cut) and result.first is not None:
+            row["measures"] |= score(result.first, source.captions)
         journal.append(row, **data)
+
+
+@lru_cache(maxsize=1)
+def _scorer(config: ScoresConfig) -> Callable[[Any, Sequence[str]], dict[str, float]]:
+    """What gives first frames their scores, in this process: torch and weights are loaded where they are asked for."""
+    from videodiff.networks.clip_score import ClipScorer
+
+    return ClipScorer(config.name, config.path, config.aesthetic, config.device)
 
 
 def _looks(sources: Iterable[Source], config: PrepareConfig) -> Iterator[dict[str, Any] | None]:
@@ -96,6 +111,7 @@ def _cut_job(source: Source, look: Row, clip: Row, said: Row, config: PrepareCon
     return {
         "task": "cut", "source": source, "decoder": look["decoder"], "state": look["state"], "start": clip["start"],
         "said": said, "clip": config.clip, "filters": config.filters, "strip_size": config.strip,
+        "first_frame": config.scores is not None,
     }  # fmt: skip
 
 

@@ -205,12 +205,10 @@ def _cut(out: Path, folders: list[Path], config: PrepareConfig, missing: set[tup
     with (
         Journal(out / WORK_FOLDER / f"later-{number}") as journal,
         pool(config) as helpers,
-        bar(progress, "clips", len(missing)) as advance,
+        bar(progress, "videos", len(rows)) as advance,
     ):
-        for row in rows:
-            mine = {place for place in missing if place[0] == row["source"]["number"]}
-            cut_missing(helpers, journal, [row], config, set(), mine.__contains__)
-            advance(len(mine))
+        shown = ((row, advance(1))[0] for row in rows)
+        cut_missing(helpers, journal, shown, config, set(), missing.__contains__)
 
 
 def _bytes_of(out: Path, clip: Row, published: dict[str, tuple[str, int]], shards: dict[str, Any]) -> bytes:
