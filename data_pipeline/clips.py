@@ -86,9 +86,8 @@ def decode_clip(
         if frames > 1:
             raise ClipError("too short", f"1 frame, {frames} asked")
         return Clip(fit(_image(video), (height, width), crop), 0, 1)
-    decord = _decord()
     try:
-        reader: Any = decord.VideoReader(io.BytesIO(video), num_threads=1)
+        reader = open_decord(io.BytesIO(video))
         times = np.sort(reader.get_frame_timestamp(range(len(reader)))[:, 0].astype(np.float64))
         grid = grid_frames(times, fps, frames)
         first, count = window_start(len(grid), frames, position), frames
@@ -96,8 +95,8 @@ def decode_clip(
             first, count = 0, len(grid)
         # In pieces, since the source may be much larger than its fitted frames.
         pieces = [grid[i : min(i + 32, first + count)].tolist() for i in range(first, first + count, 32)]
-        fitted = [fit(_read(reader, piece), (height, width), crop) for piece in pieces]
-    except ClipError:
+        fitted = [fit(read_frames(reader, piece), (height, width), crop) for piece in pieces]
+    except (ClipError, UserError):
         raise
     except Exception as error:  # decord's own error class exists only where decord does, and it raises others too
         raise _undecodable(error) from None
@@ -112,18 +111,17 @@ def preview_clip(video: bytes, *, frames: int, height: int, suffix: str = "mp4")
     if suffix in IMAGE_SUFFIXES:
         picture = _image(video)
         return Preview(_lowered(picture, height), 0, 1, 0.0, *picture.shape[1:3])
-    decord = _decord()
     try:
-        reader: Any = decord.VideoReader(io.BytesIO(video), num_threads=1)
+        reader = open_decord(io.BytesIO(video))
         total = len(reader)
         times = reader.get_frame_timestamp(range(total))[:, 0]
         kept = set(np.linspace(0, total - 1, min(frames, total)).astype(int).tolist())
         rows = []
         for first in range(0, total, 32):
-            piece = _read(reader, list(range(first, min(first + 32, total))))
+            piece = read_frames(reader, list(range(first, min(first + 32, total))))
             chosen = [i for i in range(len(piece)) if first + i in kept]
             rows += [_lowered(piece[chosen], height)] if chosen else []
-    except ClipError:
+    except (ClipError, UserError):
         raise
     except Exception as error:
         raise _undecodable(error) from None
@@ -136,13 +134,14 @@ def _lowered(frames: npt.NDArray[np.uint8], height: int) -> npt.NDArray[np.uint8
     return fit(frames, (height, max(round(height * frames.shape[2] / frames.shape[1]), 1)))
 
 
-def _decord() -> Any:
+def open_decord(source: str | io.BytesIO) -> Any:
+    """decord's reader of a file or its bytes. UserError where there is no decord; decord's own errors pass."""
     try:
         import decord
     except ImportError as error:
         raise UserError(f"decord cannot be loaded ({error}); install it with pip install 'videodiff[train]'") from None
     decord.logging.set_level(decord.logging.QUIET)  # what is wrong with a file is told once, by ClipError
-    return decord
+    return decord.VideoReader(source, num_threads=1)
 
 
 def _undecodable(error: Exception) -> ClipError:
@@ -150,7 +149,7 @@ def _undecodable(error: Exception) -> ClipError:
     return ClipError("undecodable", (detail.strip().splitlines() or [type(error).__name__])[0][:200])
 
 
-def _read(reader: Any, indices: list[int]) -> npt.NDArray[np.uint8]:
+def read_frames(reader: Any, indices: list[int]) -> npt.NDArray[np.uint8]:
     """Frames uint8 [T,H,W,3] of a decord reader."""
     try:
         return np.asarray(reader.get_batch(indices).asnumpy())

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-from data_pipeline.clips import Clip, ClipError
+from data_pipeline.clips import ClipError
 from videodiff.errors import UserError
 
 DECODER = "data_pipeline.clips:decode_clip"
@@ -28,7 +28,7 @@ _MAIN = "import sys; sys.path[:] = {path!r}; from data_pipeline.decoding import 
 
 
 class DecodePool:
-    """``workers`` helper processes that call ``function`` ("module:name", keyword arguments in, Clip out).
+    """``workers`` helper processes that call ``function`` ("module:name", keyword arguments in, a result out).
 
     With ``workers`` = 0 the call happens in this process, without a deadline. Close it, or use it in a ``with``.
     """
@@ -50,13 +50,14 @@ class DecodePool:
         for helper in self._helpers:
             helper.kill()
 
-    def map(self, jobs: Iterable[dict[str, Any] | None]) -> Iterator[Clip | ClipError | None]:
+    def map(self, jobs: Iterable[dict[str, Any] | None], deadline_seconds: float | None = None) -> Iterator[Any]:
         """The results of all jobs in the order of the jobs; a job None gives None. A failed clip is a ClipError, not
-        raised.
+        raised. ``deadline_seconds`` may replace the pool's own.
 
         Besides the decoder's own, the reasons are "deadline" (killed after deadline_seconds) and "crash" (its helper
         died).
         """
+        deadline = deadline_seconds or self._deadline
         if not self._helpers:
             function = _resolve(self._function)
             for job in jobs:
@@ -65,7 +66,7 @@ class DecodePool:
                 yield None if job is None else _call(function, job)
             return
         source = enumerate(jobs)
-        results: dict[int, Clip | ClipError | None] = {}
+        results: dict[int, Any] = {}
         ready: deque[tuple[int, dict[str, Any]]] = deque()
         ahead = 4 * len(self._helpers)  # bounds the results that wait behind a slow clip
         next_out, next_in, more = 0, 0, True
@@ -80,18 +81,20 @@ class DecodePool:
                     results[item[0]] = None
                 else:
                     ready.append((item[0], item[1]))
-            self._work(ready, results, idle=next_out in results or next_out >= next_in)
+            self._work(ready, results, deadline, idle=next_out in results or next_out >= next_in)
             if self._closed:
                 return
             while next_out in results:
                 yield results.pop(next_out)
                 next_out += 1
 
-    def _work(self, ready: deque[tuple[int, dict[str, Any]]], results: dict[int, Any], idle: bool) -> None:
+    def _work(
+        self, ready: deque[tuple[int, dict[str, Any]]], results: dict[int, Any], deadline: float, idle: bool
+    ) -> None:
         """Hand out what is ready, then take in what is done, waiting for something unless ``idle``."""
         for helper in self._helpers:
             if ready and helper.number is None:
-                helper.send(*ready.popleft(), self._deadline)
+                helper.send(*ready.popleft(), deadline)
         busy = [helper for helper in self._helpers if helper.number is not None]
         if not busy:
             return
@@ -102,14 +105,14 @@ class DecodePool:
             if number is None:
                 continue
             if helper.connection in done:
-                result = helper.receive(self._deadline)
+                result = helper.receive(deadline)
                 if result is None:  # it has only told that it is up
                     continue
             elif time.monotonic() >= helper.until:
                 if not helper.up:
                     seconds = f"{_START_SECONDS:.0f} s"
                     raise UserError(f"a decoding helper did not start in {seconds}; try data.workers=0 to see why")
-                result = ClipError("deadline", f"not decoded in {self._deadline:g} s")
+                result = ClipError("deadline", f"not decoded in {deadline:g} s")
             else:
                 continue
             results[number], helper.number = result, None
@@ -144,7 +147,7 @@ class _Helper:
         with contextlib.suppress(OSError):  # it died between two jobs: receive() will find its socket closed
             self.connection.send(job)
 
-    def receive(self, deadline: float) -> Clip | ClipError | None:
+    def receive(self, deadline: float) -> Any:
         try:
             message = self.connection.recv()
         except (EOFError, OSError):
@@ -157,7 +160,6 @@ class _Helper:
             return None
         if isinstance(message, UserError):
             raise message
-        assert isinstance(message, (Clip, ClipError))
         return message
 
     def kill(self) -> None:
@@ -184,14 +186,14 @@ def serve(descriptor: int, function_name: str) -> None:
             connection.send(result)
 
 
-def _call(function: Callable[..., Clip], job: dict[str, Any]) -> Clip | ClipError:
+def _call(function: Callable[..., Any], job: dict[str, Any]) -> Any:
     try:
         return function(**job)
     except ClipError as error:
         return error
 
 
-def _resolve(name: str) -> Callable[..., Clip]:
+def _resolve(name: str) -> Callable[..., Any]:
     module, _, attribute = name.partition(":")
-    function: Callable[..., Clip] = getattr(importlib.import_module(module), attribute)
+    function: Callable[..., Any] = getattr(importlib.import_module(module), attribute)
     return function

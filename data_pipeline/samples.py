@@ -72,11 +72,16 @@ def try_sample(shard: Shard, number: int) -> RawSample | SampleError:
         return error
 
 
+def read_texts(shard: Shard, number: int) -> RawSample:
+    """As `read_sample`, without reading the video: its bytes are empty."""
+    return _checked(shard, _read_texts(shard, number))
+
+
 def all_captions(location: str) -> Iterator[str]:
     """Every caption of the shards at ``location`` (see `open_shards`), in their order. Videos are skipped, not read."""
     for shard in open_shards(location):
         for number in range(len(shard.offsets)):
-            yield from _checked(shard, _read_texts(shard, number)).captions
+            yield from read_texts(shard, number).captions
 
 
 def all_labels(location: str, field: str) -> set[str]:
@@ -84,7 +89,7 @@ def all_labels(location: str, field: str) -> set[str]:
     found = set()
     for shard in open_shards(location):
         for number in range(len(shard.offsets)):
-            sample = _checked(shard, _read_texts(shard, number))
+            sample = read_texts(shard, number)
             found.add(label_of(shard, sample.key, sample.meta, field))
     return found
 

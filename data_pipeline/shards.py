@@ -25,6 +25,7 @@ from data_pipeline.samples import (
     all_labels,
     label_of,
     read_sample,
+    read_texts,
     shapes_of,
 )
 from data_pipeline.tars import write_tar
@@ -32,8 +33,8 @@ from videodiff.errors import UserError
 from videodiff.video_io import encode_video, write_json
 
 __all__ = [
-    "INDEX", "VIDEO_SUFFIXES", "RawSample", "SampleError", "Shape", "Shard", "all_captions", "all_labels",
-    "fingerprint", "label_of", "open_shards", "read_sample", "scan_shard", "shapes_of", "started", "write_index",
+    "INDEX", "PLAN", "VIDEO_SUFFIXES", "RawSample", "SampleError", "Shape", "Shard", "all_captions", "all_labels",
+    "fingerprint", "label_of", "open_shards", "read_sample", "read_texts", "scan_shard", "shapes_of", "started", "write_index",
     "write_shard", "write_world_shards",
 ]  # fmt: skip
 

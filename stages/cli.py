@@ -253,6 +253,52 @@ def world(
     typer.echo(f"wrote {index}")
 
 
+@data.command()
+def prepare(
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="A folder of videos, a table (.csv .tsv .jsonl .parquet), or shards: folder, pattern, .txt"
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder of the shards, the table and the report")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value ...")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="A YAML, e.g. configs/data/prepare.yaml [default: every default]")
+    ] = None,
+    part: Annotated[str, typer.Option(help="i/n: part i of n of the work, for arrays; then `data merge`")] = "1/1",
+) -> None:
+    """Cut videos into clips, measure and filter them, and write those that are kept as shards.
+
+    The same command goes on where it was stopped. OUT/report.html shows what was kept and why the rest was not.
+    """
+    from data_pipeline.prepare import PrepareConfig, parse_part
+    from data_pipeline.prepare import prepare as run
+    from videodiff.config import load
+
+    settings = load(PrepareConfig, config, overrides or [])
+    typer.echo(run(source, out, settings, parse_part(part), progress=sys.stdout.isatty()))
+
+
+@data.command()
+def merge(out: Annotated[Path, typer.Argument(help="The --out of the parts, all of which are done")]) -> None:
+    """Make shards of what `data prepare --part` made in parts; near-duplicates are found among all of them."""
+    from data_pipeline.prepare import merge as run
+
+    typer.echo(run(out, progress=sys.stdout.isatty()))
+
+
+@data.command("filter")
+def refilter(
+    out: Annotated[Path, typer.Argument(help="A folder that `data prepare` made")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="filters.motion.min=0.5 filters.black=null ...")] = None,
+) -> None:
+    """Decide again by other limits; only clips that are newly accepted and were never encoded are cut."""
+    from data_pipeline.prepare import refilter as run
+
+    typer.echo(run(out, overrides or [], progress=sys.stdout.isatty()))
+
+
 def _interval(given: tuple[float, float] | None) -> tuple[float, float | None] | None:
     """An infinite end is none at all."""
     return None if given is None else (given[0], None if given[1] == float("inf") else given[1])
@@ -260,6 +306,7 @@ def _interval(given: tuple[float, float] | None) -> tuple[float, float | None] |
 
 # What --help must not need, and an installation without the extra `train` has not.
 TRAINING_PACKAGES = ("deepspeed", "webdataset", "decord", "braceexpand", "fsspec", "tensorboard")
+DATA_PACKAGES = ("av", "scenedetect", "cv2", "imagehash", "pyarrow", "jinja2")  # likewise, of the extra `data`
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -278,9 +325,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (KeyboardInterrupt, typer.Abort):
         status = 130
     except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] not in TRAINING_PACKAGES:
+        package = (error.name or "").partition(".")[0]
+        if package not in TRAINING_PACKAGES + DATA_PACKAGES:
             raise
-        _fail(f"{error.name} is not installed; install it with pip install 'videodiff[train]'", 1)
+        extra = "train" if package in TRAINING_PACKAGES else "data"
+        _fail(f"{error.name} is not installed; install it with pip install 'videodiff[{extra}]'", 1)
     except OSError as error:
         _fail(f"{error.filename or 'the system'}: {error.strerror or error}", 1)
     if status == 130:

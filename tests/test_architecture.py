@@ -25,11 +25,17 @@ OWNERS = {
     "fsspec": {"data_pipeline/locations.py"},
     "braceexpand": {"data_pipeline/locations.py"},
     "webdataset": {"data_pipeline/tars.py"},
+    "av": {"data_pipeline/readers.py"},
+    "scenedetect": {"data_pipeline/scenes.py"},
+    "cv2": {"data_pipeline/measures.py"},
+    "imagehash": {"data_pipeline/measures.py"},
+    "pyarrow": {"data_pipeline/tables.py"},
+    "jinja2": {"data_pipeline/report.py"},
 }
 
 # What a user may wait for, or may not have installed.
 HEAVY = ("torch", "numpy", "deepspeed", "open_clip", "decord", "webdataset", "imageio", "diffusers", "PIL")
-HEAVY += ("transformers", "tokenizers", "sentencepiece")
+HEAVY += ("transformers", "tokenizers", "sentencepiece", "av", "scenedetect", "cv2", "imagehash", "pyarrow", "jinja2")
 
 
 def source_files() -> list[Path]:

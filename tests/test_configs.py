@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from data_pipeline.prepare_config import PrepareConfig
 from stages.assemble import STAGE_CONFIGS, load_stage
 from stages.autoencoder import AutoencoderStage
 from stages.base import StageConfig
@@ -23,7 +24,8 @@ from videodiff.networks.classifier import ClassifierConfig, NoisyClassifier
 from videodiff.networks.unet import UNet, UNetConfig
 
 ROOT = Path(__file__).resolve().parents[1]
-FILES = sorted((ROOT / "configs").rglob("*.yaml"))
+DATA = sorted((ROOT / "configs" / "data").glob("*.yaml"))  # of `videodiff data prepare`
+FILES = sorted(set((ROOT / "configs").rglob("*.yaml")) - set(DATA))
 
 
 def name(path: Path) -> str:
@@ -57,6 +59,13 @@ def test_a_yaml_loads_and_survives_being_saved(path: Path, tmp_path: Path) -> No
     engine, run = config.engine, config.run
     assert engine.decay_steps in (None, run.steps)  # a rate that reaches zero before the end would waste the rest
     assert engine.warmup_steps < run.steps
+
+
+@pytest.mark.parametrize("path", DATA, ids=name)
+def test_a_yaml_of_prepare_loads_and_survives_being_saved(path: Path, tmp_path: Path) -> None:
+    config = configs.load(PrepareConfig, path)
+    configs.save(config, tmp_path / "prepare.yaml")
+    assert configs.load(PrepareConfig, tmp_path / "prepare.yaml") == config
 
 
 @pytest.mark.parametrize("path", FILES, ids=name)

@@ -61,23 +61,26 @@ def operational(default: Any = ..., **keywords: Any) -> Any:
     return Field(default, json_schema_extra={"operational": True}, **keywords)
 
 
-def load(schema: type[ConfigType], path: str | Path, overrides: Sequence[str] = ()) -> ConfigType:
-    """Read the YAML file `path`, apply the overrides (`a.b=c`, c in YAML) in order and check the whole.
+def load(schema: type[ConfigType], path: str | Path | None, overrides: Sequence[str] = ()) -> ConfigType:
+    """Read the YAML file `path` (None: all defaults), apply the overrides (`a.b=c`, c in YAML) in order, check it all.
 
     `${other.key}` stands for the value of another key. A path such as `configs/demo/image.yaml` that does not lie in
     the working folder is the file of that name that comes with the package. Raises ConfigError with every problem at
     once.
     """
-    path = Path(path)
-    if not path.exists() and path.parts[:1] == ("configs",) and resources.path(path.as_posix()).is_file():
-        path = resources.path(path.as_posix())
-    tree = _read_yaml(path)
+    where = "the command line"
+    tree = OmegaConf.create()
+    if path is not None:
+        path = Path(path)
+        if not path.exists() and path.parts[:1] == ("configs",) and resources.path(path.as_posix()).is_file():
+            path = resources.path(path.as_posix())
+        where, tree = str(path), _read_yaml(path)
     keys = [_apply(tree, override) for override in overrides]
     try:
         data = OmegaConf.to_container(tree, resolve=True)
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{path}: {_first_line(error)}; write \\${{ for a literal ${{") from error
-    return _validate(schema, typing.cast("dict[str, Any]", data), str(path), keys)
+        raise ConfigError(f"{where}: {_first_line(error)}; write \\${{ for a literal ${{") from error
+    return _validate(schema, typing.cast("dict[str, Any]", data), where, keys)
 
 
 def build(schema: type[ConfigType], data: Mapping[str, Any], where: str) -> ConfigType:

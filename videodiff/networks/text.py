@@ -419,17 +419,34 @@ def text_shapes(config: TextConfig, vocabulary_size: int) -> nn.Module:
     return text
 
 
-def public_settings(name: str) -> tuple[dict[str, Any], bool]:
+def public_settings(name: str, key: str = "text.pretrained") -> tuple[dict[str, Any], bool]:
     """Shape of the text half of an open_clip architecture, and whether it uses CLIP's quick GELU."""
     settings = _open_clip().get_model_config(name)
     if settings is None:
-        raise UserError(f"text.pretrained.name {name!r}: open_clip knows no such model; try ViT-L-14 or ViT-B-32")
+        raise UserError(f"{key}.name {name!r}: open_clip knows no such model; try ViT-L-14 or ViT-B-32")
     text = dict(settings["text_cfg"])
     if settings.get("custom_text") or set(text) - {"context_length", "vocab_size", "width", "heads", "layers"}:
-        raise UserError(
-            f"text.pretrained.name {name!r}: its text half is not CLIP's plain transformer; choose one like ViT-L-14"
-        )
+        raise UserError(f"{key}.name {name!r}: its text half is not CLIP's plain transformer; choose one like ViT-L-14")
     return {"context_length": 77, **text, "embed_dim": settings["embed_dim"]}, settings.get("quick_gelu", False)
+
+
+def public_clip(name: str, path: str, key: str) -> tuple[Any, Tokenizer, dict[str, Any]]:
+    """Both halves of a public open_clip model, frozen, its tokenizer, and how pictures are brought to it:
+    `size`, `mean`, `std` (OpenAI's, which a file of weights alone can't tell from others). `key` names the
+    configuration in errors: UserError for an unknown name or other weights."""
+    settings, quick_gelu = public_settings(name, key)
+    open_clip = _open_clip()
+    told = open_clip.get_model_config(name)
+    halves = open_clip.CLIPVisionCfg(**told["vision_cfg"]), open_clip.CLIPTextCfg(**told["text_cfg"])
+    model = open_clip.CLIP(told["embed_dim"], *halves, quick_gelu=quick_gelu)
+    try:
+        model.load_state_dict(_read_weights(path, f"{key}.path"))
+    except RuntimeError as error:
+        first = (str(error).splitlines() or [""])[-1].strip()
+        raise UserError(f"{key}.path {path}: not the weights of {name} ({first[:120]}); check {key}.name") from None
+    model.requires_grad_(False).eval()
+    picture = {"size": halves[0].image_size, "mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD}
+    return model, Tokenizer(None, None, settings["context_length"]), picture
 
 
 def _read_text(path: str) -> str:
@@ -443,8 +460,8 @@ def _read_text(path: str) -> str:
         raise UserError(f"{path}: can't be read ({error}); copy it again") from error
 
 
-def _read_weights(path: str) -> dict[str, Tensor]:
-    where = f"text.pretrained.path {path}"
+def _read_weights(path: str, key: str = "text.pretrained.path") -> dict[str, Tensor]:
+    where = f"{key} {path}"
     state: Any
     try:
         state = load_file(path) if path.endswith(".safetensors") else torch.load(path, "cpu", weights_only=True)
