@@ -204,7 +204,7 @@ class DiffusionTask:
         sampler = part["sampling"].sampler
         self.check()
         check_pair(self.prediction, self.schedule)
-        sampler.times(self.schedule)  # refuses what doesn't fit, such as more steps than there are
+        sampler.check(self.schedule, network.config.variance)
         if config.loss.levels is not None:
             raise UserError(
                 f"loss.levels: {config.loss.levels} grey levels are a matter of pixels; leave it out for latents"

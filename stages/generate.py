@@ -129,8 +129,8 @@ def check(request: Request, models: Mapping[str, Model]) -> None:
         )
     sampled: tuple[DiffusionStage, ...] = ("image",) if options.image_only else ("image", "video")
     for stage in sampled:
-        sampler = _sampling(options, model, stage).sampler
-        sampler.times(model.diffusion(stage).schedule)  # refuses what doesn't fit, such as more steps than there are
+        part = model.diffusion(stage)
+        _sampling(options, model, stage).sampler.check(part.schedule, part.network.variance)
     check_guides(options, models)
 
 

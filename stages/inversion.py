@@ -43,7 +43,8 @@ def main(
     scales = {stage: (text_guidance, image_guidance if stage == "video" else None) for stage in stages}
     samplings = {stage: adjusted(cards[stage], "ddim", steps, *scales[stage]) for stage in stages}
     for stage in stages:
-        samplings[stage].sampler.times(opened.diffusion(stage).schedule)
+        part = opened.diffusion(stage)
+        samplings[stage].sampler.check(part.schedule, part.network.variance)
     noise, again, ceiling = round_trip(Pipeline(opened, device()), frames, prompt, samplings)
     sidecar = out.with_name(f"{out.name}.json")  # the picture's own side-car may have the name without .safetensors
     with atomic_path(out) as draft:

@@ -21,6 +21,7 @@ from stages.cli import main
 from stages.pipeline import Pipeline, SampleKey
 from stages.requests import read_requests
 from videodiff import config as configs
+from videodiff.diffusion.samplers import DDPM
 from videodiff.errors import UserError
 from videodiff.model import DESCRIPTION, Model, ModelConfig, write_weights
 from videodiff.video_io import read_image, read_metadata, read_video, write_png
@@ -430,6 +431,21 @@ def test_a_broken_model_is_refused(
     assert errors.startswith("videodiff: error: ")
     assert str(model) in errors
     assert harm == "torn yaml" or len(errors.splitlines()) == 1
+
+
+def test_a_card_that_samples_by_a_variance_never_learned_is_refused(
+    toy_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = Path(shutil.copytree(toy_model, tmp_path / "model"))
+    description = configs.load(ModelConfig, model / DESCRIPTION)
+    assert description.image is not None
+    sampling = description.image.sampling.model_copy(update={"sampler": DDPM(steps=3, variance="learned")})
+    image = description.image.model_copy(update={"sampling": sampling})
+    configs.save(description.model_copy(update={"image": image}), model / DESCRIPTION)
+    for options in ((), ("--image-only",)):
+        assert run("generate", PROMPT, "--model", model, "-o", tmp_path / "out.mp4", *options) == 2
+        assert "network.learn_variance is false" in capsys.readouterr().err
+    assert not (tmp_path / "out.png").exists()
 
 
 def test_a_full_disk_leaves_no_half_files(toy_model: Path, tmp_path: Path) -> None:

@@ -245,6 +245,14 @@ MISTAKES = {
     "tokens": ({"network": {"context_dims": [32]}}, r"network.context_dims: \[32\] does not fit .* \[16\]"),
     "pooled text": ({"network": {"pooled_dim": 32}}, "network.pooled_dim: 32 does not fit"),
     "steps": ({"sampling": {"sampler": {"kind": "ddim", "steps": 2000}}}, "sampler.steps is 2000"),
+    "variance": (
+        {"sampling": {"sampler": {"kind": "ddpm", "variance": "learned"}}},
+        r"sampler.variance is learned, but .*network.learn_variance is false.* use variance: beta_tilde",
+    ),
+    "times": (
+        {"sampling": {"sampler": {"kind": "ddim", "steps": 20, "spacing": "leading"}}},
+        "leading begins at 951 .* spacing: trailing",
+    ),
     "grey levels": ({"loss": {"levels": 256}}, "loss.levels: 256 grey levels"),
     "pair": ({"prediction": "eps"}, "prediction eps with schedule.zero_terminal_snr"),
 }

@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor
 
 from videodiff.config import Config
-from videodiff.diffusion.prediction import Denoise, Estimate
+from videodiff.diffusion.prediction import Denoise, Estimate, Variance
 from videodiff.diffusion.schedule import NoiseSchedule
 from videodiff.errors import UserError
 
@@ -44,6 +44,10 @@ class SamplerConfig(Config):
         Raises UserError when the sampler doesn't fit the schedule, before anything is computed.
         """
         raise NotImplementedError
+
+    def check(self, schedule: NoiseSchedule, variance: Variance) -> None:
+        """Refuse (UserError) a schedule that doesn't fit, or a network whose variance is not what this one needs."""
+        self.times(schedule)
 
     def path(self, ask: Ask, x: Tensor, levels: Levels, draw: Draw) -> Iterator[Tensor]:
         """From x at levels[0], yields the state after each step; the last one is clean. levels ends with (0, 1, 0)."""

@@ -7,11 +7,16 @@ from typing import Literal
 from pydantic import Field
 from torch import Tensor
 
-from videodiff.diffusion.prediction import Estimate
+from videodiff.diffusion.prediction import Estimate, Variance
 from videodiff.diffusion.samplers.base import Ask, Draw, Levels, SamplerConfig, Time
 from videodiff.diffusion.samplers.ddim import posterior_variance
 from videodiff.diffusion.schedule import NoiseSchedule, Spacing
 from videodiff.errors import UserError
+
+NOT_LEARNED = (
+    "sampler.variance is learned, but this model has learned no variance (network.learn_variance is false); "
+    "use variance: beta_tilde (or beta), or a model trained with a learned variance"
+)
 
 
 class DDPM(SamplerConfig):
@@ -37,6 +42,11 @@ class DDPM(SamplerConfig):
     def times(self, schedule: NoiseSchedule) -> Sequence[Time]:
         return schedule.times(self.steps, self.spacing)
 
+    def check(self, schedule: NoiseSchedule, variance: Variance) -> None:
+        super().check(schedule, variance)
+        if self.variance == "learned" and variance == "fixed":
+            raise UserError(NOT_LEARNED)
+
     def path(self, ask: Ask, x: Tensor, levels: Levels, draw: Draw) -> Iterator[Tensor]:
         for (t, alpha_t, sigma_t), (s, alpha_s, sigma_s) in itertools.pairwise(levels):
             estimate = ask(x, t)
@@ -55,11 +65,8 @@ class DDPM(SamplerConfig):
             return beta
         if self.variance == "beta_tilde":
             return beta_tilde
+        if estimate.variance_fraction is None:
+            raise UserError(NOT_LEARNED)
         fraction = estimate.variance_fraction
-        if fraction is None:
-            raise UserError(
-                "sampler.variance is learned, but this model has learned no variance; "
-                "use variance: beta_tilde (or beta), or a model trained with a learned variance"
-            )
         # As powers: beta_tilde is 0 at the last step, and its logarithm not a number to compute with.
         return beta**fraction * beta_tilde ** (1 - fraction)
