@@ -181,6 +181,7 @@ def public_unet(config: UNetConfig, sample_size: int) -> Settings:
         "feed_forward_factor": 4.0,
         "pooled_dim": None,
         "known_channels": False,
+        "learn_variance": False,
         "temporal": None,
     }
     odd = [f"{key} {getattr(config, key)}" for key, value in wanted.items() if getattr(config, key) != value]
@@ -282,7 +283,12 @@ def schedule_config(path: Path) -> tuple[NoiseSchedule, Prediction]:
 
 
 def public_schedule(schedule: NoiseSchedule, prediction: Prediction) -> Settings:
-    """The scheduler_config.json of a DDIMScheduler."""
+    """The scheduler_config.json of a DDIMScheduler; UserError for a schedule that it can't be."""
+    if schedule.snr_shift != 1:
+        raise UserError(
+            f"image.schedule: snr_shift {schedule.snr_shift:g}, which no scheduler of Stable Diffusion has; leave "
+            "--format out"
+        )
     names = {ours: theirs for theirs, ours in _SCHEDULES.items()}
     return {
         "_class_name": "DDIMScheduler",

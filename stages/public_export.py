@@ -52,6 +52,7 @@ def export_diffusers(model: Model, out: Path, half: bool = False) -> None:
     latent_size = image.size // vae.factor
     unet = public_configs.public_unet(image.network, latent_size)
     autoencoder = public_configs.public_autoencoder(vae.config, mean, std, image.size)
+    schedule = public_configs.public_schedule(image.schedule, image.prediction)
     if text.config.padding == "masked":
         raise UserError(
             f"{model.folder}: its text tower masks what follows a caption, which Stable Diffusion does not; leave "
@@ -67,7 +68,6 @@ def export_diffusers(model: Model, out: Path, half: bool = False) -> None:
         _text_encoder(draft / "text_encoder", text, dtype)
         _tokenizer(draft / "tokenizer", text)
         (draft / "scheduler").mkdir()
-        schedule = public_configs.public_schedule(image.schedule, image.prediction)
         _write_json(draft / "scheduler" / "scheduler_config.json", schedule)
 
 
