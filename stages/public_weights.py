@@ -33,15 +33,27 @@ from videodiff.model import (
     write_weights,
 )
 from videodiff.networks.autoencoder import Autoencoder
-from videodiff.networks.text import PretrainedText, TextConfig, TextTower, Tokenizer, text_shapes, write_vocabulary
+from videodiff.networks.text import (
+    PretrainedText,
+    TextConfig,
+    TextTower,
+    Tokenizer,
+    public_settings,
+    text_shapes,
+    write_vocabulary,
+)
 from videodiff.networks.unet import UNet, UNetConfig
 from videodiff.networks.weights import autoencoder_state, text_state, unet_state
 
 Padding = Literal["zero", "end"]
 START, END = "<|startoftext|>", "<|endoftext|>"
 OPEN_CLIP = "open_clip:"
-# How Stable Diffusion 1 and 2 read their text, told from the width of the tokens: layer, and what follows the end.
-_READING: dict[int, tuple[Literal[-1, -2], Padding]] = {768: (-1, "end"), 1024: (-2, "zero")}
+# How Stable Diffusion 1 and 2 read their text, told from the width of the tokens: layer, what follows the end, and
+# whether their CLIP, OpenAI's and OpenCLIP's, has quick GELU, with the name of its architecture.
+_READING: dict[int, tuple[Literal[-1, -2], Padding, bool, str]] = {
+    768: (-1, "end", True, "ViT-L-14-quickgelu"),
+    1024: (-2, "zero", False, "ViT-H-14"),
+}
 
 
 def import_model(
@@ -197,7 +209,12 @@ def _from_open_clip(name: str, weights: Path | None, width: int, draft: Path) ->
             f"--text {OPEN_CLIP}{name}: the image model takes tokens of width {width}, not Stable Diffusion 1's 768 "
             "nor 2's 1024, so how it read its text is not known; name a text_encoder folder"
         )
-    layer, padding = _READING[width]
+    layer, padding, quick_gelu, usual = _READING[width]
+    if public_settings(name)[1] != quick_gelu:
+        raise UserError(
+            f"--text {OPEN_CLIP}{name}: {'has no' if quick_gelu else 'has'} quick GELU, unlike the CLIP that Stable "
+            f"Diffusion reads at width {width}, so its tokens would be others; name {OPEN_CLIP}{usual}"
+        )
     public = PretrainedText(name=name, path=str(weights))
     config = TextConfig(pretrained=public, layer=layer, padding=padding)
     TextTower(config)

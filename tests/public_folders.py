@@ -23,7 +23,7 @@ def diffusers() -> Any:
     return pytest.importorskip("diffusers")
 
 
-def make_unet(generation: int) -> Any:
+def make_unet(generation: int, width: int = WIDTH) -> Any:
     """Two levels of Stable Diffusion 1 (heads by count, convolutions) or 2 (by channels, linear projections)."""
     torch.manual_seed(generation)
     return (
@@ -34,7 +34,7 @@ def make_unet(generation: int) -> Any:
             down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
             up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
             norm_num_groups=8,
-            cross_attention_dim=WIDTH,
+            cross_attention_dim=width,
             attention_head_dim=4 if generation == 1 else (2, 4),
             use_linear_projection=generation == 2,
             upcast_attention=generation == 2,
@@ -78,25 +78,25 @@ def make_vae() -> Any:
     )
 
 
-def text_weights(vocabulary_size: int, prefix: str = "text_model.") -> dict[str, Tensor]:
+def text_weights(vocabulary_size: int, width: int = WIDTH) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(5)
     shapes = {
-        "embeddings.token_embedding.weight": (vocabulary_size, WIDTH),
-        "embeddings.position_embedding.weight": (LENGTH, WIDTH),
-        "final_layer_norm.weight": (WIDTH,),
-        "final_layer_norm.bias": (WIDTH,),
+        "embeddings.token_embedding.weight": (vocabulary_size, width),
+        "embeddings.position_embedding.weight": (LENGTH, width),
+        "final_layer_norm.weight": (width,),
+        "final_layer_norm.bias": (width,),
     }
     for layer in range(LAYERS):
         part = f"encoder.layers.{layer}"
         for name, rows, columns in (
-            *((f"self_attn.{letter}_proj", WIDTH, WIDTH) for letter in ("q", "k", "v", "out")),
-            ("mlp.fc1", 4 * WIDTH, WIDTH),
-            ("mlp.fc2", WIDTH, 4 * WIDTH),
+            *((f"self_attn.{letter}_proj", width, width) for letter in ("q", "k", "v", "out")),
+            ("mlp.fc1", 4 * width, width),
+            ("mlp.fc2", width, 4 * width),
         ):
             shapes |= {f"{part}.{name}.weight": (rows, columns), f"{part}.{name}.bias": (rows,)}
         for norm in ("layer_norm1", "layer_norm2"):
-            shapes |= {f"{part}.{norm}.weight": (WIDTH,), f"{part}.{norm}.bias": (WIDTH,)}
-    return {prefix + name: 0.3 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+            shapes |= {f"{part}.{norm}.weight": (width,), f"{part}.{norm}.bias": (width,)}
+    return {f"text_model.{name}": 0.3 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
 
 
 def text_hidden(weights: dict[str, Tensor], ids: Tensor, activation: str) -> Tensor:
@@ -146,7 +146,7 @@ def write_pipeline(folder: Path, generation: int) -> Path:
     return folder
 
 
-def write_text(folder: Path, generation: int) -> None:
+def write_text(folder: Path, generation: int, width: int = WIDTH) -> None:
     tokenizer = folder / "tokenizer"
     tokenizer.mkdir(parents=True)
     build_vocabulary(CAPTIONS, folder / "own.gz", folder / "own.txt", num_merges=100)
@@ -165,8 +165,8 @@ def write_text(folder: Path, generation: int) -> None:
         "architectures": ["CLIPTextModel"],
         "model_type": "clip_text_model",
         "hidden_act": "quick_gelu" if generation == 1 else "gelu",
-        "hidden_size": WIDTH,
-        "intermediate_size": 4 * WIDTH,
+        "hidden_size": width,
+        "intermediate_size": 4 * width,
         "num_hidden_layers": LAYERS,
         "num_attention_heads": HEADS,
         "max_position_embeddings": LENGTH,
@@ -175,7 +175,7 @@ def write_text(folder: Path, generation: int) -> None:
         "eos_token_id": own.size - 1,
     }
     write_json(encoder / "config.json", settings)
-    weights = text_weights(own.size)
+    weights = text_weights(own.size, width)
     if generation == 1:  # files of transformers before 4.31 hold this table
         weights["text_model.embeddings.position_ids"] = torch.arange(LENGTH)[None]
     save_file(weights, encoder / "model.safetensors", metadata={"format": "pt"})

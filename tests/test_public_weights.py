@@ -22,6 +22,7 @@ from public_folders import (
     text_weights,
     write_json,
     write_pipeline,
+    write_text,
 )
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -36,6 +37,7 @@ from videodiff import config as configs
 from videodiff.batch import Condition, VideoBatch
 from videodiff.errors import UserError
 from videodiff.model import Model
+from videodiff.networks import text as texts
 from videodiff.networks.autoencoder import Autoencoder
 from videodiff.networks.unet import UNet, temporal_parameter_names
 from videodiff.networks.weights import autoencoder_state, unet_state
@@ -236,34 +238,37 @@ def test_full_size_names_and_shapes_fit(tmp_path: Path, generation: int) -> None
 
 
 @pytest.mark.slow
-def test_full_size_networks_give_what_diffusers_gives(
+def test_full_size_models_give_what_diffusers_gives_and_go_back(
     pipelines: dict[int, Path], tmp_path: Path, generation: int
 ) -> None:
+    """The text encoder is a stub of the right width. 3.5 GB a copy of the weights: two at a time in memory."""
     library = diffusers()
     torch.manual_seed(0)
-    folder = tmp_path / "pipeline"
+    folder, width = tmp_path / "pipeline", FULL_UNET[generation]["cross_attention_dim"]
+    write_text(folder, generation, width)
     shutil.copytree(pipelines[generation] / "scheduler", folder / "scheduler")
     with torch.no_grad():
-        peer = library.UNet2DConditionModel(**FULL_UNET[generation]).eval()
-        peer.save_pretrained(folder / "unet", max_shard_size="1GB")
-        width = FULL_UNET[generation]["cross_attention_dim"]
+        unet = library.UNet2DConditionModel(**FULL_UNET[generation]).eval()
+        unet.save_pretrained(folder / "unet", max_shard_size="1GB")
         x, tokens = normal(1, 4, 16, 16), normal(1, 77, width, seed=1)
-        wanted = peer(x, TIME[:1], tokens).sample
-        del peer
-        config, _ = unet_config(folder / "unet" / "config.json")
-        network = UNet(config).eval()
-        given = read_weights(folder / "unet", "diffusion_pytorch_model")
-        network.load_state_dict(unet_state(network, given, "unet"))
-        del given
+        wanted = unet(x, TIME[:1], tokens).sample
+        del unet
+        vae = library.AutoencoderKL(**FULL_VAE).eval()
+        vae.save_pretrained(folder / "vae")
+        import_model(folder, None, None, None, tmp_path / "model")
+        model = Model.load(tmp_path / "model")
+        network = model.unet("image")
         assert_equal(network(x[:, :, None], TIME[:1], told(tokens))[:, :, 0], wanted)
         del network
-        vae = library.AutoencoderKL(**FULL_VAE).eval()
-        vae.save_config(folder / "vae")
-        vae_config, mean, std = autoencoder_config(folder / "vae" / "config.json")
-        autoencoder = Autoencoder(vae_config).eval()
-        autoencoder.set_latent_statistics(torch.full((4,), mean), torch.full((4,), std))
-        autoencoder.load_state_dict(autoencoder_state(autoencoder, vae.state_dict(), "vae"))
-        same_autoencoder(vae, autoencoder)
+        same_autoencoder(vae, model.autoencoder)
+        export_diffusers(model, tmp_path / "out")
+    for part, kind in (("unet", library.UNet2DConditionModel), ("vae", library.AutoencoderKL)):
+        given = read_weights(folder / part, "diffusion_pytorch_model")
+        found = kind.from_pretrained(tmp_path / "out" / part).state_dict()
+        assert found.keys() == given.keys()
+        assert all(torch.equal(found[name], value) for name, value in given.items())
+    for written in ("pipeline", "model", "out"):  # pytest keeps the folders of three runs
+        shutil.rmtree(tmp_path / written)
 
 
 # --- folders that are odd and right -----------------------------------------------------------------------------------
@@ -435,6 +440,90 @@ def test_an_open_clip_tower_needs_a_file_and_a_known_width(pipelines: dict[int, 
         import_model(pipelines[1], None, None, tmp_path / "w.safetensors", tmp_path / "model")
     with pytest.raises(UserError, match="no such folder"):
         import_model(tmp_path / "none", None, None, None, tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    ("width", "name", "words"),
+    [
+        (768, "ViT-L-14", "has no quick GELU, .* name open_clip:ViT-L-14-quickgelu$"),
+        (1024, "ViT-H-14-quickgelu", "has quick GELU, .* name open_clip:ViT-H-14$"),
+    ],
+)
+def test_an_open_clip_tower_with_the_other_activation_is_refused(
+    pipelines: dict[int, Path], width: int, name: str, words: str, tmp_path: Path
+) -> None:
+    folder = image_model_of_width(pipelines, width, tmp_path)
+    with pytest.raises(UserError, match=words):
+        import_model(folder, None, f"open_clip:{name}", tmp_path / "never-read.safetensors", tmp_path / "out" / "model")
+    assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("width", "name"), [(768, "ViT-L-14-quickgelu"), (1024, "ViT-H-14")])
+def test_an_open_clip_tower_reads_as_stable_diffusions_own(
+    pipelines: dict[int, Path], width: int, name: str, tmp_path: Path
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    (settings, quick_gelu), open_clip = texts.public_settings(name), texts._open_clip().transformer
+    torch.manual_seed(0)
+    whole = open_clip.TextTransformer(
+        vocab_size=settings["vocab_size"],
+        width=settings["width"],
+        heads=settings["heads"],
+        layers=settings["layers"],
+        output_dim=settings["embed_dim"],
+        act_layer=open_clip.QuickGELU if quick_gelu else torch.nn.GELU,
+    )
+    state = {key: value.contiguous() for key, value in whole.state_dict().items()}
+    save_file(state, tmp_path / "clip.safetensors")
+    del whole, state
+    folder = image_model_of_width(pipelines, width, tmp_path)
+    import_model(folder, None, f"open_clip:{name}", tmp_path / "clip.safetensors", tmp_path / "model")
+    model = Model.load(tmp_path / "model")
+    export_diffusers(model, tmp_path / "out")
+    # What text_encoder/config.json of the published folders says.
+    told = json.loads((tmp_path / "out" / "text_encoder" / "config.json").read_text(encoding="utf-8"))
+    layers, activation = {768: (12, "quick_gelu"), 1024: (23, "gelu")}[width]
+    assert (told["hidden_size"], told["num_hidden_layers"], told["hidden_act"]) == (width, layers, activation)
+    peer = transformers.CLIPTextModel.from_pretrained(tmp_path / "out" / "text_encoder").eval()
+    tokenizer = transformers.CLIPTokenizer.from_pretrained(tmp_path / "out" / "tokenizer")
+    ids = tokenizer(CAPTIONS, padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
+    assert torch.equal(ids, model.text.tokenizer(CAPTIONS))
+    assert ids[0, -1] == {768: 49407, 1024: 0}[width]
+    with torch.no_grad():
+        assert_equal(model.text.encode(CAPTIONS).tokens, peer(ids).last_hidden_state)
+
+
+def image_model_of_width(pipelines: dict[int, Path], width: int, tmp_path: Path) -> Path:
+    """A small pipeline whose network takes tokens as wide as those of Stable Diffusion 1 or 2."""
+    generation = {768: 1, 1024: 2}[width]
+    folder = Path(shutil.copytree(pipelines[generation], tmp_path / "pipeline"))
+    make_unet(generation, width).save_pretrained(folder / "unet")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("schedule", "network", "words"),
+    [
+        ({"snr_shift": 3.0}, {}, r"image\.schedule: snr_shift 3, .* --format out"),
+        ({}, {"learn_variance": True}, r"image\.network: learn_variance True: .* --format out"),
+    ],
+)
+def test_what_diffusers_has_no_setting_for_is_not_exported(
+    imported: dict[int, Path], schedule: dict[str, Any], network: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    model = Model.load(imported[1])
+    image = model.diffusion("image")
+    changed = image.model_copy(
+        update={
+            "schedule": image.schedule.model_copy(update=schedule),
+            "network": image.network.model_copy(update=network),
+        }
+    )
+    model = Model(model.folder, model.config.model_copy(update={"image": changed}), model.weights)
+    with pytest.raises(UserError, match=words):
+        export_diffusers(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_model_of_another_shape_is_not_exported(toy_model: Path, tmp_path: Path) -> None:

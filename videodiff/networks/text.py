@@ -137,7 +137,9 @@ def _merge(parts: list[str], pair: tuple[str, str]) -> list[str]:
 class PretrainedText(Config):
     """A public open_clip model whose weights lie in a local file. Nothing is ever downloaded."""
 
-    name: str = Field(description="open_clip's name of the architecture, such as ViT-L-14")
+    name: str = Field(
+        description="open_clip's name of the architecture, such as ViT-L-14, or ViT-L-14-quickgelu, OpenAI's"
+    )
     path: str = Field(description="weights: .safetensors, or a checkpoint that torch.load reads with weights_only")
 
 
@@ -327,7 +329,7 @@ class TextTower(nn.Module):
             self.tokenizer = own_tokenizer(config)
             settings, quick_gelu = config.model_dump(), config.quick_gelu
         else:
-            settings, quick_gelu = _public_settings(public.name)
+            settings, quick_gelu = public_settings(public.name)
             self.tokenizer = Tokenizer(None, None, settings["context_length"], config.padding == "end")
             state = _read_weights(public.path) if state is None else state
         # None where there is no pooled vector.
@@ -417,7 +419,7 @@ def text_shapes(config: TextConfig, vocabulary_size: int) -> nn.Module:
     return text
 
 
-def _public_settings(name: str) -> tuple[dict[str, Any], bool]:
+def public_settings(name: str) -> tuple[dict[str, Any], bool]:
     """Shape of the text half of an open_clip architecture, and whether it uses CLIP's quick GELU."""
     settings = _open_clip().get_model_config(name)
     if settings is None:
