@@ -1,8 +1,10 @@
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from gaussian import Mixture, at
 from torch import Tensor
 
 from videodiff.batch import Condition
@@ -269,6 +271,63 @@ def test_guidance_between_gaussians_is_gaussian(w: float, t: int) -> None:
     precision = (1 - w) / v0 + w / v1
     mean = alpha * ((1 - w) * m0 / v0 + w * m1 / v1) / precision
     torch.testing.assert_close(-estimate.eps / sigma, -precision * (x - mean), rtol=0, atol=1e-9)
+
+
+MEANS = torch.tensor([[0.9, 0.2], [-0.6, 0.5], [0.1, -0.8]], dtype=torch.float64)
+CLASS = 1
+
+
+def guided_mixture(guidance: ClassifierFree, mixture: Mixture, x: Tensor, t: int) -> Tensor:
+    """eps [B,2] of a network that answers for the whole mixture, and for one class of it where it is told the text."""
+
+    def network(x: Tensor, time: Tensor, condition: Condition) -> Tensor:
+        flat, t = x.flatten(1), time.long() + 1
+        told = condition.text_mask[0].all(1, keepdim=True)  # the null text keeps one token alone
+        answers = (one(flat, t).eps for one in (mixture.conditional(CLASS), mixture.unconditional))
+        return torch.where(told, *answers).view_as(x)
+
+    denoiser = Denoiser(network, mixture.schedule, "eps", torch.float64)
+    estimate = guidance(denoiser, condition(image=False))(x.view(B, 2, 1, 1, 1), torch.full((B,), t))
+    alpha, sigma = at(mixture.schedule, t)
+    torch.testing.assert_close(alpha * estimate.x0 + sigma * estimate.eps, x.view(B, 2, 1, 1, 1), rtol=0, atol=1e-12)
+    return estimate.eps.flatten(1)
+
+
+def scores(mixture: Mixture, x: Tensor, t: int) -> tuple[Tensor, Tensor]:
+    """Of the mixture and of the class, [B,2]: differences of their log densities."""
+    h = 1e-5
+
+    def log_densities(x: Tensor) -> Tensor:
+        joint = mixture.log_joint(x, torch.full((B,), t))
+        return torch.stack([joint.logsumexp(1), joint[:, CLASS]])
+
+    steps = h * torch.eye(2, dtype=torch.float64)
+    slopes = [(log_densities(x + step) - log_densities(x - step)) / (2 * h) for step in steps]
+    whole, one = torch.stack(slopes, dim=2)
+    return whole, one
+
+
+@pytest.mark.parametrize("t", [200, 500, 900])
+@pytest.mark.parametrize("w", [0.5, 3.0])
+def test_guidance_within_a_mixture_mixes_the_scores(w: float, t: int) -> None:
+    mixture, x = Mixture(PLAIN, MEANS), normals((2,), 0, "points", range(B)).double()
+    (whole, one), (alpha, sigma) = scores(mixture, x, t), at(PLAIN, t)
+    mixed, noise = (1 - w) * whole + w * one, sigma / alpha
+    assert (mixed - one).abs().max() > 0.01
+
+    def check(expected: Tensor, **more: Any) -> None:
+        eps = guided_mixture(ClassifierFree(text=w, **more), mixture, x, t)
+        torch.testing.assert_close(-eps / sigma, expected, rtol=1e-6, atol=1e-6)
+
+    check(mixed)
+    check(mixed, interval=(0.9 * noise, 1.1 * noise))
+    check(one, interval=(1.1 * noise, None))
+    check(one, interval=(0.0, 0.9 * noise))
+    # Of two numbers the deviation is half their distance.
+    factor = (one[:, 0] - one[:, 1]).abs() / (mixed[:, 0] - mixed[:, 1]).abs()
+    check(mixed * (0.3 + 0.7 * factor)[:, None], rescale=0.7)
+    check(mixed * (0.3 + 0.7 * factor)[:, None], rescale=0.7, interval=(0.9 * noise, None))
+    check(one, rescale=0.7, interval=(0.0, 0.9 * noise))
 
 
 def test_the_learned_variance_is_that_of_the_full_condition() -> None:
