@@ -23,7 +23,8 @@ class DiffusionLoss(Config):
 
     simple: weight 1 (DDPM, eq. 14). min_snr: the error of x0 weighted with min(SNR, gamma) (Hang et al. 2303.09556,
     eq. 8), written for the predicted quantity. gamma is read by min_snr only. vlb: N L_t in bits per dimension, whose
-    mean over uniform times is the bound without its prior (improved DDPM, eq. 4); a fixed variance is beta_tilde.
+    mean over uniform times is the bound without its prior (improved DDPM, eq. 4); a fixed variance is beta_tilde. Bits
+    are this loss's unit for latents too, only a factor there; what is reported of them is `Bound`'s, in nats.
     A network that learns its variance is trained with `variance_weight` times the same N L_t besides simple or
     min_snr, in which the mean is held fixed: the hybrid loss (improved DDPM, eq. 16; in bits, as in its code).
     levels: grey levels of data in pixels, for the last term of the bound; None for latents.
