@@ -171,6 +171,19 @@ def unet_config(path: Path) -> tuple[UNetConfig, int]:
     return config, _same(path, "sample_size", given["sample_size"]) or 64
 
 
+def _check_exportable(
+    where: str, config: UNetConfig | AutoencoderConfig, wanted: Settings, further: dict[str, bool]
+) -> None:
+    """Refuse (UserError) settings that are not as `wanted` or not well by `further`, and norms without groups."""
+    holds = {key: getattr(config, key) == value for key, value in wanted.items()}
+    holds |= {"norm_groups": config.norm_groups is not None, **further}
+    if odd := [f"{key} {getattr(config, key)}" for key, well in holds.items() if not well]:
+        raise UserError(
+            f"{where}: {', '.join(odd)}: not the shape of Stable Diffusion, which --format diffusers writes; "
+            "leave --format out"
+        )
+
+
 def public_unet(config: UNetConfig, sample_size: int) -> Settings:
     """The config.json of a UNet2DConditionModel; UserError for a network that it can't be."""
     wanted = {
@@ -184,16 +197,7 @@ def public_unet(config: UNetConfig, sample_size: int) -> Settings:
         "learn_variance": False,
         "temporal": None,
     }
-    odd = [f"{key} {getattr(config, key)}" for key, value in wanted.items() if getattr(config, key) != value]
-    if len(config.context_dims) != 1:
-        odd.append(f"context_dims {list(config.context_dims)}")
-    if config.norm_groups is None:
-        odd.append("norm_groups None")
-    if odd:
-        raise UserError(
-            f"image.network: {', '.join(odd)}: not the shape of Stable Diffusion, which --format diffusers writes; "
-            "leave --format out"
-        )
+    _check_exportable("image.network", config, wanted, {"context_dims": len(config.context_dims) == 1})
     widths = [config.model_channels * mult for mult in config.channel_mult]
     heads: Any = config.num_heads
     if config.num_heads is None:
@@ -236,12 +240,8 @@ def autoencoder_config(path: Path) -> tuple[AutoencoderConfig, float, float]:
 
 def public_autoencoder(config: AutoencoderConfig, mean: float, std: float, sample_size: int) -> Settings:
     """The config.json of an AutoencoderKL; UserError for a network that it can't be."""
-    if config.layout != "ldm" or config.patch != 1 or config.norm_groups is None or config.quantizer is not None:
-        raise UserError(
-            f"autoencoder.network: layout {config.layout}, patch {config.patch}, norm_groups {config.norm_groups}, "
-            f"{'no ' if config.quantizer is None else 'a '}quantizer: not the shape of Stable Diffusion's, which "
-            "--format diffusers writes; leave --format out"
-        )
+    wanted = {"layout": "ldm", "patch": 1, "attention": True, "quantizer": None}
+    _check_exportable("autoencoder.network", config, wanted, {})
     levels = len(config.widths)
     return {
         "_class_name": "AutoencoderKL",

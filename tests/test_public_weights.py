@@ -30,7 +30,7 @@ from torch import Tensor
 from stages import video
 from stages.cli import main
 from stages.pipeline import Pipeline, SampleKey, adjusted
-from stages.public_configs import autoencoder_config, unet_config
+from stages.public_configs import autoencoder_config, public_autoencoder, unet_config
 from stages.public_export import export_diffusers
 from stages.public_weights import import_model, read_weights
 from videodiff import config as configs
@@ -38,7 +38,8 @@ from videodiff.batch import Condition, VideoBatch
 from videodiff.errors import UserError
 from videodiff.model import Model
 from videodiff.networks import text as texts
-from videodiff.networks.autoencoder import Autoencoder
+from videodiff.networks.autoencoder import Autoencoder, AutoencoderConfig
+from videodiff.networks.quantizer import QuantizerConfig
 from videodiff.networks.unet import UNet, temporal_parameter_names
 from videodiff.networks.weights import autoencoder_state, unet_state
 
@@ -503,27 +504,38 @@ def image_model_of_width(pipelines: dict[int, Path], width: int, tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    ("schedule", "network", "words"),
+    ("part", "change", "words"),
     [
-        ({"snr_shift": 3.0}, {}, r"image\.schedule: snr_shift 3, .* --format out"),
-        ({}, {"learn_variance": True}, r"image\.network: learn_variance True: .* --format out"),
+        ("schedule", {"snr_shift": 3.0}, r"image\.schedule: snr_shift 3, .* --format out"),
+        ("network", {"learn_variance": True}, r"image\.network: learn_variance True: .* --format out"),
     ],
 )
 def test_what_diffusers_has_no_setting_for_is_not_exported(
-    imported: dict[int, Path], schedule: dict[str, Any], network: dict[str, Any], words: str, tmp_path: Path
+    imported: dict[int, Path], part: str, change: dict[str, Any], words: str, tmp_path: Path
 ) -> None:
     model = Model.load(imported[1])
     image = model.diffusion("image")
-    changed = image.model_copy(
-        update={
-            "schedule": image.schedule.model_copy(update=schedule),
-            "network": image.network.model_copy(update=network),
-        }
-    )
-    model = Model(model.folder, model.config.model_copy(update={"image": changed}), model.weights)
+    image = image.model_copy(update={part: getattr(image, part).model_copy(update=change)})
+    model = Model(model.folder, model.config.model_copy(update={"image": image}))
     with pytest.raises(UserError, match=words):
         export_diffusers(model, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"layout": "light", "patch": 2}, "layout light, patch 2"),
+        ({"attention": False}, "attention False"),
+        ({"norm_groups": None}, "norm_groups None"),
+        ({"quantizer": QuantizerConfig(codebook_size=4)}, "quantizer codebook_size=4 commitment=0.25"),
+    ],
+)
+def test_an_autoencoder_of_another_shape_is_not_exported(change: dict[str, Any], words: str) -> None:
+    config = AutoencoderConfig(layout="ldm", patch=1, norm_groups=32)
+    assert public_autoencoder(config, 0.0, 1.0, 64)["norm_num_groups"] == 32
+    with pytest.raises(UserError, match=rf"autoencoder\.network: {words}: .* --format out"):
+        public_autoencoder(config.model_copy(update=change), 0.0, 1.0, 64)
 
 
 def test_a_model_of_another_shape_is_not_exported(toy_model: Path, tmp_path: Path) -> None:
