@@ -70,8 +70,8 @@ class NoiseSchedule(Config):
     def alpha(self, t: Tensor) -> Tensor:
         """alpha_t = sqrt(alpha_bar_t), float64, shape and device of `t`: integers, or floats in [0, N] (see above).
 
-        Whole floats give the table's entry exactly. Raises ValueError outside [0, N]; integers on another device than
-        the CPU are taken as they are, since a look at them would wait for it.
+        Whole floats give the table's entry exactly. Raises ValueError outside [0, N]; for integers on a GPU,
+        a look at which would wait for it, that is an assertion on the GPU.
         """
         return self._squares(t)[0].sqrt()
 
@@ -126,9 +126,12 @@ class NoiseSchedule(Config):
         """(alpha_t^2, sigma_t^2)."""
         table = _alpha_bar(self, str(t.device))
         if not t.is_floating_point():
-            if t.device.type == "cpu":
+            try:  # unlike table[t], index_select knows no negative numbers
+                entry = table.index_select(0, t.flatten()).view(t.shape)
+            except IndexError:
                 self._check_within(t)
-            return table[t], 1 - table[t]
+                raise
+            return entry, 1 - entry
         log_snr = self.log_snr(t)
         whole, entry = t == t.floor(), table[t.floor().long()]
         return torch.where(whole, entry, log_snr.sigmoid()), torch.where(whole, 1 - entry, (-log_snr).sigmoid())
