@@ -104,7 +104,7 @@ class Stream:
 def drain(call: Callable[[], object]) -> None:
     """Take what was made ahead while the other one had its turn."""
     if isinstance(call, Stream):
-        for _ in range(6):
+        for _ in range(5):
             next(call._batches)
 
 

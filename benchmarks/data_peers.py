@@ -61,7 +61,7 @@ def missing(decoder: str, video: bytes) -> str | None:
     try:
         importlib.import_module(decoder)
         shape = DECODERS[decoder](video).shape
-    except (ImportError, OSError, RuntimeError) as error:
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
         return (str(error).partition(":")[0].splitlines() or [type(error).__name__])[0]
     return None if shape == (FRAMES, SIZE, SIZE, 3) else f"gives frames of {shape}"
 
