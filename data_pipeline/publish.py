@@ -21,7 +21,7 @@ from data_pipeline.prepare_config import PrepareConfig
 from data_pipeline.report import write_report
 from data_pipeline.shards import INDEX, PLAN, open_shards, read_sample, write_index, write_shard
 from data_pipeline.sources import Source
-from data_pipeline.tables import read_columns, write_table
+from data_pipeline.tables import read_columns, utf8, write_table
 from videodiff.errors import UserError
 
 WORK_FOLDER = "work"
@@ -263,12 +263,10 @@ def _pack(
 def _meta(clip: Row) -> Row:
     """What a sample's JSON says: all that came with the source, then what is known of the clip."""
     source: Source = clip["of"]
-    said = {
-        name: clip[name] for name in ("source", "start", "fps", "frames", "width", "height", "seconds", "source_fps")
-    }
+    said = {name: clip[name] for name in ("start", "fps", "frames", "width", "height", "seconds", "source_fps")}
     names = (*MEASURES, "hash", "clip_similarity", "aesthetic")
     measures = {name: clip[name] for name in names if clip.get(name) is not None}
-    return {**source.meta, **said, "captions": list(source.captions), "measures": measures}
+    return {**source.meta, **said, "source": utf8(source.name), "captions": list(source.captions), "measures": measures}
 
 
 def _digest(kept: list[Row]) -> str:

@@ -247,8 +247,8 @@ class _DecordVideo(Video):
 
     def _read(self, indices: list[int]) -> Iterator[Frame]:
         with _undecodable():
-            for first in range(0, len(indices), 16):
-                yield from read_frames(self._reader, indices[first : first + 16])
+            for first in range(0, len(indices), 8):  # in pieces, since frames may be large
+                yield from read_frames(self._reader, indices[first : first + 8])
 
 
 @contextlib.contextmanager
