@@ -27,25 +27,17 @@ from videodiff.errors import UserError
 WORK_FOLDER = "work"
 TABLE, REPORT = "clips.parquet", "report.html"
 
-_TEXTS = ("key", "reason", "detail", "duplicate_of", "shard", "source", "source_key", "path", "caption", "captions")
-_TEXTS += ("licence", "origin", "decoder", "container", "codec", "pixel_format", "hash", "sha256")
-_NUMBERS = (
-    "source_fps",
-    "source_seconds",
-    "start",
-    "seconds",
-    "fps",
-    "aspect",
-    *MEASURES,
-    "clip_similarity",
-    "aesthetic",
-)
-_COUNTS = ("sample", "scene", "frames", "width", "height", "source_width", "source_height", "source_side", "rotation")
-_COUNTS += ("words", "bytes")
-COLUMNS = {
-    **dict.fromkeys(_TEXTS[:1], "string"),
+_TEXTS = (
+    "reason detail duplicate_of shard source source_key path caption captions licence origin decoder container codec "
+    "pixel_format hash sha256"
+).split()
+_COUNTS = "sample scene frames width height source_width source_height source_side rotation words bytes".split()
+_NUMBERS = ["source_fps", "source_seconds", "start", "seconds", "fps", "aspect", *MEASURES]
+_NUMBERS += ["clip_similarity", "aesthetic"]
+COLUMNS: dict[str, str] = {
+    "key": "string",
     "kept": "bool",
-    **dict.fromkeys(_TEXTS[1:], "string"),
+    **dict.fromkeys(_TEXTS, "string"),
     **dict.fromkeys(_COUNTS, "int64"),
     **dict.fromkeys(_NUMBERS, "double"),
     "audio": "bool",

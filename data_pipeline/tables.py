@@ -119,8 +119,8 @@ def _check(path: Path, has: Sequence[str], needed: Iterable[str]) -> None:
 
 
 def utf8(value: Any) -> Any:
-    """A value as JSON and Parquet can hold it: bytes of a text that are not UTF-8 are spelled out, also inside lists and
-    dictionaries, and what is no such thing (a date) becomes a text.
+    """A value as JSON and Parquet can hold it: bytes of a text that are not UTF-8 are spelled out, also inside lists
+    and objects, and what is no such thing (a date) becomes a text.
     """
     if isinstance(value, str):
         return value.encode("utf-8", "backslashreplace").decode()
