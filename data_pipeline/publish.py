@@ -27,21 +27,14 @@ from videodiff.errors import UserError
 WORK_FOLDER = "work"
 TABLE, REPORT = "clips.parquet", "report.html"
 
-_TEXTS = (
-    "reason detail duplicate_of shard source source_key path caption captions licence origin decoder container codec "
-    "pixel_format hash sha256"
-).split()
-_COUNTS = "sample scene frames width height source_width source_height source_side rotation words bytes".split()
-_NUMBERS = ["source_fps", "source_seconds", "start", "seconds", "fps", "aspect", *MEASURES]
-_NUMBERS += ["clip_similarity", "aesthetic"]
-COLUMNS: dict[str, str] = {
-    "key": "string",
-    "kept": "bool",
-    **dict.fromkeys(_TEXTS, "string"),
-    **dict.fromkeys(_COUNTS, "int64"),
-    **dict.fromkeys(_NUMBERS, "double"),
-    "audio": "bool",
+_KINDS = {
+    "string": "key reason detail duplicate_of shard source source_key path caption captions licence origin decoder "
+    "container codec pixel_format hash sha256",
+    "bool": "kept audio",
+    "int64": "sample scene frames width height source_width source_height source_side rotation words bytes",
+    "double": f"start seconds fps source_fps source_seconds aspect {' '.join(MEASURES)} clip_similarity aesthetic",
 }
+COLUMNS = {name: kind for kind, names in _KINDS.items() for name in names.split()}
 
 
 def publish(out: Path, config: PrepareConfig, progress: bool = False) -> str:

@@ -172,7 +172,8 @@ def _walk(root: Path) -> Iterator[tuple[str, list[str]]]:
             if folder != str(root):
                 continue
             raise UserError(f"{folder}: cannot be read ({error.strerror}); check path and rights") from None
-        names, folders = [], []
+        names: list[str] = []
+        folders: list[str] = []
         for entry in entries:
             (folders if _is_folder(entry) else names).append(entry.name)
         yield folder, names
