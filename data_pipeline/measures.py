@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -90,7 +91,7 @@ def _motion(grey: list[Frames]) -> npt.NDArray[np.float64]:
 
     if len(grey) < 2 or min(grey[0].shape) < 16:
         return np.zeros(max(0, len(grey) - 1))
-    flow = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_FAST)
+    flow: Any = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_FAST)
     lengths = [np.linalg.norm(flow.calc(a, b, None), axis=-1).mean() for a, b in itertools.pairwise(grey)]
     return 100 * np.array(lengths, np.float64) / min(grey[0].shape)
 

@@ -21,35 +21,20 @@ from data_pipeline.prepare_config import PrepareConfig
 from data_pipeline.report import write_report
 from data_pipeline.shards import INDEX, PLAN, open_shards, read_sample, write_index, write_shard
 from data_pipeline.sources import Source
-from data_pipeline.tables import read_columns, write_table
+from data_pipeline.tables import read_columns, utf8, write_table
 from videodiff.errors import UserError
 
 WORK_FOLDER = "work"
 TABLE, REPORT = "clips.parquet", "report.html"
 
-_TEXTS = ("key", "reason", "detail", "duplicate_of", "shard", "source", "source_key", "path", "caption", "captions")
-_TEXTS += ("licence", "origin", "decoder", "container", "codec", "pixel_format", "hash", "sha256")
-_NUMBERS = (
-    "source_fps",
-    "source_seconds",
-    "start",
-    "seconds",
-    "fps",
-    "aspect",
-    *MEASURES,
-    "clip_similarity",
-    "aesthetic",
-)
-_COUNTS = ("sample", "scene", "frames", "width", "height", "source_width", "source_height", "source_side", "rotation")
-_COUNTS += ("words", "bytes")
-COLUMNS = {
-    **dict.fromkeys(_TEXTS[:1], "string"),
-    "kept": "bool",
-    **dict.fromkeys(_TEXTS[1:], "string"),
-    **dict.fromkeys(_COUNTS, "int64"),
-    **dict.fromkeys(_NUMBERS, "double"),
-    "audio": "bool",
+_KINDS = {
+    "string": "key reason detail duplicate_of shard source source_key path caption captions licence origin decoder "
+    "container codec pixel_format hash sha256",
+    "bool": "kept audio",
+    "int64": "sample scene frames width height source_width source_height source_side rotation words bytes",
+    "double": f"start seconds fps source_fps source_seconds aspect {' '.join(MEASURES)} clip_similarity aesthetic",
 }
+COLUMNS = {name: kind for kind, names in _KINDS.items() for name in names.split()}
 
 
 def publish(out: Path, config: PrepareConfig, progress: bool = False) -> str:
@@ -263,12 +248,10 @@ def _pack(
 def _meta(clip: Row) -> Row:
     """What a sample's JSON says: all that came with the source, then what is known of the clip."""
     source: Source = clip["of"]
-    said = {
-        name: clip[name] for name in ("source", "start", "fps", "frames", "width", "height", "seconds", "source_fps")
-    }
+    said = {name: clip[name] for name in ("start", "fps", "frames", "width", "height", "seconds", "source_fps")}
     names = (*MEASURES, "hash", "clip_similarity", "aesthetic")
     measures = {name: clip[name] for name in names if clip.get(name) is not None}
-    return {**source.meta, **said, "captions": list(source.captions), "measures": measures}
+    return {**source.meta, **said, "source": utf8(source.name), "captions": list(source.captions), "measures": measures}
 
 
 def _digest(kept: list[Row]) -> str:

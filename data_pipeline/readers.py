@@ -10,6 +10,7 @@ seconds.
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import re
 from abc import ABC, abstractmethod
@@ -28,6 +29,7 @@ Frame = npt.NDArray[np.uint8]
 
 FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif,mpegts,mpeg,flv,ogg,asf"
 MOST_PIXELS = 2**26  # of a frame: beyond it a header lies, or memory does not suffice
+_UNREADABLE = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOTDIR}
 _DECORD_CODECS = {"h264", "hevc", "vp8", "vp9", "mpeg4", "mpeg2video"}
 _DECORD_BYTES = 2**28  # decord reads a file from end to end when it opens it; in larger ones PyAV's seeking is cheaper
 
@@ -247,8 +249,8 @@ class _DecordVideo(Video):
 
     def _read(self, indices: list[int]) -> Iterator[Frame]:
         with _undecodable():
-            for first in range(0, len(indices), 16):
-                yield from read_frames(self._reader, indices[first : first + 16])
+            for first in range(0, len(indices), 8):  # in pieces, since frames may be large
+                yield from read_frames(self._reader, indices[first : first + 8])
 
 
 @contextlib.contextmanager
@@ -261,7 +263,7 @@ def _undecodable() -> Iterator[None]:
     except StopIteration:
         raise ClipError("undecodable", "no frames") from None
     except Exception as error:  # av and decord have classes of their own, and raise others too
-        if isinstance(error, OSError) and type(error).__module__ == "builtins":
+        if isinstance(error, OSError) and error.errno in _UNREADABLE:
             raise ClipError("unreadable", error.strerror or str(error)) from None
         detail = re.sub(r"\[[\d:]+\] \S+:\d+: |\[Errno -?\d+\] ", "", str(error))  # no places of a library's own code
         line = (detail.strip().splitlines() or [type(error).__name__])[0]

@@ -18,7 +18,7 @@ from videodiff.config import to_dict
 from videodiff.errors import UserError
 from videodiff.video_io import atomic_path
 
-_SHOWN = (
+_SHOWN: tuple[str, ...] = (
     "motion",
     "motion_window",
     "sharpness",

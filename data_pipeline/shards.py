@@ -34,8 +34,8 @@ from videodiff.video_io import encode_video, write_json
 
 __all__ = [
     "INDEX", "PLAN", "VIDEO_SUFFIXES", "RawSample", "SampleError", "Shape", "Shard", "all_captions", "all_labels",
-    "fingerprint", "label_of", "open_shards", "read_sample", "read_texts", "scan_shard", "shapes_of", "started", "write_index",
-    "write_shard", "write_world_shards",
+    "fingerprint", "label_of", "open_shards", "read_sample", "read_texts", "scan_shard", "shapes_of", "started",
+    "write_index", "write_shard", "write_world_shards",
 ]  # fmt: skip
 
 _Sample = tuple[str, bytes, dict[str, Any]]  # key, bytes of an mp4, JSON

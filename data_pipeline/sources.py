@@ -21,7 +21,7 @@ from typing import Any
 from pydantic import Field
 
 from data_pipeline.shards import VIDEO_SUFFIXES, Shard, open_shards, read_sample, read_texts
-from data_pipeline.tables import TABLE_SUFFIXES, Row, read_table
+from data_pipeline.tables import TABLE_SUFFIXES, Row, read_table, utf8
 from videodiff.config import Config
 from videodiff.errors import UserError
 
@@ -131,7 +131,7 @@ def _checked(config: SourcesConfig, source: Source) -> Source:
         problem = "caption not UTF-8"
     if problem:  # none of it travels on
         captions = ()
-    return replace(source, captions=captions, meta=meta, problem=problem, detail=detail)
+    return replace(source, captions=captions, meta=utf8(meta), problem=problem, detail=detail)
 
 
 # --- folders ----------------------------------------------------------------------------------------------------------
@@ -172,7 +172,8 @@ def _walk(root: Path) -> Iterator[tuple[str, list[str]]]:
             if folder != str(root):
                 continue
             raise UserError(f"{folder}: cannot be read ({error.strerror}); check path and rights") from None
-        names, folders = [], []
+        names: list[str] = []
+        folders: list[str] = []
         for entry in entries:
             (folders if _is_folder(entry) else names).append(entry.name)
         yield folder, names
@@ -213,7 +214,9 @@ def _with_caption_file(source: Source, path: str) -> Source:
 def captions_of(said: dict[str, Any]) -> tuple[tuple[str, ...], dict[str, Any]]:
     """Captions of a JSON object ("captions", "caption" or "text"), and all else that it says."""
     names = {"license": "licence", "url": "origin", "source": "origin"}
-    meta = {names.get(key, key): value for key, value in said.items() if key not in ("captions", "caption", "text")}
+    rest = {key: value for key, value in said.items() if key not in ("captions", "caption", "text")}
+    meta = {names[key]: value for key, value in rest.items() if key in names}
+    meta |= {key: value for key, value in rest.items() if key not in names}  # a word of ours wins
     given = said.get("captions") or said.get("caption") or said.get("text") or []
     texts = [given] if isinstance(given, str) else given
     return tuple(text for text in texts if isinstance(text, str)) if isinstance(texts, list) else (), meta

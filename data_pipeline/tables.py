@@ -44,7 +44,7 @@ def write_table(path: Path, columns: Mapping[str, str], rows: Sequence[Row]) -> 
     from pyarrow import parquet
 
     schema = pyarrow.schema([(name, pyarrow.type_for_alias(kind)) for name, kind in columns.items()])
-    data = {name: [_utf8(row.get(name)) for row in rows] for name in columns}
+    data = {name: [utf8(row.get(name)) for row in rows] for name in columns}
     with atomic_path(path) as temporary:
         parquet.write_table(pyarrow.table(data, schema), temporary, compression="zstd")
 
@@ -118,5 +118,14 @@ def _check(path: Path, has: Sequence[str], needed: Iterable[str]) -> None:
             )
 
 
-def _utf8(value: Any) -> Any:
-    return value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value
+def utf8(value: Any) -> Any:
+    """A value as JSON and Parquet can hold it: bytes of a text that are not UTF-8 are spelled out, also inside lists
+    and objects, and what is no such thing (a date) becomes a text.
+    """
+    if isinstance(value, str):
+        return value.encode("utf-8", "backslashreplace").decode()
+    if isinstance(value, dict):
+        return {utf8(str(key)): utf8(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [utf8(item) for item in value]
+    return value if value is None or isinstance(value, (bool, int, float)) else utf8(str(value))

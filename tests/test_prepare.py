@@ -170,6 +170,36 @@ def test_shards_are_near_the_wanted_size(videos: Path, tmp_path: Path) -> None:
     assert len(samples(tmp_path)) == sum(row["kept"] for row in rows(tmp_path))
 
 
+def test_odd_names_and_what_cannot_be_opened_go_through(videos: Path, tmp_path: Path) -> None:
+    """Spaces, quotes, a newline, a shell's words, a name that is not UTF-8; a loop of links, a link to nothing."""
+    source = tmp_path / "in put"
+    source.mkdir()
+    names = ["a b", "it's \"", "new\nline", "$(touch hacked)", "ünï", os.fsdecode(b"raw\xff")]
+    for name in names:
+        shutil.copy(videos / "a.mp4", source / f"{name}.mp4")
+        (source / f"{name}.txt").write_text("a caption")
+    (source / "loop").symlink_to(source)
+    for name, target in (("self", "self.mp4"), ("dead", "nowhere")):
+        (source / f"{name}.mp4").symlink_to(source / target)
+        (source / f"{name}.txt").write_text("a caption")
+    out = tmp_path / "out"
+    prepare(str(source), out, settings(filters={"duplicate_bits": None}))
+    assert Counter(row["reason"] for row in rows(out)) == {"": 3 * len(names), "unreadable": 2}
+    assert {sample.captions for sample in samples(out)} == {("a caption",)}
+    assert {row["source"] for row in rows(out)} >= {"new\nline.mp4", "raw\\udcff.mp4"}
+    assert not list(tmp_path.rglob("hacked"))
+
+
+def test_shards_can_be_prepared_again(made: Path, tmp_path: Path) -> None:
+    """Smaller clips from those in shards: what their JSON says is carried along."""
+    clip = {"frames": 2, "fps": 4, "size": 32, "aspect": 1.0}
+    prepare(str(made), tmp_path, settings(clip=clip, filters={"duplicate_bits": None}))
+    stored = samples(tmp_path)
+    assert len(stored) == 9
+    assert {(s.meta["width"], s.meta["height"], s.meta["licence"]) for s in stored} == {(32, 32, "CC0")}
+    assert {(s.captions, s.meta["origin"]) for s in stored} == {(s.captions, s.meta["origin"]) for s in samples(made)}
+
+
 # Filters
 
 

@@ -1,5 +1,6 @@
 """Folders, tables and shards as people have them, with what is wrong in each."""
 
+import datetime
 import json
 import os
 from pathlib import Path
@@ -150,6 +151,10 @@ def test_openvid_as_parquet_and_jsonl(tmp_path: Path) -> None:
     columns = load(PrepareConfig, "configs/data/openvid.yaml", ["sources.table.keep=[aesthetic score]"]).sources.table
     both = [found(tmp_path / name, table=columns) for name in ("a.parquet", "a.jsonl")]
     assert both[0] == both[1]
+    dated = pyarrow.table({"video": ["a.mp4"], "caption": ["x"], "day": [datetime.date(2024, 5, 17)]})
+    parquet.write_table(dated, tmp_path / "dated.parquet")
+    keep = columns.model_copy(update={"keep": ("day",)})
+    assert found(tmp_path / "dated.parquet", table=keep)["a.mp4"].meta == {"day": "2024-05-17"}
     assert both[0]["v2.mp4"].meta == {"aesthetic score": 7.0}
 
 
