@@ -24,7 +24,7 @@ data = typer.Typer(help="Make training data.")
 app.add_typer(data, name="data")
 for name, command in {
     "prepare": cli_prepare.prepare, "filter": cli_prepare.refilter, "merge": cli_prepare.merge,
-    "check": cli_data.check, "show": cli_data.show, "encode": cli_data.encode,
+    "world": cli_data.world, "check": cli_data.check, "show": cli_data.show, "encode": cli_data.encode,
 }.items():  # fmt: skip
     data.command(name)(command)
 
@@ -236,24 +236,6 @@ def import_public(
 
     import_model(image_model, autoencoder, text, text_weights, out)
     typer.echo(f"wrote {out}")
-
-
-@data.command()
-def world(
-    out: Annotated[Path, typer.Option(help="Folder of the shards")],
-    num_clips: Annotated[int, typer.Option(min=1, help="How many clips")] = 1000,
-    size: Annotated[int, typer.Option(min=16, help="Height and width in pixels, even")] = 64,
-    frames: Annotated[int, typer.Option(min=1, help="Frames per clip")] = 31,
-    fps: Annotated[float, typer.Option(min=0.1, help="Frames per second")] = 16.0,
-    seed: Annotated[int, typer.Option(help="Another seed, other clips")] = 0,
-) -> None:
-    """Render the built-in world of moving shapes into training shards (mp4 + json in tar files)."""
-    from data_pipeline.shards import write_world_shards
-
-    index = write_world_shards(
-        out, num_clips=num_clips, size=size, frames=frames, fps=fps, seed=seed, progress=sys.stdout.isatty()
-    )
-    typer.echo(f"wrote {index}")
 
 
 def _interval(given: tuple[float, float] | None) -> tuple[float, float | None] | None:

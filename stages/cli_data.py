@@ -1,4 +1,4 @@
-"""`videodiff data check | show | encode`: what one does with finished shards."""
+"""`videodiff data world | check | show | encode`: shards of the built-in world, and what one does with finished ones."""
 
 from __future__ import annotations
 
@@ -13,6 +13,23 @@ from videodiff.errors import UserError
 Shards = Annotated[str, typer.Argument(help="A folder of shards, an index.json, a tar, a pattern, or a URL of these")]
 Workers = Annotated[int, typer.Option(min=0, help="Processes that decode; 0: this one, without a deadline")]
 Deadline = Annotated[float, typer.Option(min=0.1, help="Seconds for one clip")]
+
+
+def world(
+    out: Annotated[Path, typer.Option(help="Folder of the shards")],
+    num_clips: Annotated[int, typer.Option(min=1, help="How many clips")] = 1000,
+    size: Annotated[int, typer.Option(min=16, help="Height and width in pixels, even")] = 64,
+    frames: Annotated[int, typer.Option(min=1, help="Frames per clip")] = 31,
+    fps: Annotated[float, typer.Option(min=0.1, help="Frames per second")] = 16.0,
+    seed: Annotated[int, typer.Option(help="Another seed, other clips")] = 0,
+) -> None:
+    """Render the built-in world of moving shapes into training shards (mp4 + json in tar files)."""
+    from data_pipeline.shards import write_world_shards
+
+    index = write_world_shards(
+        out, num_clips=num_clips, size=size, frames=frames, fps=fps, seed=seed, progress=sys.stdout.isatty()
+    )
+    typer.echo(f"wrote {index}")
 
 
 def check(
