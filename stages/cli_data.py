@@ -1,4 +1,4 @@
-"""`videodiff data world | check | show | encode`: shards of the built-in world, and what one does with finished ones."""
+"""`videodiff data world | check | show | encode`: the built-in world, and what one does with finished shards."""
 
 from __future__ import annotations
 
