@@ -31,6 +31,7 @@ class Findings:
     num_good: int = 0
     num_captions: int = 0
     seconds: float = 0.0  # of video
+    decoders: Counter[str] = field(default_factory=Counter)  # how many samples each has read
     problems: list[str] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
 
@@ -81,16 +82,17 @@ def steps_per_epoch(num_samples: int, batch_size: int, world_size: int) -> float
 
 def _check_file(shard: Shard, found: Findings) -> None:
     """The hash that the index tells, and members that nothing reads."""
-    path = shard.local()
+    path = shard.path
     try:
-        with open(path, "rb") as file:
+        with shard.open() as file:
             if shard.indexed and locations.sha256(file) != shard.digest:
                 found.add(
                     "hash", f"{path}: not the shard that its index names (sha256 differs); write or copy it again"
                 )
-        with tarfile.open(path, "r:") as tar:
-            known = {member.name for _, suffix, member in tars.members(tar) if suffix in _READ}
-            odd = [m.name for m in tar.getmembers() if m.name not in known and not m.isdir()]
+            file.seek(0)
+            with tarfile.open(fileobj=file, mode="r:") as tar:
+                known = {member.name for _, suffix, member in tars.members(tar) if suffix in _READ}
+                odd = [m.name for m in tar.getmembers() if m.name not in known and not m.isdir()]
     except (OSError, tarfile.TarError, EOFError) as error:
         found.add("torn", f"{path}: torn ({error}); write or copy the shard again")
         return
@@ -131,5 +133,6 @@ def _judge(shard: Shard, raw: RawSample | SampleError, result: Any, found: Findi
         return
     found.num_good += 1
     found.num_captions += len(raw.captions)
-    if isinstance(result, Preview) and result.fps:
-        found.seconds += result.total / result.fps
+    if isinstance(result, Preview):
+        found.decoders[result.decoder] += 1
+        found.seconds += result.total / result.fps if result.fps else 0.0

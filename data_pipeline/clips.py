@@ -1,36 +1,27 @@
-"""From the bytes of a video or image file to frames at a rate and size. The only importer of decord.
+"""From the bytes of a video or image file to frames at a rate and size. An image is a clip of one frame.
 
-An image is a clip of one frame.
-
-decord is opened in the process that decodes (a reader that is carried over a fork aborts it), with one thread, and
-reads ahead: helper processes (data_pipeline/decoding.py) keep that memory and those crashes away from training.
+decord reads what it can, and PyAV the rest: what decord has no decoder for (AV1), where it is not installed, and files
+with several key frames among which decord would give other frames than asked (see data_pipeline/readers.py).
 """
 
 from __future__ import annotations
 
 import io
-import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
+from data_pipeline.decoders import ClipError, open_decord, read_frames, undecodable
+from data_pipeline.readers import PyavVideo, decord_knows
 from videodiff.errors import UserError
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 CENTRE = (0.5, 0.5)
-
-
-class ClipError(ValueError):
-    """One clip is unusable. ``reason`` is a short fixed word to count by, the message says more."""
-
-    def __init__(self, reason: str, detail: str = "") -> None:
-        super().__init__(reason, detail)  # both, so that the error survives pickling
-        self.reason, self.detail = reason, detail
-
-    def __str__(self) -> str:
-        return f"{self.reason}: {self.detail}" if self.detail else self.reason
+_PIECE = 32  # frames read at once, since the source may be much larger than what is made of it
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -56,6 +47,7 @@ class Preview(Clip):
     fps: float  # on average; 0 for an image
     height: int
     width: int
+    decoder: str  # "decord", "pyav", or "pillow" for an image
 
 
 def window_start(total: int, frames: int, position: float) -> int:
@@ -86,21 +78,16 @@ def decode_clip(
         if frames > 1:
             raise ClipError("too short", f"1 frame, {frames} asked")
         return Clip(fit(_image(video), (height, width), crop), 0, 1)
-    try:
-        reader = open_decord(io.BytesIO(video))
-        times = np.sort(reader.get_frame_timestamp(range(len(reader)))[:, 0].astype(np.float64))
-        grid = grid_frames(times, fps, frames)
+
+    def window(opened: _Opened) -> Clip:
+        grid = grid_frames(opened.times, fps, frames)
         first, count = window_start(len(grid), frames, position), frames
         if len(grid) * height * width * 3 <= whole_bytes:
             first, count = 0, len(grid)
-        # In pieces, since the source may be much larger than its fitted frames.
-        pieces = [grid[i : min(i + 32, first + count)].tolist() for i in range(first, first + count, 32)]
-        fitted = [fit(read_frames(reader, piece), (height, width), crop) for piece in pieces]
-    except (ClipError, UserError):
-        raise
-    except Exception as error:  # decord's own error class exists only where decord does, and it raises others too
-        raise _undecodable(error) from None
-    return Clip(np.concatenate(fitted), first, len(grid))
+        pieces = opened.read(grid[first : first + count].tolist())
+        return Clip(np.concatenate([fit(piece, (height, width), crop) for piece in pieces]), first, len(grid))
+
+    return _read(video, window)
 
 
 def preview_clip(video: bytes, *, frames: int, height: int, suffix: str = "mp4") -> Preview:
@@ -110,57 +97,115 @@ def preview_clip(video: bytes, *, frames: int, height: int, suffix: str = "mp4")
     """
     if suffix in IMAGE_SUFFIXES:
         picture = _image(video)
-        return Preview(_lowered(picture, height), 0, 1, 0.0, *picture.shape[1:3])
-    try:
-        reader = open_decord(io.BytesIO(video))
-        total = len(reader)
-        times = reader.get_frame_timestamp(range(total))[:, 0]
+        return Preview(_lowered(picture, height), 0, 1, 0.0, *picture.shape[1:3], "pillow")
+
+    def preview(opened: _Opened) -> Preview:
+        total = len(opened.times)
         kept = set(np.linspace(0, total - 1, min(frames, total)).astype(int).tolist())
-        rows = []
-        for first in range(0, total, 32):
-            piece = read_frames(reader, list(range(first, min(first + 32, total))))
+        rows, first = [], 0
+        for piece in opened.read(list(range(total))):
             chosen = [i for i in range(len(piece)) if first + i in kept]
             rows += [_lowered(piece[chosen], height)] if chosen else []
-    except (ClipError, UserError):
-        raise
-    except Exception as error:
-        raise _undecodable(error) from None
-    seconds = float(times.max() - times.min())
-    fps = (total - 1) / seconds if seconds > 0 else 0.0
-    return Preview(np.concatenate(rows), 0, total, fps, *piece.shape[1:3])
+            first += len(piece)
+        seconds = float(opened.times[-1] - opened.times[0])
+        fps = (total - 1) / seconds if seconds > 0 else 0.0
+        return Preview(np.concatenate(rows), 0, total, fps, *piece.shape[1:3], opened.decoder)
+
+    return _read(video, preview)
 
 
 def _lowered(frames: npt.NDArray[np.uint8], height: int) -> npt.NDArray[np.uint8]:
     return fit(frames, (height, max(round(height * frames.shape[2] / frames.shape[1]), 1)))
 
 
-def open_decord(source: str | io.BytesIO) -> Any:
-    """decord's reader of a file or its bytes. UserError where there is no decord; decord's own errors pass."""
+class _Opened(NamedTuple):
+    """A video to read frames from: when each is shown, and ascending indices -> their frames uint8 [T,H,W,3] in
+    pieces."""
+
+    decoder: str
+    times: npt.NDArray[np.float64]
+    read: Callable[[list[int]], Iterator[npt.NDArray[np.uint8]]]
+    sure: bool = True  # nothing in it can be read wrongly
+
+
+def _read(video: bytes, use: Callable[[_Opened], Result]) -> Result:
+    """What ``use`` makes of a video that decord opens, or where decord isn't to be trusted PyAV.
+
+    With one key frame there is nothing that decord could seek to, and PyAV isn't asked. Raises ClipError; UserError
+    where neither is installed.
+    """
+    opened, problem = None, None
     try:
-        import decord
-    except ImportError as error:
-        raise UserError(f"decord cannot be loaded ({error}); install it with pip install 'videodiff[train]'") from None
-    decord.logging.set_level(decord.logging.QUIET)  # what is wrong with a file is told once, by ClipError
-    return decord.VideoReader(source, num_threads=1)
-
-
-def _undecodable(error: Exception) -> ClipError:
-    detail = re.sub(r"\[[\d:]+\] \S+:\d+: ", "", str(error))  # no times and places of decord's own code
-    return ClipError("undecodable", (detail.strip().splitlines() or [type(error).__name__])[0][:200])
-
-
-def read_frames(reader: Any, indices: list[int]) -> npt.NDArray[np.uint8]:
-    """Frames uint8 [T,H,W,3] of a decord reader."""
-    try:
-        return np.asarray(reader.get_batch(indices).asnumpy())
-    except Exception as error:
-        if "from_size == to_size" not in str(error):
+        with undecodable():
+            opened = _by_decord(video)
+            if opened.sure:
+                return use(opened)
+    except ClipError as error:
+        if error.reason != "undecodable":
             raise
-    # decord 0.6: where rows are padded to a multiple of a small width (12, 16, 24, 48), it takes the rest for channels.
-    padded = np.stack([reader[index].asnumpy() for index in indices])
-    count, height, width = padded.shape[:3]
-    rows = padded.reshape(count, height, -1)[:, :, : 3 * width]
-    return rows.reshape(count, height, width, 3)
+        problem = error
+    except UserError:  # there is no decord for this machine
+        pass
+    try:
+        other = PyavVideo(video)
+    except UserError as missing:
+        if opened is not None and problem is None:
+            with undecodable():
+                return use(_without_seeking(opened))
+        if problem is None:
+            raise
+        raise ClipError(problem.reason, f"{problem.detail}; {missing}") from None
+    except ClipError as error:
+        raise problem or error from None
+    if problem is not None and decord_knows(other.header):
+        raise problem  # it is damaged, and what a decoder patches up after an error can't be told from pictures
+    with undecodable():
+        trusted = opened is not None and problem is None and other.has_closed_groups()
+        return use(opened if opened is not None and trusted else _by_pyav(other))
+
+
+def _by_decord(video: bytes) -> _Opened:
+    reader = open_decord(io.BytesIO(video))
+    times = np.sort(reader.get_frame_timestamp(range(len(reader)))[:, 0].astype(np.float64))
+
+    def read(indices: list[int]) -> Iterator[npt.NDArray[np.uint8]]:
+        for first in range(0, len(indices), _PIECE):
+            yield read_frames(reader, indices[first : first + _PIECE])
+
+    # Some files say no times, in which place decord has random ones.
+    sure = len(reader.get_key_indices()) < 2 and bool((np.abs(times) < 1e6).all())
+    return _Opened("decord", times, read, sure)
+
+
+def _without_seeking(opened: _Opened) -> _Opened:
+    """It reads from the start on, which is slower and gives the right frames of any file."""
+
+    def read(indices: list[int]) -> Iterator[npt.NDArray[np.uint8]]:
+        first = 0
+        for piece in opened.read(list(range(indices[-1] + 1))):
+            chosen = [index - first for index in indices if first <= index < first + len(piece)]
+            if chosen:
+                yield piece[chosen]
+            first += len(piece)
+
+    return opened._replace(read=read)
+
+
+def _by_pyav(video: PyavVideo) -> _Opened:
+    times = video.times()
+
+    def read(indices: list[int]) -> Iterator[npt.NDArray[np.uint8]]:
+        shown = video.all(times[indices[0]] - 1e-6, times[indices[-1]] + 1e-6)
+        number, picture = indices[0] - 1, np.empty(0, np.uint8)
+        for index in indices:
+            while number < index:
+                number += 1
+                time, picture = next(shown, (np.inf, picture))
+                if abs(time - times[number]) > 1e-3:
+                    raise ClipError("undecodable", f"frame {number} of {len(times)} cannot be decoded")
+            yield picture[None]
+
+    return _Opened("pyav", times, read)
 
 
 def grid_frames(times: npt.NDArray[np.float64], fps: float, frames: int) -> npt.NDArray[np.int64]:

@@ -10,9 +10,10 @@ import hashlib
 import json
 import tarfile
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from data_pipeline import locations, tars
 from videodiff.errors import UserError
@@ -50,7 +51,7 @@ class Encoding:
 class Shard:
     """One tar file: sample i lies in its bytes offsets[i] .. offsets[i+1], the last one up to the end."""
 
-    path: Path  # where it lies; that of a remote one in the cache, see `local`
+    path: Path  # where it lies; that of a remote one in the cache, see `open`
     offsets: tuple[int, ...]
     bytes: int
     digest: str  # sha256 of the file where the index tells it, else of the member names and sizes
@@ -65,11 +66,11 @@ class Shard:
         last = number + 1 == len(self.offsets)
         return self.offsets[number], self.bytes if last else self.offsets[number + 1]
 
-    def local(self) -> Path:
-        """The file on this machine; a remote one is fetched when it is first asked for (UserError)."""
+    def open(self) -> AbstractContextManager[IO[bytes]]:
+        """The file, open to be read; a remote one is fetched when it is first asked for (UserError)."""
         if self.url is not None:
-            locations.fetch(self.url, self.path, self.digest)
-        return self.path
+            return locations.opened(self.url, self.path, self.digest)
+        return open(self.path, "rb")
 
 
 def open_shards(location: str, problems: list[str] | None = None) -> list[Shard]:
@@ -187,8 +188,8 @@ def _remote(url: str, problems: list[str] | None) -> list[Shard]:
         return [shard for one in found for shard in _remote(one, problems)]
     if name.endswith(".tar"):
         path = locations.cached_path(url, locations.version_of(url))
-        locations.fetch(url, path)  # without an index it has to be read to be known
-        return _scanned(path, problems)
+        with locations.opened(url, path):  # without an index it has to be read to be known
+            return _scanned(path, problems)
     index = url if name == INDEX else locations.beside(url.rstrip("/") + "/", INDEX)
     return _parse(locations.read(index), index)
 

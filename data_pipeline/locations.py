@@ -1,7 +1,7 @@
 """Where shards lie: a text becomes local paths and URLs, and a URL a local file. The only importer of fsspec.
 
-Only http, https and s3 are fetched, each file whole, into a cache on this machine; whatever else looks like a scheme,
-`pipe:` above all, is refused. Nothing that a location says is ever handed to a shell.
+Only http, https and s3 are fetched, each file whole, into a cache on this machine that has a limit; whatever else looks
+like a scheme, `pipe:` above all, is refused. Nothing that a location says is ever handed to a shell.
 """
 
 from __future__ import annotations
@@ -15,13 +15,16 @@ import secrets
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
 from videodiff.errors import UserError
 
 REMOTE = ("http", "https", "s3")
 CACHE = "VIDEODIFF_CACHE"  # the environment's name for the folder of fetched files
+LIMIT = "VIDEODIFF_CACHE_GIB"  # and for their size, beyond which the least recently used ones go
+_LIMIT_GIB = 100.0
+_FETCHED = re.compile(r"[0-9a-f]{24}-")  # how names in the cache begin; nothing else is ever deleted
 _SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*):")
 Result = TypeVar("Result")
 
@@ -89,10 +92,27 @@ def version_of(url: str) -> str:
     )
 
 
+@contextlib.contextmanager
+def opened(url: str, path: Path, digest: str | None = None) -> Iterator[IO[bytes]]:
+    """The file of a URL at ``path``, fetched unless it is there. While it is open it stays in the cache."""
+    file = None
+    while file is None:
+        fetch(url, path, digest)
+        with contextlib.suppress(FileNotFoundError):  # it had to go just now
+            file = open(path, "rb")  # noqa: SIM115
+    with file:
+        fcntl.flock(file, fcntl.LOCK_SH)
+        now = time.time_ns()  # finer than the file system's own clock
+        with contextlib.suppress(FileNotFoundError):
+            os.utime(path, ns=(now, now))
+        yield file
+
+
 def fetch(url: str, path: Path, digest: str | None = None) -> None:
     """Fetch a URL to ``path`` unless it is there: whole or not at all, by one of the processes that ask for it.
 
-    Raises UserError where it can't be fetched in several attempts, or its sha256 is not ``digest``.
+    What was used least recently makes room for it. Raises UserError where it can't be fetched in several attempts, or
+    its sha256 is not ``digest``.
     """
     if path.is_file():
         return
@@ -101,6 +121,7 @@ def fetch(url: str, path: Path, digest: str | None = None) -> None:
         with _alone(path):
             if not path.is_file():
                 _download(url, path, digest)
+                _make_room(path)
     except OSError as error:
         raise UserError(
             f"{path.parent}: cannot keep fetched shards ({error.strerror or error}); make room, or set {CACHE} to "
@@ -121,6 +142,39 @@ def _download(url: str, path: Path, digest: str | None) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _make_room(new: Path) -> None:
+    """Delete fetched files, the least recently used first, until the limit is kept; never ``new`` or an open one."""
+    told = os.environ.get(LIMIT) or str(_LIMIT_GIB)
+    try:
+        left = float(told) * 2**30
+    except ValueError:
+        raise UserError(f"{LIMIT}={told}: not a number; say how many GiB fetched shards may take") from None
+    found = []
+    for path in new.parent.iterdir():
+        with contextlib.suppress(FileNotFoundError):  # another process makes room too
+            if _FETCHED.match(path.name):
+                found.append((path.stat(), path))
+    left -= sum(status.st_size for status, _ in found)
+    for status, path in sorted(found, key=lambda entry: entry[0].st_mtime_ns):
+        if left >= 0:
+            return
+        if path != new and _removed(path):
+            left += status.st_size
+
+
+def _removed(path: Path) -> bool:
+    """Delete a file unless a process has it open."""
+    try:
+        with open(path, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
+    except FileNotFoundError:
+        return True
+    except BlockingIOError:
+        return False
+    return True
 
 
 def sha256(file: Any) -> str:

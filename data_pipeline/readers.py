@@ -9,10 +9,7 @@ seconds.
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import io
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,14 +19,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from data_pipeline.clips import ClipError, open_decord, read_frames
+from data_pipeline.decoders import ClipError, open_decord, read_frames, undecodable
 from videodiff.errors import UserError
 
 Frame = npt.NDArray[np.uint8]
 
 FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif,mpegts,mpeg,flv,ogg,asf"
 MOST_PIXELS = 2**26  # of a frame: beyond it a header lies, or memory does not suffice
-_UNREADABLE = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOTDIR}
 _DECORD_CODECS = {"h264", "hevc", "vp8", "vp9", "mpeg4", "mpeg2video"}
 _DECORD_BYTES = 2**28  # decord reads a file from end to end when it opens it; in larger ones PyAV's seeking is cheaper
 
@@ -72,7 +68,7 @@ def open_video(source: Path | bytes, decoder: str | None = None) -> Video:
 
     Raises ClipError: "undecodable", "no video" (only sound), "too large" (more than MOST_PIXELS).
     """
-    video = _PyavVideo(source)
+    video = PyavVideo(source)
     if decoder == "pyav" or (decoder is None and not _decord_reads(video, source)):
         return video
     try:
@@ -83,23 +79,24 @@ def open_video(source: Path | bytes, decoder: str | None = None) -> Video:
         return video
 
 
-def _decord_reads(video: _PyavVideo, source: Path | bytes) -> bool:
+def decord_knows(header: Header) -> bool:
+    """Whether a file is of a kind that decord decodes, unless it is damaged."""
+    return header.codec in _DECORD_CODECS and header.pixel_format in ("yuv420p", "yuvj420p")
+
+
+def _decord_reads(video: PyavVideo, source: Path | bytes) -> bool:
     """Whether what the header says and the order of the packets leave nothing for decord to get wrong."""
-    header = video.header
-    if header.codec not in _DECORD_CODECS or header.pixel_format not in ("yuv420p", "yuvj420p") or header.rotation:
+    if not decord_knows(video.header) or video.header.rotation:
         return False
     size = len(source) if isinstance(source, bytes) else source.stat().st_size
     if size > _DECORD_BYTES or (isinstance(source, Path) and not _is_text(source)):
         return False
-    latest_key = -np.inf
-    for time, is_key in video.packets():
-        if time is None or (not is_key and time < latest_key):
-            return False  # no times, or a picture that leans on the group before its own
-        latest_key = time if is_key else latest_key
-    return True
+    return video.has_closed_groups()
 
 
-class _PyavVideo(Video):
+class PyavVideo(Video):
+    """PyAV for all. UserError where it is not installed; ClipError as `open_video`."""
+
     decoder = "pyav"
 
     def __init__(self, source: Path | bytes) -> None:
@@ -109,7 +106,7 @@ class _PyavVideo(Video):
             raise UserError(f"PyAV cannot be loaded ({error}); install it with pip install 'videodiff[data]'") from None
         av.logging.set_level(None)  # what is wrong with a file is told once, by ClipError
         self._source = source
-        with _undecodable():
+        with undecodable():
             self._container, stream = self._open()
             self._rate = float(stream.average_rate or 0) or 25.0
             context = stream.codec_context
@@ -153,12 +150,27 @@ class _PyavVideo(Video):
 
     def packets(self) -> Iterator[tuple[float | None, bool]]:
         """(time shown, whether decoding can begin here) of every packet, in the order of decoding."""
-        with _undecodable():
+        with undecodable():
             container, stream = self._open()
             for packet in container.demux(stream):
                 if packet.size:
                     time = None if packet.pts is None else float(packet.pts * packet.time_base)
                     yield time, packet.is_keyframe
+
+    def has_closed_groups(self) -> bool:
+        """Whether each packet says its time, and no picture leans on the group of pictures before its own."""
+        latest_key = -np.inf
+        for time, is_key in self.packets():
+            if time is None or (not is_key and time < latest_key):
+                return False
+            latest_key = time if is_key else latest_key
+        return True
+
+    def times(self) -> npt.NDArray[np.float64]:
+        """When its frames are shown, ascending; nothing is decoded for it where the packets say it."""
+        told = [time for time, _ in self.packets()]
+        times = [time for time, _ in self.all()] if None in told else told
+        return np.unique(np.array([time for time in times if time is not None and time >= self.first_time - 1e-6]))
 
     def _decoded(self, container: Any, stream: Any) -> Iterator[Any]:
         for packet in container.demux(stream):
@@ -177,7 +189,7 @@ class _PyavVideo(Video):
             yield time, frame
 
     def all(self, start: float = -np.inf, stop: float = np.inf) -> Iterator[tuple[float, Frame]]:
-        with _undecodable():
+        with undecodable():
             for time, frame in self._from(start) if start > self.first_time else self._timed(*self._open()):
                 if time >= stop:
                     return
@@ -185,7 +197,7 @@ class _PyavVideo(Video):
                     yield time, self._upright(frame)
 
     def nearest(self, times: npt.NDArray[np.float64]) -> Iterator[Frame]:
-        with _undecodable():
+        with undecodable():
             targets, picture = list(times), None
             frames = self._from(float(times[0]))
             time, frame = next(frames)
@@ -228,11 +240,11 @@ class _DecordVideo(Video):
 
     decoder = "decord"
 
-    def __init__(self, video: _PyavVideo, source: Path | bytes) -> None:
+    def __init__(self, video: PyavVideo, source: Path | bytes) -> None:
         self.header, self.pixel_aspect = video.header, video.pixel_aspect
         self._times = np.sort(np.array([time for time, _ in video.packets()], np.float64))
         self.first_time = video.first_time
-        with _undecodable():
+        with undecodable():
             self._reader = open_decord(io.BytesIO(source) if isinstance(source, bytes) else str(source.absolute()))
             known = np.sort(self._reader.get_frame_timestamp(range(len(self._reader)))[:, 0].astype(np.float64))
             tolerance = 1e-3 + 1e-6 * abs(self._times[-1]) if len(self._times) else 0
@@ -248,26 +260,9 @@ class _DecordVideo(Video):
         return self._read(np.searchsorted(middles, times, side="left").tolist())
 
     def _read(self, indices: list[int]) -> Iterator[Frame]:
-        with _undecodable():
+        with undecodable():
             for first in range(0, len(indices), 8):  # in pieces, since frames may be large
                 yield from read_frames(self._reader, indices[first : first + 8])
-
-
-@contextlib.contextmanager
-def _undecodable() -> Iterator[None]:
-    """Whatever a library raises over a file becomes a ClipError of one line."""
-    try:
-        yield
-    except (ClipError, UserError, ImportError):
-        raise
-    except StopIteration:
-        raise ClipError("undecodable", "no frames") from None
-    except Exception as error:  # av and decord have classes of their own, and raise others too
-        if isinstance(error, OSError) and error.errno in _UNREADABLE:
-            raise ClipError("unreadable", error.strerror or str(error)) from None
-        detail = re.sub(r"\[[\d:]+\] \S+:\d+: |\[Errno -?\d+\] ", "", str(error))  # no places of a library's own code
-        line = (detail.strip().splitlines() or [type(error).__name__])[0]
-        raise ClipError("undecodable", re.sub(r": '.*", "", line)[:200]) from None  # nor the file's name again
 
 
 def _is_text(path: Path) -> bool:

@@ -51,14 +51,15 @@ def read_sample(shard: Shard, number: int) -> RawSample:
     "no caption" and "unsafe name".
     """
     start, stop = shard.extent(number)
-    path = shard.local()
     try:
-        with open(path, "rb") as file:
+        with shard.open() as file:
             file.seek(start)
             data = file.read(stop - start)
         if shard.crc32 and zlib.crc32(data) != shard.crc32[number]:
             raise tarfile.ReadError("checksum")
-        sample = tars.read_group(data, path.name)
+        sample = tars.read_group(data, shard.path.name)
+    except UserError:  # it cannot be fetched
+        raise
     except (OSError, tarfile.TarError, EOFError, StopIteration, ValueError) as error:
         raise _torn(shard, start, error) from None
     return _checked(shard, sample)
@@ -187,7 +188,7 @@ def _read_texts(shard: Shard, number: int, headers: Collection[str] = ()) -> dic
     start, stop = shard.extent(number)
     sample: dict[str, Any] = {}
     try:
-        with open(shard.local(), "rb") as file:
+        with shard.open() as file:
             file.seek(start)
             with tarfile.open(fileobj=file, mode="r:") as tar:
                 for key, suffix, member in tars.members(tar, stop):

@@ -65,7 +65,7 @@ def _section(shard: Shard, raw: RawSample | SampleError, result: Any) -> str:
     rows: dict[str, Any] = {"shard": shard.path.name, "size": f"{len(raw.video):,} bytes of {raw.suffix}"}
     if isinstance(result, Preview):
         picture = f'<img alt="{len(result.frames)} frames" src="{_picture(result.frames)}">'
-        rows["picture"] = f"{result.width} x {result.height}"
+        rows["picture"] = f"{result.width} x {result.height}, read by {result.decoder}"
         if result.fps:
             rows["length"] = f"{result.total} frames, {result.fps:.3g} a second, {result.total / result.fps:.2f} s"
     else:

@@ -52,6 +52,8 @@ def check(
         f"{found.num_good} of {found.num_samples} samples in {found.num_shards} shards are good "
         f"({found.num_captions} captions{hours})"
     )
+    if found.decoders:
+        typer.echo("read by " + ", ".join(f"{name} {count}" for name, count in sorted(found.decoders.items())))
     if batch_size is not None:
         steps = steps_per_epoch(found.num_samples, batch_size, world_size)
         typer.echo(f"{steps:.6g} steps an epoch: batches of {batch_size} = {world_size} x {batch_size // world_size}")

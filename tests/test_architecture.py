@@ -21,7 +21,7 @@ OWNERS = {
     "imageio_ffmpeg": {"videodiff/video_io.py"},
     "omegaconf": {"videodiff/config.py"},
     "yaml": {"videodiff/config.py"},
-    "decord": {"data_pipeline/clips.py"},
+    "decord": {"data_pipeline/decoders.py"},
     "fsspec": {"data_pipeline/locations.py"},
     "braceexpand": {"data_pipeline/locations.py"},
     "webdataset": {"data_pipeline/tars.py"},

@@ -76,6 +76,7 @@ def test_the_command_exits_with_the_list(world: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines() == [
         "7 of 7 samples in 3 shards are good (28 captions, 0.000972 hours)",
+        "read by decord 7",
         "1.75 steps an epoch: batches of 4 = 2 x 2",
     ]
     with tarfile.open(world / "z.tar", "w") as opened:

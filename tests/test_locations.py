@@ -15,7 +15,7 @@ import pytest
 
 from data_pipeline import locations
 from data_pipeline.loader import DataConfig, ShardSource
-from data_pipeline.shards import open_shards, read_sample, scan_shard, write_world_shards
+from data_pipeline.shards import Shard, open_shards, read_sample, scan_shard, write_world_shards
 from videodiff.errors import UserError
 
 
@@ -156,6 +156,39 @@ def test_many_processes_fetch_a_shard_once(world: Path) -> None:
         running = [subprocess.Popen(command, cwd=Path(__file__).parents[1]) for _ in range(3)]
         assert [process.wait() for process in running] == [0, 0, 0]
         assert server.fetched["/set/world-000000.tar"] == 1
+
+
+def test_the_least_recently_used_shards_go_first_and_never_one_in_use(
+    world: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def kept() -> set[str]:
+        return {path.name.partition("-")[2] for path in cache.iterdir() if path.name[0] != "."}
+
+    def touch(shard: Shard) -> None:
+        assert read_sample(shard, 0).captions
+
+    names = [f"world-{n:06d}.tar" for n in range(3)]
+    cache.mkdir()
+    (cache / "somebody-elses.tar").write_bytes(bytes(10**6))
+    with serving(world.parent) as (address, server):
+        shards = open_shards(f"http://{address}/set")
+        monkeypatch.setenv(locations.LIMIT, str((shards[0].bytes + shards[1].bytes) / 2**30))
+        for number in (0, 1, 0, 2):
+            touch(shards[number])
+        assert kept() == {names[0], names[2], "elses.tar"}, "the second was used least recently"
+        with shards[0].open():
+            touch(shards[2])
+            touch(shards[1])
+            assert kept() == {names[0], names[1], "elses.tar"}, "the first is open"
+        monkeypatch.setenv(locations.LIMIT, "0")
+        touch(shards[2])
+        assert kept() == {names[2], "elses.tar"}
+        touch(shards[1])
+        touch(shards[0])
+        assert server.fetched["/set/world-000000.tar"] == 2, "what is read again is fetched again"
+        monkeypatch.setenv(locations.LIMIT, "much")
+        with pytest.raises(UserError, match="VIDEODIFF_CACHE_GIB=much: not a number"):
+            touch(shards[1])
 
 
 class S3(Handler):
