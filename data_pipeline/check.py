@@ -8,13 +8,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from rich.progress import Progress
-
 from data_pipeline import locations, tars
 from data_pipeline.clips import IMAGE_SUFFIXES, ClipError, Preview
 from data_pipeline.decoding import DecodePool
 from data_pipeline.features import check_finite, unpack
 from data_pipeline.index import Shard, open_shards
+from data_pipeline.progress import bar
 from data_pipeline.samples import FEATURES, TEXT_SUFFIXES, VIDEO_SUFFIXES, RawSample, SampleError, try_sample
 from videodiff.errors import UserError
 
@@ -52,10 +51,9 @@ def check_shards(location: str, workers: int, deadline_seconds: float, progress:
     found.num_shards = len(shards) + len(unopened)
     found.num_samples = sum(len(shard.offsets) for shard in shards)
     with (
-        Progress(disable=not progress) as bar,
+        bar(progress, "check", found.num_samples) as advance,
         DecodePool(workers, deadline_seconds, PREVIEW) as pool,
     ):
-        task = bar.add_task("check", total=found.num_samples)
         for shard in shards:
             try:
                 _check_file(shard, found)
@@ -64,7 +62,7 @@ def check_shards(location: str, workers: int, deadline_seconds: float, progress:
                 continue
             for raw, result in _decoded(shard, pool):
                 _judge(shard, raw, result, found)
-                bar.advance(task)
+                advance(1)
     return found
 
 

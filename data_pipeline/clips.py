@@ -236,14 +236,25 @@ def fit(
     h, w = (size, size) if isinstance(size, int) else size
     if (height, width) == (h, w):
         return frames
-    from PIL import Image
-
     kept_height, kept_width = (height, height * w / h) if height * w <= width * h else (width * h / w, width)
     left, top = (width - kept_width) * crop[1], (height - kept_height) * crop[0]
     box = (left, top, left + kept_width, top + kept_height)
-    # Pillow's bicubic widens its kernel when it shrinks, so nothing aliases.
-    rows = [Image.fromarray(f).resize((w, h), Image.Resampling.BICUBIC, box=box) for f in frames]
-    return np.stack([np.asarray(row) for row in rows])
+    return np.stack([resize(frame, w, h, box) for frame in frames])
+
+
+def resize(
+    frame: npt.NDArray[np.uint8], width: int, height: int, box: tuple[float, float, float, float]
+) -> npt.NDArray[np.uint8]:
+    """The ``box`` of a picture [H,W,3], bicubic with a kernel that widens when it shrinks: [height,width,3]."""
+    from PIL import Image
+
+    right, bottom = min(box[2], frame.shape[1]), min(box[3], frame.shape[0])
+    if (box[0], box[1], right, bottom) == (0, 0, width, height) == (0, 0, frame.shape[1], frame.shape[0]):
+        return frame
+    picture = Image.fromarray(frame).resize(
+        (width, height), Image.Resampling.BICUBIC, box=(box[0], box[1], right, bottom)
+    )
+    return np.asarray(picture)
 
 
 def _image(data: bytes) -> npt.NDArray[np.uint8]:

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from data_pipeline.clips import ClipError
+from data_pipeline.clips import resize
+from data_pipeline.decoders import ClipError
 from data_pipeline.filters import Filters, verdict
 from data_pipeline.measures import measure, perceptual_hash
 from data_pipeline.readers import Video, open_video
@@ -134,19 +135,6 @@ def fit_box(
         raise ClipError("too small", f"{width}x{height} pixels for {new_width}x{new_height}")
     left, top = (width - box_width) / 2, (height - box_height) / 2
     return new_width, new_height, (left / pixel_aspect, top, (left + box_width) / pixel_aspect, top + box_height)
-
-
-def resize(frame: Frames, width: int, height: int, box: tuple[float, float, float, float]) -> Frames:
-    """The ``box`` of a picture [H,W,3], bicubic with a kernel that widens when it shrinks: [height,width,3]."""
-    from PIL import Image
-
-    right, bottom = min(box[2], frame.shape[1]), min(box[3], frame.shape[0])
-    if (box[0], box[1], right, bottom) == (0, 0, width, height) == (0, 0, frame.shape[1], frame.shape[0]):
-        return frame
-    picture = Image.fromarray(frame).resize(
-        (width, height), Image.Resampling.BICUBIC, box=(box[0], box[1], right, bottom)
-    )
-    return np.asarray(picture)
 
 
 def _strip(frames: Frames, size: int) -> bytes:

@@ -7,7 +7,6 @@ decided anew whenever clips are published, and here only saves the encoding of w
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import itertools
 import os
@@ -17,14 +16,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-from data_pipeline.clips import ClipError
 from data_pipeline.cutting import WORK, Cut
+from data_pipeline.decoders import ClipError
 from data_pipeline.decoding import DecodePool
 from data_pipeline.filters import verdict
 from data_pipeline.journal import Journal, Row, read_rows
 from data_pipeline.prepare_config import PrepareConfig, ScoresConfig
+from data_pipeline.progress import bar
 from data_pipeline.sources import Source
 from videodiff.errors import UserError
 
@@ -58,8 +56,13 @@ def make(journal: Journal, sources: list[Source], config: PrepareConfig, progres
 
 def pool(config: PrepareConfig) -> DecodePool:
     """The helper processes."""
-    workers = config.workers if config.workers is not None else os.cpu_count() or 1
+    workers = config.workers if config.workers is not None else _cores()
     return DecodePool(workers, config.clip_seconds, WORK)
+
+
+def _cores() -> int:
+    """The cores that this process may use: a job's, where the machine has more."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def cut_missing(
@@ -176,12 +179,3 @@ def read_exclusions(config: PrepareConfig) -> set[str]:
 def is_excluded(source: Source, index: int, excluded: set[str]) -> bool:
     """Whether the list has the clip's key, its source's, or its source's name."""
     return not excluded.isdisjoint((clip_key(source, index), source.key, source.name))
-
-
-@contextlib.contextmanager
-def bar(show: bool, what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar, and the function that advances it."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, disable=not show) as progress:
-        task = progress.add_task(what, total=total)
-        yield lambda count: progress.advance(task, count)

@@ -15,9 +15,10 @@ from typing import Any
 
 from data_pipeline.filters import duplicates, verdict
 from data_pipeline.journal import Journal, Row, forget, read_data, read_rows
-from data_pipeline.making import bar, clip_key, cut_missing, is_excluded, known, pool, read_exclusions, source_of
+from data_pipeline.making import clip_key, cut_missing, is_excluded, known, pool, read_exclusions, source_of
 from data_pipeline.measures import MEASURES
 from data_pipeline.prepare_config import PrepareConfig
+from data_pipeline.progress import bar
 from data_pipeline.report import write_report
 from data_pipeline.shards import INDEX, PLAN, open_shards, read_sample, write_index, write_shard
 from data_pipeline.sources import Source

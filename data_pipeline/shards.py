@@ -14,9 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rich.progress import Progress
-
 from data_pipeline.index import INDEX, PLAN, VERSION, Shape, Shard, fingerprint, open_shards, read_index, scan_shard
+from data_pipeline.progress import bar
 from data_pipeline.samples import (
     VIDEO_SUFFIXES,
     RawSample,
@@ -155,15 +154,14 @@ def write_world_shards(
     # Threads suffice: nearly all the time is spent in ffmpeg processes and inside numpy.
     pool = ThreadPoolExecutor(workers)
     try:
-        with Progress(disable=not progress) as bar:
-            task = bar.add_task("world shards", total=num_clips)
+        with bar(progress, "world shards", num_clips) as advance:
             for name, first in zip(names, firsts, strict=True):
                 part = range(first, min(first + samples_per_shard, num_clips))
                 if (out / name).exists():  # whole, since it was renamed into place
-                    bar.advance(task, len(part))
+                    advance(len(part))
                     continue
                 samples = _world_samples(part, plan, pool, ahead=2 * workers)
-                write_shard(out / name, _counted(samples, lambda: bar.advance(task)))
+                write_shard(out / name, _counted(samples, advance))
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
     write_index(out, names, plan, Shape(frames, float(fps), size, size))
@@ -172,10 +170,10 @@ def write_world_shards(
     return out / INDEX
 
 
-def _counted(samples: Iterable[_Sample], advance: Callable[[], None]) -> Iterator[_Sample]:
+def _counted(samples: Iterable[_Sample], advance: Callable[[int], None]) -> Iterator[_Sample]:
     for sample in samples:
         yield sample
-        advance()
+        advance(1)
 
 
 def _world_samples(

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import Progress
 
 from data_pipeline.augmentation import Augmentation
 from data_pipeline.bad_samples import BadSamples
@@ -21,6 +20,7 @@ from data_pipeline.data_config import DataConfig
 from data_pipeline.decoding import DecodePool
 from data_pipeline.features import Features, pack
 from data_pipeline.index import INDEX, PLAN, Shard, fingerprint, open_shards
+from data_pipeline.progress import bar
 from data_pipeline.samples import FEATURES, RawSample, SampleError, try_sample
 from data_pipeline.shards import started, write_index, write_shard
 from videodiff.errors import UserError
@@ -76,16 +76,15 @@ def encode(config: DataConfig, model: Model, out: Path, variants: int, seed: int
     names = [f"encoded-{number:06d}.tar" for number in range(len(shards))]
     bad = BadSamples(out / BAD_SAMPLES, config.bad_limit, config.bad_floor)
     with (
-        Progress(disable=not progress) as bar,
+        bar(progress, "encode", encoder.num_samples) as advance,
         DecodePool(config.workers, config.deadline_seconds) as pool,
     ):
-        task = bar.add_task("encode", total=encoder.num_samples)
         first = 0
         for shard, name in zip(shards, names, strict=True):
             if not (out / name).exists():  # else whole, since it was renamed into place
                 write_shard(out / name, encoder.samples(shard, first, pool, bad), FEATURES)
             first += len(shard.offsets)
-            bar.update(task, completed=first)
+            advance(len(shard.offsets))
     write_index(out, names, plan)
     for leftover in (*out.glob(".encoded-*.tar"), out / PLAN):
         leftover.unlink(missing_ok=True)
