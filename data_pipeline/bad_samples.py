@@ -7,7 +7,7 @@ import os
 from collections import Counter
 from pathlib import Path
 
-from data_pipeline.clips import ClipError
+from data_pipeline.decoders import ClipError
 from videodiff.errors import UserError
 
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from data_pipeline import locations, tars
-from data_pipeline.clips import IMAGE_SUFFIXES, ClipError, Preview
+from data_pipeline.clips import IMAGE_SUFFIXES, Preview
+from data_pipeline.decoders import ClipError
 from data_pipeline.decoding import DecodePool
 from data_pipeline.features import check_finite, unpack
 from data_pipeline.index import Shard, open_shards

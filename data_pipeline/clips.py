@@ -1,27 +1,18 @@
-"""From the bytes of a video or image file to frames at a rate and size. An image is a clip of one frame.
-
-decord reads what it can, and PyAV the rest: what decord has no decoder for (AV1), where it is not installed, and files
-with several key frames among which decord would give other frames than asked (see data_pipeline/readers.py).
-"""
+"""From the bytes of a video or image file to frames at a rate and size. An image is a clip of one frame."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from data_pipeline.decoders import ClipError, open_decord, read_frames, undecodable
-from data_pipeline.readers import PyavVideo, decord_knows
-from videodiff.errors import UserError
+from data_pipeline.decoder_choice import Opened, read_video
+from data_pipeline.decoders import ClipError
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 CENTRE = (0.5, 0.5)
-_PIECE = 32  # frames read at once, since the source may be much larger than what is made of it
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -79,7 +70,7 @@ def decode_clip(
             raise ClipError("too short", f"1 frame, {frames} asked")
         return Clip(fit(_image(video), (height, width), crop), 0, 1)
 
-    def window(opened: _Opened) -> Clip:
+    def window(opened: Opened) -> Clip:
         grid = grid_frames(opened.times, fps, frames)
         first, count = window_start(len(grid), frames, position), frames
         if len(grid) * height * width * 3 <= whole_bytes:
@@ -87,7 +78,7 @@ def decode_clip(
         pieces = opened.read(grid[first : first + count].tolist())
         return Clip(np.concatenate([fit(piece, (height, width), crop) for piece in pieces]), first, len(grid))
 
-    return _read(video, window)
+    return read_video(video, window)
 
 
 def preview_clip(video: bytes, *, frames: int, height: int, suffix: str = "mp4") -> Preview:
@@ -99,7 +90,7 @@ def preview_clip(video: bytes, *, frames: int, height: int, suffix: str = "mp4")
         picture = _image(video)
         return Preview(_lowered(picture, height), 0, 1, 0.0, *picture.shape[1:3], "pillow")
 
-    def preview(opened: _Opened) -> Preview:
+    def preview(opened: Opened) -> Preview:
         total = len(opened.times)
         kept = set(np.linspace(0, total - 1, min(frames, total)).astype(int).tolist())
         rows, first = [], 0
@@ -111,101 +102,11 @@ def preview_clip(video: bytes, *, frames: int, height: int, suffix: str = "mp4")
         fps = (total - 1) / seconds if seconds > 0 else 0.0
         return Preview(np.concatenate(rows), 0, total, fps, *piece.shape[1:3], opened.decoder)
 
-    return _read(video, preview)
+    return read_video(video, preview)
 
 
 def _lowered(frames: npt.NDArray[np.uint8], height: int) -> npt.NDArray[np.uint8]:
     return fit(frames, (height, max(round(height * frames.shape[2] / frames.shape[1]), 1)))
-
-
-class _Opened(NamedTuple):
-    """A video to read frames from: when each is shown, and ascending indices -> their frames uint8 [T,H,W,3] in
-    pieces."""
-
-    decoder: str
-    times: npt.NDArray[np.float64]
-    read: Callable[[list[int]], Iterator[npt.NDArray[np.uint8]]]
-    sure: bool = True  # nothing in it can be read wrongly
-
-
-def _read(video: bytes, use: Callable[[_Opened], Result]) -> Result:
-    """What ``use`` makes of a video that decord opens, or where decord isn't to be trusted PyAV.
-
-    With one key frame there is nothing that decord could seek to, and PyAV isn't asked. Raises ClipError; UserError
-    where neither is installed.
-    """
-    opened, problem = None, None
-    try:
-        with undecodable():
-            opened = _by_decord(video)
-            if opened.sure:
-                return use(opened)
-    except ClipError as error:
-        if error.reason != "undecodable":
-            raise
-        problem = error
-    except UserError:  # there is no decord for this machine
-        pass
-    try:
-        other = PyavVideo(video)
-    except UserError as missing:
-        if opened is not None and problem is None:
-            with undecodable():
-                return use(_without_seeking(opened))
-        if problem is None:
-            raise
-        raise ClipError(problem.reason, f"{problem.detail}; {missing}") from None
-    except ClipError as error:
-        raise problem or error from None
-    if problem is not None and decord_knows(other.header):
-        raise problem  # it is damaged, and what a decoder patches up after an error can't be told from pictures
-    with undecodable():
-        trusted = opened is not None and problem is None and other.has_closed_groups()
-        return use(opened if opened is not None and trusted else _by_pyav(other))
-
-
-def _by_decord(video: bytes) -> _Opened:
-    reader = open_decord(io.BytesIO(video))
-    times = np.sort(reader.get_frame_timestamp(range(len(reader)))[:, 0].astype(np.float64))
-
-    def read(indices: list[int]) -> Iterator[npt.NDArray[np.uint8]]:
-        for first in range(0, len(indices), _PIECE):
-            yield read_frames(reader, indices[first : first + _PIECE])
-
-    # Some files say no times, in which place decord has random ones.
-    sure = len(reader.get_key_indices()) < 2 and bool((np.abs(times) < 1e6).all())
-    return _Opened("decord", times, read, sure)
-
-
-def _without_seeking(opened: _Opened) -> _Opened:
-    """It reads from the start on, which is slower and gives the right frames of any file."""
-
-    def read(indices: list[int]) -> Iterator[npt.NDArray[np.uint8]]:
-        first = 0
-        for piece in opened.read(list(range(indices[-1] + 1))):
-            chosen = [index - first for index in indices if first <= index < first + len(piece)]
-            if chosen:
-                yield piece[chosen]
-            first += len(piece)
-
-    return opened._replace(read=read)
-
-
-def _by_pyav(video: PyavVideo) -> _Opened:
-    times = video.times()
-
-    def read(indices: list[int]) -> Iterator[npt.NDArray[np.uint8]]:
-        shown = video.all(times[indices[0]] - 1e-6, times[indices[-1]] + 1e-6)
-        number, picture = indices[0] - 1, np.empty(0, np.uint8)
-        for index in indices:
-            while number < index:
-                number += 1
-                time, picture = next(shown, (np.inf, picture))
-                if abs(time - times[number]) > 1e-3:
-                    raise ClipError("undecodable", f"frame {number} of {len(times)} cannot be decoded")
-            yield picture[None]
-
-    return _Opened("pyav", times, read)
 
 
 def grid_frames(times: npt.NDArray[np.float64], fps: float, frames: int) -> npt.NDArray[np.int64]:

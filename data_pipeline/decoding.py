@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-from data_pipeline.clips import ClipError
+from data_pipeline.decoders import ClipError
 from videodiff.errors import UserError
 
 DECODER = "data_pipeline.clips:decode_clip"

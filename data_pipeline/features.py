@@ -15,8 +15,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from data_pipeline.clips import ClipError
 from data_pipeline.data_config import DataConfig
+from data_pipeline.decoders import ClipError
 from data_pipeline.index import Encoding, Shard
 from videodiff.batch import Encoded
 from videodiff.errors import UserError

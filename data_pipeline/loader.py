@@ -20,8 +20,9 @@ import torch
 
 from data_pipeline.augmentation import Augmentation, draw
 from data_pipeline.bad_samples import BadSamples
-from data_pipeline.clips import Clip, ClipError
+from data_pipeline.clips import Clip
 from data_pipeline.data_config import Bucket, DataConfig
+from data_pipeline.decoders import ClipError
 from data_pipeline.decoding import DECODER, DecodePool
 from data_pipeline.features import blank, check_encoding, check_finite, same_shapes, stack, unpack
 from data_pipeline.index import fingerprint, open_shards

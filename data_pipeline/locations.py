@@ -103,7 +103,7 @@ def opened(url: str, path: Path, digest: str | None = None) -> Iterator[IO[bytes
     with file:
         fcntl.flock(file, fcntl.LOCK_SH)
         now = time.time_ns()  # finer than the file system's own clock
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):  # it is gone, or another user's
             os.utime(path, ns=(now, now))
         yield file
 
@@ -172,7 +172,7 @@ def _removed(path: Path) -> bool:
             path.unlink()
     except FileNotFoundError:
         return True
-    except BlockingIOError:
+    except (BlockingIOError, PermissionError):  # or another user's
         return False
     return True
 

@@ -13,7 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from data_pipeline.check import PREVIEW
-from data_pipeline.clips import ClipError, Preview
+from data_pipeline.clips import Preview
+from data_pipeline.decoders import ClipError
 from data_pipeline.decoding import DecodePool
 from data_pipeline.index import Shard, open_shards
 from data_pipeline.samples import RawSample, SampleError, try_sample

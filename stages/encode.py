@@ -15,8 +15,9 @@ import torch
 
 from data_pipeline.augmentation import Augmentation
 from data_pipeline.bad_samples import BadSamples
-from data_pipeline.clips import Clip, ClipError
+from data_pipeline.clips import Clip
 from data_pipeline.data_config import DataConfig
+from data_pipeline.decoders import ClipError
 from data_pipeline.decoding import DecodePool
 from data_pipeline.features import Features, pack
 from data_pipeline.index import INDEX, PLAN, Shard, fingerprint, open_shards

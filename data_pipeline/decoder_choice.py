@@ -1,0 +1,111 @@
+"""Which decoder reads a clip of a shard.
+
+decord reads what it can, and PyAV the rest: what decord has no decoder for (AV1), where it is not installed, and files
+with several key frames among which decord would give other frames than asked (see data_pipeline/readers.py).
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from data_pipeline.decoders import ClipError, open_decord, read_frames, undecodable
+from data_pipeline.readers import PyavVideo, decord_knows
+from videodiff.errors import UserError
+
+_PIECE = 32  # frames read at once, since the source may be much larger than what is made of it
+Result = TypeVar("Result")
+
+
+class Opened(NamedTuple):
+    """A video to read frames from: when each is shown, and ascending indices -> their frames uint8 [T,H,W,3] in
+    pieces."""
+
+    decoder: str
+    times: npt.NDArray[np.float64]
+    read: Callable[[list[int]], Iterator[npt.NDArray[np.uint8]]]
+    sure: bool = True  # nothing in it can be read wrongly
+
+
+def read_video(video: bytes, use: Callable[[Opened], Result]) -> Result:
+    """What ``use`` makes of a video that decord opens, or where decord isn't to be trusted PyAV.
+
+    With one key frame there is nothing that decord could seek to, and PyAV isn't asked. Raises ClipError; UserError
+    where neither is installed.
+    """
+    opened, problem = None, None
+    try:
+        with undecodable():
+            opened = _by_decord(video)
+            if opened.sure:
+                return use(opened)
+    except ClipError as error:
+        if error.reason != "undecodable":
+            raise
+        problem = error
+    except UserError:  # there is no decord for this machine
+        pass
+    try:
+        other = PyavVideo(video)
+    except UserError as missing:
+        if opened is not None and problem is None:
+            with undecodable():
+                return use(_without_seeking(opened))
+        if problem is None:
+            raise
+        raise ClipError(problem.reason, f"{problem.detail}; {missing}") from None
+    except ClipError as error:
+        raise problem or error from None
+    if problem is not None and decord_knows(other.header):
+        raise problem  # it is damaged, and what a decoder patches up after an error can't be told from pictures
+    with undecodable():
+        trusted = opened is not None and problem is None and other.has_closed_groups()
+        return use(opened if opened is not None and trusted else _by_pyav(other))
+
+
+def _by_decord(video: bytes) -> Opened:
+    reader = open_decord(io.BytesIO(video))
+    times = np.sort(reader.get_frame_timestamp(range(len(reader)))[:, 0].astype(np.float64))
+
+    def read(indices: list[int]) -> Iterator[npt.NDArray[np.uint8]]:
+        for first in range(0, len(indices), _PIECE):
+            yield read_frames(reader, indices[first : first + _PIECE])
+
+    # Some files say no times, in which place decord has random ones.
+    sure = len(reader.get_key_indices()) < 2 and bool((np.abs(times) < 1e6).all())
+    return Opened("decord", times, read, sure)
+
+
+def _without_seeking(opened: Opened) -> Opened:
+    """It reads from the start on, which is slower and gives the right frames of any file."""
+
+    def read(indices: list[int]) -> Iterator[npt.NDArray[np.uint8]]:
+        first = 0
+        for piece in opened.read(list(range(indices[-1] + 1))):
+            chosen = [index - first for index in indices if first <= index < first + len(piece)]
+            if chosen:
+                yield piece[chosen]
+            first += len(piece)
+
+    return opened._replace(read=read)
+
+
+def _by_pyav(video: PyavVideo) -> Opened:
+    times = video.times()
+
+    def read(indices: list[int]) -> Iterator[npt.NDArray[np.uint8]]:
+        shown = video.all(times[indices[0]] - 1e-6, times[indices[-1]] + 1e-6)
+        number, picture = indices[0] - 1, np.empty(0, np.uint8)
+        for index in indices:
+            while number < index:
+                number += 1
+                time, picture = next(shown, (np.inf, picture))
+                if abs(time - times[number]) > 1e-3:
+                    raise ClipError("undecodable", f"frame {number} of {len(times)} cannot be decoded")
+            yield picture[None]
+
+    return Opened("pyav", times, read)
