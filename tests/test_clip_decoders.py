@@ -18,6 +18,7 @@ from data_pipeline.loader import DataConfig, ShardSource
 from data_pipeline.shards import write_shard
 from stages.cli import main
 from tests.numbered_videos import KINDS, X264, encode, numbered, numbers
+from tests.test_clips import broken
 from videodiff.errors import UserError
 
 COUNT = 40
@@ -103,6 +104,9 @@ def test_where_a_decoder_is_missing(files: dict[str, bytes], shard: Path, monkey
     monkeypatch.undo()
     without(monkeypatch, "decord")
     assert numbers(decode_clip(files["h264.mp4"], fps=24, frames=COUNT, size=(64, 96)).frames) == list(range(COUNT))
+    for content in broken().values():
+        with pytest.raises(ClipError, match=r"undecodable|no video"):
+            decode_clip(content, fps=8, frames=16, size=16)
     without(monkeypatch, "decord", "av")
     with pytest.raises(UserError, match=r"pip install 'videodiff\[data\]'"):
         decode_clip(files["h264.mp4"], fps=8, frames=4, size=32)
