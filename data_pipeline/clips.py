@@ -88,7 +88,7 @@ def preview_clip(video: bytes, *, frames: int, height: int, suffix: str = "mp4")
     """
     if suffix in IMAGE_SUFFIXES:
         picture = _image(video)
-        return Preview(_lowered(picture, height), 0, 1, 0.0, *picture.shape[1:3], "pillow")
+        return Preview(_lowered(picture, height), 0, 1, 0.0, picture.shape[1], picture.shape[2], "pillow")
 
     def preview(opened: Opened) -> Preview:
         total = len(opened.times)
@@ -100,7 +100,7 @@ def preview_clip(video: bytes, *, frames: int, height: int, suffix: str = "mp4")
             first += len(piece)
         seconds = float(opened.times[-1] - opened.times[0])
         fps = (total - 1) / seconds if seconds > 0 else 0.0
-        return Preview(np.concatenate(rows), 0, total, fps, *piece.shape[1:3], opened.decoder)
+        return Preview(np.concatenate(rows), 0, total, fps, piece.shape[1], piece.shape[2], opened.decoder)
 
     return read_video(video, preview)
 

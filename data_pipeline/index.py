@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from data_pipeline import locations, tars
 from videodiff.errors import UserError
@@ -66,7 +66,7 @@ class Shard:
         last = number + 1 == len(self.offsets)
         return self.offsets[number], self.bytes if last else self.offsets[number + 1]
 
-    def open(self) -> AbstractContextManager[IO[bytes]]:
+    def open(self) -> AbstractContextManager[BinaryIO]:
         """The file, open to be read; a remote one is fetched when it is first asked for (UserError)."""
         if self.url is not None:
             return locations.opened(self.url, self.path, self.digest)

@@ -15,7 +15,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
 from videodiff.errors import UserError
@@ -93,7 +93,7 @@ def version_of(url: str) -> str:
 
 
 @contextlib.contextmanager
-def opened(url: str, path: Path, digest: str | None = None) -> Iterator[IO[bytes]]:
+def opened(url: str, path: Path, digest: str | None = None) -> Iterator[BinaryIO]:
     """The file of a URL at ``path``, fetched unless it is there. While it is open it stays in the cache."""
     file = None
     while file is None:
