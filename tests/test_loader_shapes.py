@@ -196,7 +196,7 @@ def test_shapes_of_others_come_from_their_jsons(tmp_path: Path) -> None:
         ShardSource(config(str(tmp_path), buckets=BUCKETS), 0)
 
 
-@settings(deadline=None, max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     sizes=st.lists(st.integers(0, 5), min_size=1, max_size=4).filter(any),
     streams=st.integers(1, 5),

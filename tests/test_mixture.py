@@ -52,7 +52,7 @@ def test_draws_are_in_proportion_and_found_anywhere(weights: list[Fraction], sta
         assert positions == list(range(positions[0], positions[0] + len(positions))) if positions else True
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     sizes=st.lists(st.integers(0, 9), min_size=1, max_size=6).filter(any),
     streams=st.integers(1, 9),
@@ -87,7 +87,7 @@ def test_one_order_whoever_reads_it_and_wherever_it_is_resumed(
 SHAPES = {SQUARE: Shape(9, 16.0, 100, 100), WIDE: Shape(9, 16.0, 50, 110), IMAGE: Shape(1, 0.0, 64, 64)}
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     data_sets=st.lists(
         st.lists(st.lists(st.sampled_from([SQUARE, WIDE, IMAGE]), max_size=6), min_size=1, max_size=3).filter(any),

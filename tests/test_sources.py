@@ -240,7 +240,7 @@ def test_shards_are_a_source_too(tmp_path: Path) -> None:
         assert list(sources) == ["a.tar/a0", "a.tar/a1", "b.tar/b0", "b.tar/b1"]
         assert (sources["b.tar/b1"].captions, sources["b.tar/b1"].meta) == (("b 1",), {"n": 1})
         assert [read_bytes(s) for s in sources.values()] == [b"bytes a0", b"bytes a1", b"bytes b0", b"bytes b1"]
-    for refused in ("pipe:touch hacked", "http://somewhere/a.tar"):
+    for refused in ("pipe:touch hacked", "ftp://somewhere/a.tar"):
         with pytest.raises(UserError, match="is not opened"):
             found(refused)
 
