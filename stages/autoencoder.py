@@ -112,7 +112,7 @@ class AutoencoderTask:
         frames = to_float(batch.frames.to(like.device))  # [B*T,3,H,W]
         if self.config.crop is not None:
             places = uniforms(seed, "crop", batch.numbers, (count, 3)).flatten(0, 1)
-            frames = crops(frames, self.config.crop, self.module.factor, places)
+            frames = crops(frames, self.config.crop, self.module.factor, places, count)
         weight = batch.weight.to(like.device).repeat_interleave(count)
         contest = self.contest if self._contested(batch) else None
         noise = None

@@ -217,6 +217,22 @@ def test_crops_hold_an_edge_and_whole_cells() -> None:
     assert same[200:].any(0).float().mean() > 0.9
 
 
+def test_crops_look_for_what_moves_before_a_ground_full_of_edges() -> None:
+    size, times = 16, 8
+    ground = ((torch.arange(64)[:, None] // 8 + torch.arange(64) // 8) % 2).float().expand(times, 3, 64, 64) - 0.5
+    moving, still = ground.clone(), ground.clone()
+    for time in range(times):
+        moving[time, 0, 30:36, 8 + 6 * time : 14 + 6 * time] = 1
+        still[time, 0, 30:36, 30:36] = 1
+    found = {}
+    for name, clip in (("moving", moving), ("still", still)):
+        frames = clip.repeat(100, 1, 1, 1)
+        uniform = torch.rand(len(frames), 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        # Red is 1 in the object alone.
+        found[name] = (crops(frames, size, 8, uniform, times)[:, 0] == 1).flatten(1).any(1).float().mean()
+    assert found["moving"] > 2 * found["still"] > 0
+
+
 def test_rms_norm_measures_each_position_alone() -> None:
     config = AutoencoderConfig(latent_channels=3, widths=(16, 16), norm="rms", attention=False)
     norm = config.make_norm(16)
