@@ -124,7 +124,11 @@ def train_stage(path: str | Path, overrides: Sequence[str] = ()) -> None:
             text.adopt(config, config.network.pretrained, _base(config))
             return
         bad_samples = Path(config.run.dir) / "bad_samples.jsonl"
-        source = ShardSource(config.data, config.run.seed, bad_samples, encoder=_encoder(config))
-        train(config.run, config.engine, config.data.batch_size, make_task(config), source, config)
+
+        def prepare() -> tuple[Task, ShardSource]:
+            source = ShardSource(config.data, config.run.seed, bad_samples, encoder=_encoder(config))
+            return make_task(config), source
+
+        train(config.run, config.engine, config.data.batch_size, prepare, config)
     finally:
         distributed.cleanup()

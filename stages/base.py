@@ -278,7 +278,14 @@ class DiffusionTask:
         if self.history is not None:
             known = losses.detach().cpu().double().where(batch.weight.cpu() > 0, torch.nan)  # nothing of a bad clip
             seen = torch.stack([t.double(), known], dim=1)
-        return LossOutput(per_sample=losses * weight.to(losses), metrics={}, seen=seen)
+        return LossOutput(losses * weight.to(losses), tallies=self._by_quarter(losses, t, batch.weight), seen=seen)
+
+    def _by_quarter(self, losses: Tensor, t: Tensor, weight: Tensor) -> dict[str, Tensor]:
+        """Sum and number of the losses in each quarter of the times, the first the least noisy; bad clips left out."""
+        quarter = (t.cpu() * 4 // self.schedule.num_steps).long()
+        values = losses.detach().cpu().double()
+        counts = [((quarter == i) & (weight.cpu() > 0)) for i in range(4)]
+        return {f"loss_quarter_{i + 1}": torch.stack([values[c].sum(), c.sum().double()]) for i, c in enumerate(counts)}
 
     def after_step(self, seen: Tensor) -> None:
         """Take in (t, loss) [batch, 2] of the step's samples."""

@@ -27,10 +27,13 @@ from videodiff.training.engine import EngineConfig
 from videodiff.training.task import LossOutput
 from videodiff.training.trainer import RunConfig, train
 
+PACE = ("seconds", "waited", "samples_per_second")  # of a record: the only things that differ between equal runs
+
 
 class TinyConfig(Config):
     """bad: samples whose clip did not decode. poison: samples that make the gradient infinite. on_sample: a signal.
 
+    dropout: of the network; the one thing that is drawn otherwise on another number of ranks.
     importance: each sample's loss is multiplied by one of four times, drawn by how large those losses were.
     """
 
@@ -41,6 +44,7 @@ class TinyConfig(Config):
     poison: tuple[int, ...] = ()
     signal: int | None = None
     signal_at: int | None = None
+    dropout: float = 0.1
     importance: LossSecondMoment | None = None
 
 
@@ -50,7 +54,7 @@ class TinyTask:
     def __init__(self, config: TinyConfig) -> None:
         torch.manual_seed(1)
         self.config = config
-        self.module = nn.Sequential(nn.Linear(24, 33), nn.Dropout(0.1), nn.SiLU(), nn.Linear(33, 7))
+        self.module = nn.Sequential(nn.Linear(24, 33), nn.Dropout(config.dropout), nn.SiLU(), nn.Linear(33, 7))
         self.module.register_buffer("scale", torch.tensor([1 / 3]))
         self.sampled: list[dict[str, Tensor]] = []
         self.history = LossHistory(config.importance, 4) if config.importance is not None else None
@@ -126,7 +130,7 @@ class TinySource:
 def run_tiny(config: TinyConfig) -> TinyTask:
     """Train the tiny task as `config` says."""
     task, source = TinyTask(config), TinySource(config.bad)
-    train(config.run, config.engine, config.batch_size, task, source, config)
+    train(config.run, config.engine, config.batch_size, lambda: (task, source), config)
     return task
 
 

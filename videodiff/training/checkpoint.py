@@ -1,8 +1,8 @@
 """Checkpoints that a kill can't spoil: written beside, listed in a manifest, then renamed; the newest sound one counts.
 
-checkpoints/step-00000100/ holds engine/ (DeepSpeed's files), average-*.safetensors (each rank's fragments of the EMA),
-state.json, manifest.json, memory.safetensors (what the task learned besides weights, if anything), adversary/ (a second
-engine's files, if the task has one), and ema.safetensors, raw.safetensors and model.yaml, by which it opens as a Model.
+checkpoints/step-00000100/ holds engine/ (each rank's fragments of weights, moments and EMA), state.json,
+manifest.json, memory.safetensors (what the task learned besides weights, if anything), adversary/ (a second engine's
+files, if the task has one), and ema.safetensors, raw.safetensors and model.yaml, by which it opens as a Model.
 """
 
 import hashlib
@@ -16,6 +16,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from videodiff.errors import UserError
+from videodiff.model import Model, export
 from videodiff.training.distributed import barrier, from_first, raise_from_first, rank
 
 MANIFEST = "manifest.json"
@@ -24,8 +25,17 @@ MANIFEST = "manifest.json"
 class Checkpoints:
     """The folder `checkpoints/` of a run. Its methods are collective, but for `exist`."""
 
-    def __init__(self, folder: Path, keep_last: int) -> None:
-        self.folder, self.keep_last = folder, keep_last
+    def __init__(
+        self,
+        folder: Path,
+        keep_last: int,
+        keep_average_every: int = 0,
+        token: str = "",
+        may_publish: Callable[[], None] = lambda: None,
+    ) -> None:
+        """token: whose unfinished checkpoint it is. may_publish: raises when this process must not finish one."""
+        self.folder, self.keep_last, self.keep_average_every = folder, keep_last, keep_average_every
+        self.token, self.may_publish = token, may_publish
 
     def newest(self) -> Path | None:
         """The newest checkpoint that verifies; None when there is none. Broken ones are named in a warning.
@@ -44,7 +54,7 @@ class Checkpoints:
         checkpoints stay as they are.
         """
         final = self.folder / f"step-{step:08d}"
-        draft = final.with_name(f"{final.name}.tmp")
+        draft = final.with_name(f"{final.name}.{self.token}.tmp")
         raise_from_first(self._start(draft, num_bytes) if rank() == 0 else None)
         try:
             fill(draft)
@@ -95,6 +105,7 @@ class Checkpoints:
     def _finish(self, draft: Path, final: Path, step: int) -> str | None:
         try:
             seal(draft)
+            self.may_publish()
             if final.exists():  # broken, or it would have been resumed from
                 shutil.rmtree(final)
             draft.rename(final)
@@ -102,12 +113,21 @@ class Checkpoints:
             found = self._found()
             # The run went on from below the later ones because they are broken: they must not outlive sound ones.
             last = found.index(final) + 1
+            for old in found[:last][: -self.keep_last]:
+                if self.keep_average_every and int(old.name[5:]) % self.keep_average_every == 0:
+                    self._keep_average(old)
             for useless in [*found[last:], *found[:last][: -self.keep_last]]:
                 shutil.rmtree(useless)
         except OSError as error:
             shutil.rmtree(draft, ignore_errors=True)
             return self._failed(step, error)
         return None
+
+    def _keep_average(self, checkpoint: Path) -> None:
+        """A model of the averaged weights alone, beside the checkpoints."""
+        target = checkpoint.with_name(f"average-{checkpoint.name[5:]}")
+        if not target.exists():
+            export(Model.load(checkpoint), target)
 
     def _failed(self, step: int, error: Exception) -> str:
         reason = (error.strerror if isinstance(error, OSError) else None) or str(error).splitlines()[0]

@@ -1,0 +1,60 @@
+"""The commands that look after runs: `videodiff status` and `videodiff checkpoint ...`; thin, heavy imports inside."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Run = Annotated[Path, typer.Argument(help="A run's folder, or a stage's YAML with the same overrides as in training")]
+
+
+def status(
+    run: Run,
+    overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value ..., after a YAML")] = None,
+    exit_code: Annotated[
+        bool,
+        typer.Option("--exit-code", help="Exit with 0: complete, 3: go on, 4: hopeless, 5: too many starts in vain"),
+    ] = False,
+) -> None:
+    """How a run stands, while it trains and after: step, speed, time left, last checkpoint, last problem."""
+    from stages.runs import run_of
+    from videodiff.training import status as statuses
+
+    folder, cap = run_of(run, overrides or [])
+    typer.echo(statuses.describe(folder, cap))
+    if exit_code:
+        code, why = statuses.verdict(folder, cap)
+        typer.echo(f"{code.name.lower().replace('_', ' ')}: {why}")
+        raise typer.Exit(code)
+
+
+def list_checkpoints(run: Run) -> None:
+    """A line for each checkpoint: step, size, by how many ranks, whether it is sound."""
+    from stages.runs import checkpoint_lines
+
+    for line in checkpoint_lines(run):
+        typer.echo(line)
+
+
+def verify(run: Annotated[Path, typer.Argument(help="A run's folder, or one checkpoint")]) -> None:
+    """Read every file of every checkpoint and compare it with its manifest; 1 when one is broken."""
+    from stages.runs import verify
+
+    broken = 0
+    for path, fault in verify(run):
+        typer.echo(f"{path}: {fault or 'sound'}")
+        broken += fault is not None
+    raise typer.Exit(1 if broken else 0)
+
+
+def reshape(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, or a run (its newest sound one)")],
+    ranks: Annotated[int, typer.Option(min=1, help="Into so many files; one for each rank reads fastest")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder of the new checkpoint")],
+) -> None:
+    """Write a checkpoint again as another number of ranks would have. (Any number goes on from any checkpoint.)"""
+    from stages.runs import reshape
+
+    typer.echo(f"wrote {reshape(checkpoint, ranks, out)}")
