@@ -13,7 +13,7 @@ from data_pipeline.loader import ShardSource
 from data_pipeline.shards import all_captions
 from stages import control, image, interpolation, text, upscale, video
 from stages.autoencoder import AutoencoderStage, AutoencoderTask
-from stages.base import StageConfig
+from stages.base import DiffusionStageConfig, StageConfig
 from stages.classifier import ClassifierStage, ClassifierTask
 from stages.control import ControlStage
 from stages.encode import encoder_digest
@@ -80,6 +80,20 @@ def make_task(config: StageConfig) -> Task:
     return interpolation.task(config, base)
 
 
+def begin_with(task: Task, stage: str, model: Model) -> None:
+    """Give what is trained the averaged weights of the same stage of `model`; UserError when they do not fit."""
+    state, own = model.state(stage), task.module.state_dict()
+    trained = {name for name, _ in task.module.named_parameters() if task.trains(name)}
+    odd = sorted((trained - state.keys()) | (state.keys() - own.keys()))
+    odd = odd or sorted(name for name in state if state[name].shape != own[name].shape)
+    if odd:
+        raise UserError(
+            f"init_from: the {stage} stage of {model.folder} does not fit this network at {odd[0]!r} ({len(odd)} such "
+            "names); name a model of the same network, or take its settings"
+        )
+    task.module.load_state_dict(state, strict=False)
+
+
 def _base(config: StageConfig) -> Model:
     if config.model is None:
         raise UserError("model: this stage stands on the stage before it; name its run with model=RUN")
@@ -127,7 +141,10 @@ def train_stage(path: str | Path, overrides: Sequence[str] = ()) -> None:
 
         def prepare() -> tuple[Task, ShardSource]:
             source = ShardSource(config.data, config.run.seed, bad_samples, encoder=_encoder(config))
-            return make_task(config), source
+            task = make_task(config)
+            if isinstance(config, DiffusionStageConfig) and config.init_from is not None:
+                begin_with(task, config.stage, Model.load(config.init_from))
+            return task, source
 
         train(config.run, config.engine, config.data.batch_size, prepare, config)
     finally:

@@ -100,8 +100,12 @@ class DenoisingStageConfig(StageConfig):
 
 
 class DiffusionStageConfig(DenoisingStageConfig):
-    """What the YAMLs share of the stages that are sampled by themselves."""
+    """What the YAMLs share of the stages that are sampled by themselves.
 
+    init_from: a run, checkpoint or model whose weights of this stage are the start; nothing else of it is taken.
+    """
+
+    init_from: str | None = None
     sampling: Sampling = Sampling()
 
 

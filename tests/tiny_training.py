@@ -33,6 +33,7 @@ PACE = ("seconds", "waited", "samples_per_second")  # of a record: the only thin
 class TinyConfig(Config):
     """bad: samples whose clip did not decode. poison: samples that make the gradient infinite. on_sample: a signal.
 
+    fails_at: a sample that is a user's mistake.
     dropout: of the network; the one thing that is drawn otherwise on another number of ranks.
     importance: each sample's loss is multiplied by one of four times, drawn by how large those losses were.
     """
@@ -42,6 +43,7 @@ class TinyConfig(Config):
     batch_size: int = 8
     bad: tuple[int, ...] = ()
     poison: tuple[int, ...] = ()
+    fails_at: int | None = None
     signal: int | None = None
     signal_at: int | None = None
     dropout: float = 0.1
@@ -65,6 +67,8 @@ class TinyTask:
     def loss(self, module: Callable[..., Tensor], batch: VideoBatch, seed: int) -> LossOutput:
         if self.config.signal_at in batch.numbers.tolist() and self.config.signal is not None:
             os.kill(os.getpid(), self.config.signal)
+        if self.config.fails_at in batch.numbers.tolist():
+            raise UserError("sample of the third step is forbidden")
         output, target = module(self.inputs(batch)).float(), normals((7,), seed, "target", batch.numbers)
         losses = (output - target).square().mean(1)
         factors = torch.tensor([torch.inf if n in self.config.poison else 1.0 for n in batch.numbers.tolist()])

@@ -98,11 +98,9 @@ class Watch:
                 if rank() == 0 or self._over.wait(5 * BEAT_SECONDS):
                     return
                 self._end(f"rank 0 is gone ({str(error).splitlines()[0]})")
-            now = time.monotonic()
-            if silent := [s for s in self._signs.values() if now - s.came > DEAD_SECONDS]:
-                names = ", ".join(map(str, silent))
-                self._end(f"step {self._step + 1}: no sign of life from {names} for {DEAD_SECONDS:.0f} s")
-            if now - self._moved > self.patience:
+            if silent := self._silent(DEAD_SECONDS):
+                self._end(f"step {self._step + 1}: no sign of life from {silent} for {DEAD_SECONDS:.0f} s")
+            if time.monotonic() - self._moved > self.patience:
                 self._end(self._who_hangs())
 
     def _look(self) -> None:
@@ -119,23 +117,28 @@ class Watch:
         os._exit(os.EX_TEMPFAIL)
 
     def _who_hangs(self) -> str:
+        moved = f"step {self._step + 1}: nothing moved for {self.patience:.0f} s (run.patience)"
+        if silent := self._silent(5 * BEAT_SECONDS):
+            return f"{moved}; no sign of life from {silent}"
         last = min((sign.step, sign.phase) for sign in self._signs.values())
         behind = [str(sign) for sign in self._signs.values() if (sign.step, sign.phase) == last]
         names = ", ".join(behind) if len(behind) < world() else "every rank"
-        return f"step {last[0] + 1}: nothing moved for {self.patience:.0f} s (run.patience); {PHASES[last[1]]}: {names}"
+        return f"{moved}; {PHASES[last[1]]}: {names}"
+
+    def _silent(self, seconds: float) -> str:
+        """The other ranks that have told nothing for so long."""
+        now = time.monotonic()
+        return ", ".join(str(s) for s in self._signs.values() if s.rank != rank() and now - s.came > seconds)
 
     def _who_is_gone(self) -> str:
         """After a collective failed: who told of a problem, else who does not tell anything any more."""
-        end = time.monotonic() + DEAD_SECONDS
         began = time.monotonic()
-        while time.monotonic() < end:
-            others = [s for s in self._signs.values() if s.rank != rank()]
-            if told := [s for s in others if s.problem]:
+        while time.monotonic() - began < DEAD_SECONDS:
+            if told := [sign for sign in self._signs.values() if sign.problem and sign.rank != rank()]:
                 return f"{told[0]} stopped: {told[0].problem}"
-            if self._thread is not None and not self._thread.is_alive():
-                return ""
-            silent = [s for s in others if time.monotonic() - s.came > 5 * BEAT_SECONDS]
-            if silent and time.monotonic() - began > 4 * BEAT_SECONDS:
-                return f"{', '.join(map(str, silent))} is gone; the same command goes on from the last checkpoint"
+            if self._thread is None or not self._thread.is_alive():  # the store is gone, and rank 0 with it
+                break
+            if silent := self._silent(5 * BEAT_SECONDS):
+                return f"{silent} is gone; the same command goes on from the last checkpoint"
             time.sleep(BEAT_SECONDS / 4)
         return ""
