@@ -1,7 +1,8 @@
 # make demo         a prompt becomes outputs/demo.mp4, from nothing but Python and pip
 # make install      install everything, the packages of training and tests too
 # make test         install everything and run all tests but the slow ones (make test-slow runs those)
-# make lint         ruff, format, types
+# make test-slurm   the job scripts on a real Slurm cluster that is started here (root, Debian's slurm-wlm munge iproute2)
+# make lint         ruff, format, types, shellcheck
 # make bench-digits train and measure the diffusion core on handwritten digits; writes docs/core-results.md
 # make bench-network our U-Net against those of diffusers, paired in one run; writes docs/network-speed.md
 # make bench-data   measure the loader against bare decoders and plain webdataset; writes docs/data-speed.md
@@ -18,7 +19,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # torch goes first and by its exact version: an unpinned one may bring gigabytes of CUDA packages that a CPU can't use.
 TORCH := $(shell sed -n 's/^\(torch==[^; ]*\).*/\1/p' constraints.txt)
 
-.PHONY: demo install demo-model bench-digits bench-network bench-data test test-slow lint clean
+.PHONY: demo install demo-model bench-digits bench-network bench-data test test-slow test-slurm lint clean
 
 demo: $(VENV)/.demo
 	@mkdir -p outputs
@@ -45,10 +46,14 @@ test: $(VENV)/.all
 test-slow: $(VENV)/.all
 	$(BIN)/python -m pytest -q -m slow
 
+test-slurm: $(VENV)/.all
+	$(BIN)/python -m pytest -q -m slurm
+
 lint: $(VENV)/.all
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy videodiff
+	$(BIN)/shellcheck -x slurm/*.sbatch slurm/*.sh
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
