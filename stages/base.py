@@ -247,8 +247,8 @@ class DiffusionTask:
             mean, std = (part.to(device()) for part in (batch.encoded.mean, batch.encoded.std))
         return mean + std * normals(tuple(mean.shape[1:]), seed, "posterior", batch.numbers).to(mean.device)
 
-    def condition(self, batch: VideoBatch, latents: Tensor) -> Condition:
-        """What the network is told of the batch, nothing dropped."""
+    def condition(self, batch: VideoBatch, latents: Tensor, seed: int = 0) -> Condition:
+        """What the network is told of the batch, nothing dropped; `seed` is for what is drawn in it."""
         condition = self._told(batch)
         slots = self.known_slots(latents.shape[2])
         return with_known(condition, latents, slots) if slots else condition
@@ -274,7 +274,7 @@ class DiffusionTask:
 
     def loss(self, module: Callable[..., Tensor], batch: VideoBatch, seed: int) -> LossOutput:
         x0 = self.latents(batch, seed)
-        condition = self.condition(batch, x0).drop(*self.dropout.draw(seed, batch.numbers))
+        condition = self.condition(batch, x0, seed).drop(*self.dropout.draw(seed, batch.numbers))
         t, weight = self.loss_function.draw_times(self.schedule, seed, batch.numbers, self.history)
         eps = self.loss_function.draw_noise(tuple(x0.shape[1:]), seed, batch.numbers).to(x0.device)
         losses = self.loss_function(self._denoiser(module), x0, eps, t.to(x0.device), condition)

@@ -58,3 +58,21 @@ def reshape(
     from stages.runs import reshape
 
     typer.echo(f"wrote {reshape(checkpoint, ranks, out)}")
+
+
+def plan(
+    config: Annotated[Path, typer.Argument(help="A stage's YAML: image, video or interpolation")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value ...")] = None,
+    nodes: Annotated[int, typer.Option(min=1, help="Nodes")] = 1,
+    gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs of each")] = 8,
+    gpu: Annotated[str, typer.Option(help="b200, h200, h100, a100, a100-40, l40s, a10, rtx4090 ...")] = "h100",
+    zero_stage: Annotated[int | None, typer.Option(min=0, max=3, help="[default: the configuration's]")] = None,
+    efficiency: Annotated[float, typer.Option(min=0.01, max=1, help="Share of the GPU's peak that is reached")] = 0.4,
+    price: Annotated[float | None, typer.Option(min=0, help="Of a GPU for an hour, in any currency")] = None,
+) -> None:
+    """What a stage's training takes before it begins: memory by ZeRO stage, work, data, communication, days, cost."""
+    from stages.plan_report import report
+
+    given = [*(overrides or []), *([] if zero_stage is None else [f"engine.zero_stage={zero_stage}"])]
+    for line in report(config, given, nodes, gpus_per_node, gpu, efficiency, price):
+        typer.echo(line)

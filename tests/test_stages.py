@@ -45,7 +45,7 @@ def test_known_slots() -> None:
     assert image.known_slots(1) == ()
     assert video.known_slots(16) == (0,)
     assert interpolation.known_slots(9, 2) == (0, 2, 4, 6, 8)
-    assert interpolation.known_slots(37, 4) == tuple(range(0, 37, 4))  # Emu Video: 8 frames become 37 with k = 4
+    assert interpolation.known_slots(37, 4, 4) == (4, 8, 12, 16, 20, 24, 28, 32)  # Emu Video: 8 frames become 37
 
 
 @pytest.mark.parametrize("factor", [2, 4])

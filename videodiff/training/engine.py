@@ -290,7 +290,8 @@ def _wrap(module: nn.Module, config: EngineConfig, micro_batch: int, accumulatio
         optimizer = deepspeed.ops.adam.DeepSpeedCPUAdam(trained, **options, adamw_mode=True)
     else:
         optimizer = deepspeed.ops.adam.FusedAdam(trained, **options, adam_w_mode=True)
-    settings = deepspeed_settings(config, micro_batch, accumulation, on_cuda)
+    count = sum(parameter.numel() for parameter in trained)
+    settings = deepspeed_settings(config, micro_batch, accumulation, count, on_cuda)
     with _quiet():
         engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings, dist_init_required=False)
     return engine

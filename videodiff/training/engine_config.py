@@ -88,12 +88,20 @@ class EngineConfig(Config):
         return micro_batch, share // micro_batch
 
 
-def deepspeed_settings(config: EngineConfig, micro_batch: int, accumulation: int, on_cuda: bool) -> dict[str, Any]:
+def deepspeed_settings(
+    config: EngineConfig, micro_batch: int, accumulation: int, trained: int, on_cuda: bool
+) -> dict[str, Any]:
     """DeepSpeed's own configuration: precision and communication stated, nothing inherited."""
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulation,
-        "zero_optimization": {"stage": config.zero_stage, "overlap_comm": on_cuda},
+        "zero_optimization": {
+            "stage": config.zero_stage,
+            "overlap_comm": on_cuda,
+            # DeepSpeed would hold buffers of 500 million values for a network of two million as well.
+            "reduce_bucket_size": bucket(trained),
+            "allgather_bucket_size": bucket(trained),
+        },
         "data_types": {"grad_accum_dtype": config.accumulation_dtype},  # unset, it is the module's own precision
         "communication_data_type": config.communication_dtype,
         # At stage 0 the engine clips by itself; unset, DeepSpeed clips at 1.
@@ -111,6 +119,11 @@ def deepspeed_settings(config: EngineConfig, micro_batch: int, accumulation: int
     if config.precision == "fp16":
         settings["fp16"] = {"enabled": True, "initial_scale_power": 16}
     return settings
+
+
+def bucket(trained: int) -> int:
+    """Values that travel between ranks at once, with `trained` parameters in all."""
+    return min(trained, 500_000_000)
 
 
 def check_compiler(config: EngineConfig, on_cuda: bool) -> None:

@@ -1,0 +1,292 @@
+"""Knowing before you pay: what a stage's training takes, from its configuration alone, on the meta device.
+
+Nothing is allocated and no weights are read. Memory is what the engine holds by ZeRO's formulas (Rajbhandari et al.,
+2020) with our dtypes and the average in fp32, what autograd keeps between the passes, and DeepSpeed's buffers; work is
+counted in multiply-adds of linear layers, convolutions and attention, two operations each, with a backward pass of once
+that for the input and once for the weights that train.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stages.assemble import load_stage
+from stages.base import DiffusionStageConfig, told_text
+from stages.image import ImageStage
+from stages.interpolation import InterpolationStage
+from stages.video import VideoStage
+from videodiff import config as configs
+from videodiff.batch import Condition
+from videodiff.errors import UserError
+from videodiff.model import DESCRIPTION, Model, ModelConfig, find
+from videodiff.networks.layers import Attention, FrameAttention
+from videodiff.networks.unet import UNet, UNetConfig, is_temporal
+from videodiff.training.engine_config import EngineConfig, bucket
+
+GIB = 2**30
+USABLE = 0.94  # of a GPU's memory: the rest is the context, kernels and what fragments
+TOKENS = 77  # of a text, where no model says
+FACTOR = 8  # pixels a latent position, where no model says
+
+
+@dataclass(frozen=True)
+class GPU:
+    """Memory in bytes, dense matrix operations a second in bf16 (fp16 where there is none), bytes a second to peers."""
+
+    memory: float
+    flops: float
+    link: float
+
+
+# From the makers' data sheets: memory in GB, dense TFLOP/s, GB/s a direction between the GPUs of a node.
+GPUS = {
+    name: GPU(memory * 1e9, flops * 1e12, link * 1e9)
+    for name, (memory, flops, link) in {
+        "b200": (180, 2250, 900), "h200": (141, 989, 450), "h100": (80, 989, 450), "a100": (80, 312, 300),
+        "a100-40": (40, 312, 300), "l40s": (48, 362, 32), "a10": (24, 125, 32), "v100": (32, 125, 150),
+        "rtx4090": (24, 165, 32), "rtx3090": (24, 71, 32),
+    }.items()
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Work:
+    """Of one sample's forward and backward pass: operations of each, and bytes that autograd keeps in between."""
+
+    forward: float
+    backward: float
+    kept: float
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one GPU."""
+
+    states: float
+    activations: float
+    buffers: float
+
+    @property
+    def total(self) -> float:
+        return self.states + self.activations + self.buffers
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a configuration takes on `gpus` GPUs; `memory` by ZeRO stage."""
+
+    stage: str
+    parameters: int
+    trained: int
+    gpus: int
+    micro_batch: int
+    accumulation: int
+    work: Work
+    memory: dict[int, Memory]
+    communication: dict[int, float]
+    step_operations: float
+    latent_positions: int
+    pixel_bytes: int
+    notes: tuple[str, ...]
+
+
+def plan(path: Path, overrides: Sequence[str], gpus: int) -> Plan:
+    """Plan the training of a diffusion stage; UserError for a batch that the GPUs do not divide, or another stage."""
+    config = load_stage(path, overrides)
+    if not isinstance(config, (ImageStage, VideoStage, InterpolationStage)):
+        raise UserError(
+            f"{path}: plans are made for the stages image, video and interpolation; name one of their YAMLs"
+        )
+    notes: list[str] = []
+    base = _model(config.model)
+    network_config = _network(config, path, base)
+    with torch.device("meta"):
+        network = UNet(network_config)
+    network.checkpointing = config.activation_checkpointing
+    trains_all = isinstance(config, ImageStage) or (isinstance(config, VideoStage) and not config.freeze_spatial)
+    for name, parameter in network.named_parameters():
+        parameter.requires_grad_(trains_all or is_temporal(name))
+    parameters = sum(p.numel() for p in network.parameters())
+    trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
+    factor = FACTOR if base is None or base.config.autoencoder is None else base.config.autoencoder.network.factor
+    if base is None:
+        notes.append(f"model={config.model} is not there yet: {FACTOR} pixels a latent position, {TOKENS} text tokens")
+    notes.append("autoencoder and text towers are not counted, nor pictures being encoded")
+    frames = 1 if isinstance(config, ImageStage) else config.data.frames
+    side = config.data.size // factor
+    micro_batch, accumulation = config.engine.shares(config.data.batch_size, gpus)
+    work = count(network, frames, side, config.engine.dtype)
+    memory = {
+        stage: Memory(
+            states(parameters, trained, gpus, config.engine, stage),
+            work.kept * micro_batch,
+            buffers(trained, config.engine, stage),
+        )
+        for stage in range(4)
+        if stage > 0 or config.engine.precision == "fp32"
+    }
+    repeated = work.forward if config.activation_checkpointing else 0.0
+    return Plan(
+        stage=config.stage,
+        parameters=parameters,
+        trained=trained,
+        gpus=gpus,
+        micro_batch=micro_batch,
+        accumulation=accumulation,
+        work=work,
+        memory=memory,
+        communication={stage: communication(parameters, trained, gpus, config.engine, stage) for stage in memory},
+        step_operations=(work.forward + work.backward + repeated) * config.data.batch_size,
+        latent_positions=frames * side * side,
+        pixel_bytes=frames * config.data.size**2 * 3,
+        notes=tuple(notes),
+    )
+
+
+def states(parameters: int, trained: int, ranks: int, config: EngineConfig, stage: int) -> float:
+    """Bytes of parameters, gradients, masters, moments and average on each rank, `parameters` with the frozen ones.
+
+    Stage 0 has no masters beside the parameters. Stage 1 shards masters, moments and average (4 + 8 + 4 bytes a trained
+    parameter), 2 the gradients too, 3 the parameters too, frozen ones as well.
+    """
+    size = config.dtype.itemsize
+    gradient = {"fp32": 4, "bf16": 2, "fp16": 2}[config.accumulation_dtype]
+    if stage == 0:
+        return 4 * parameters + (4 + 8 + 4) * trained
+    optimizer = 4 if config.offload_optimizer else 4 + 8 + 4  # the average stays
+    shared = optimizer * trained / ranks
+    if stage == 1:
+        return size * parameters + gradient * trained + shared
+    if stage == 2:
+        return size * parameters + gradient * trained / ranks + shared
+    own = 0 if config.offload_parameters else size * parameters / ranks
+    return own + gradient * trained / ranks + shared
+
+
+def buffers(trained: int, config: EngineConfig, stage: int) -> float:
+    """Bytes of DeepSpeed's communication buffers, two in turn."""
+    size = {"fp32": 4, "bf16": 2, "fp16": 2}[config.communication_dtype]
+    return 0.0 if stage == 0 else 2.0 * size * bucket(trained)
+
+
+def communication(parameters: int, trained: int, ranks: int, config: EngineConfig, stage: int) -> float:
+    """Bytes that each rank sends in a step: gradients reduced, parameters gathered (stage 3: in both passes)."""
+    share = (ranks - 1) / ranks
+    gradient = {"fp32": 4, "bf16": 2, "fp16": 2}[config.communication_dtype] * trained * share
+    size = config.dtype.itemsize
+    if stage == 0:
+        return 2 * gradient
+    if stage == 3:
+        return gradient + 2 * size * parameters * share
+    return gradient + size * trained * share
+
+
+def count(network: UNet, frames: int, side: int, dtype: torch.dtype) -> Work:
+    """The work of one sample: latents [1,C,frames,side,side] through a network on the meta device."""
+    forward = backward = 0.0
+
+    def linear(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        nonlocal forward, backward
+        assert isinstance(module, (nn.Linear, nn.Conv2d))
+        weight = module.weight
+        operations = 2.0 * output.numel() * math.prod(weight.shape[1:])
+        forward += operations
+        backward += operations * (int(inputs[0].requires_grad) + int(weight.requires_grad))
+
+    def attention(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+        nonlocal forward, backward
+        if isinstance(module, FrameAttention):
+            operations = 4.0 * output.numel() * inputs[0].shape[1]
+        else:
+            keys = inputs[1] if len(inputs) > 1 and inputs[1] is not None else inputs[0]
+            operations = 4.0 * output.numel() * keys.shape[1]
+        forward += operations
+        backward += 2 * operations if output.requires_grad else 0.0
+
+    handles = []
+    for module in network.modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            handles.append(module.register_forward_hook(linear))
+        elif isinstance(module, Attention):
+            handles.append(module.register_forward_hook(attention))
+    kept: dict[int, tuple[Tensor, int]] = {}
+    weights = {parameter.untyped_storage()._cdata for parameter in network.parameters()}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            kept[storage._cdata] = (tensor, storage.nbytes())
+        return tensor
+
+    network = network.to(dtype)
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            x = torch.empty(1, network.config.channels, frames, side, side, dtype=dtype, device="meta")
+            out = network(x, torch.empty(1, device="meta"), _condition(network.config, x))
+    finally:
+        for handle in handles:
+            handle.remove()
+    del out
+    return Work(forward, backward, float(sum(size for _, size in kept.values())))
+
+
+def _condition(config: UNetConfig, x: Tensor) -> Condition:
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(*shape, dtype=x.dtype, device=x.device)
+
+    known = (empty(*x.shape), empty(1, 1, *x.shape[2:])) if config.known_channels else (None, None)
+    return Condition(
+        text=tuple(empty(1, TOKENS, width) for width in config.context_dims),
+        text_mask=tuple(torch.empty(1, TOKENS, dtype=torch.bool, device=x.device) for _ in config.context_dims),
+        pooled=empty(1, config.pooled_dim) if config.pooled_dim else None,
+        known=known[0],
+        known_mask=known[1],
+        fps=torch.empty(1, device=x.device),
+    )
+
+
+def _model(name: str | None) -> Model | None:
+    """The model that a stage stands on, if it is there; its files are not read."""
+    if name is None:
+        return None
+    try:
+        folder = find(name)
+    except UserError:
+        return None
+    return Model(folder, configs.load(ModelConfig, folder / DESCRIPTION))
+
+
+def _network(config: DiffusionStageConfig, path: Path, base: Model | None) -> UNetConfig:
+    """The network of a stage: its own, or that of the stage before, from the model or from the YAML that makes it."""
+    if isinstance(config, ImageStage):
+        network = config.network
+        if base is not None and base.config.text is not None:
+            network = told_text(network, base)
+        return network
+    if base is not None:
+        before = base.config.video if isinstance(config, InterpolationStage) else base.config.image
+        if before is not None:
+            return _with_time(config, before.network)
+    for other in sorted(path.parent.glob("*.y*ml")):
+        try:
+            earlier = load_stage(other)
+        except UserError:
+            continue
+        if earlier.run.dir == config.model and isinstance(earlier, (ImageStage, VideoStage, InterpolationStage)):
+            return _with_time(config, _network(earlier, other, _model(earlier.model)))
+    raise UserError(
+        f"{path}: model={config.model} is not there, and no YAML in {path.parent} makes it; name a model or a run"
+    )
+
+
+def _with_time(config: DiffusionStageConfig, network: UNetConfig) -> UNetConfig:
+    if isinstance(config, VideoStage):
+        return network.model_copy(update={"temporal": config.temporal, "known_channels": True})
+    return network
