@@ -31,6 +31,7 @@ for name, command in {
 
 app.command()(cli_run.status)
 app.command()(cli_run.plan)
+app.command()(cli_run.doctor)
 checkpoint = typer.Typer(help="Look after the checkpoints of a run.")
 app.add_typer(checkpoint, name="checkpoint")
 for name, command in {

@@ -76,3 +76,22 @@ def plan(
     given = [*(overrides or []), *([] if zero_stage is None else [f"engine.zero_stage={zero_stage}"])]
     for line in report(config, given, nodes, gpus_per_node, gpu, efficiency, price):
         typer.echo(line)
+
+
+def doctor(
+    folder: Annotated[Path, typer.Argument(help="Where runs would be kept: its disk is tried")] = Path("runs"),
+) -> None:
+    """Versions, GPUs, ffmpeg, disk and, under a launcher, an all-reduce over all ranks; 1 when something is broken."""
+    from stages.doctor import examine
+    from videodiff.training import distributed
+
+    distributed.start()
+    bad = 0
+    try:
+        for finding in examine(folder):
+            typer.echo(str(finding))
+            bad += finding.grade == "bad"
+    finally:
+        if not bad:
+            distributed.cleanup()
+    raise typer.Exit(1 if bad else 0)

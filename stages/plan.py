@@ -26,8 +26,8 @@ from videodiff import config as configs
 from videodiff.batch import Condition
 from videodiff.errors import UserError
 from videodiff.model import DESCRIPTION, Model, ModelConfig, find
-from videodiff.networks.layers import Attention, FrameAttention
-from videodiff.networks.unet import UNet, UNetConfig, is_temporal
+from videodiff.networks.layers import Attention, FrameAttention, SpaceTimeConv
+from videodiff.networks.unet import Block, UNet, UNetConfig, is_temporal
 from videodiff.training.engine_config import EngineConfig, bucket
 
 GIB = 2**30
@@ -225,16 +225,39 @@ def count(network: UNet, frames: int, side: int, dtype: torch.dtype) -> Work:
             kept[storage._cdata] = (tensor, storage.nbytes())
         return tensor
 
+    def kept_bytes() -> float:
+        return float(sum(size for _, size in kept.values()))
+
     network = network.to(dtype)
-    try:
+    x = torch.empty(1, network.config.channels, frames, side, side, dtype=dtype, device="meta")
+    inputs = (x, torch.empty(1, device="meta"), _condition(network.config, x))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        out = network(*inputs)
+    for handle in handles:
+        handle.remove()
+    total = kept_bytes()
+    if network.checkpointing:  # the blocks' inputs so far; in the backward pass one block at a time is whole
+        kept.clear()
+        before: list[float] = []
+        largest = 0.0
+
+        def leave(module: nn.Module, given: Any, result: Any) -> None:
+            nonlocal largest
+            largest = max(largest, kept_bytes() - before.pop())
+
+        hooks: list[Any] = []
+        for block in (module for module in network.modules() if isinstance(module, (Block, SpaceTimeConv))):
+            hooks.append(block.register_forward_pre_hook(lambda *_: before.append(kept_bytes())))
+            hooks.append(block.register_forward_hook(leave))
+        network.checkpointing = False
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            x = torch.empty(1, network.config.channels, frames, side, side, dtype=dtype, device="meta")
-            out = network(x, torch.empty(1, device="meta"), _condition(network.config, x))
-    finally:
-        for handle in handles:
+            out = network(*inputs)
+        network.checkpointing = True
+        for handle in hooks:
             handle.remove()
+        total += largest
     del out
-    return Work(forward, backward, float(sum(size for _, size in kept.values())))
+    return Work(forward, backward, total)
 
 
 def _condition(config: UNetConfig, x: Tensor) -> Condition:
