@@ -1,6 +1,7 @@
 # make demo         a prompt becomes outputs/demo.mp4, from nothing but Python and pip
 # make install      install everything, the packages of training and tests too
 # make test         install everything and run all tests but the slow ones (make test-slow runs those)
+# make test-crash   kill a rank at a hundred file operations of a save, each time go on
 # make test-slurm   the job scripts on a real Slurm cluster that is started here (root, Debian's slurm-wlm munge iproute2)
 # make lint         ruff, format, types, shellcheck
 # make bench-digits train and measure the diffusion core on handwritten digits; writes docs/core-results.md
@@ -19,7 +20,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # torch goes first and by its exact version: an unpinned one may bring gigabytes of CUDA packages that a CPU can't use.
 TORCH := $(shell sed -n 's/^\(torch==[^; ]*\).*/\1/p' constraints.txt)
 
-.PHONY: demo install demo-model bench-digits bench-network bench-data test test-slow test-slurm lint clean
+.PHONY: demo install demo-model bench-digits bench-network bench-data test test-slow test-crash test-slurm lint clean
 
 demo: $(VENV)/.demo
 	@mkdir -p outputs
@@ -45,6 +46,9 @@ test: $(VENV)/.all
 
 test-slow: $(VENV)/.all
 	$(BIN)/python -m pytest -q -m slow
+
+test-crash: $(VENV)/.all
+	$(BIN)/python -m pytest -q -m crash
 
 test-slurm: $(VENV)/.all
 	$(BIN)/python -m pytest -q -m slurm
