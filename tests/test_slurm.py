@@ -18,6 +18,7 @@ import torch
 from conftest import write_toy_model
 from safetensors.torch import load_file
 from slurm_lab import Lab, missing
+from test_data_road import captioned
 from tiny_training import PACE
 
 from data_pipeline.shards import write_world_shards
@@ -169,7 +170,24 @@ def test_two_jobs_on_one_run_the_second_refuses(cluster: Cluster) -> None:
     assert cluster.end(first) == "COMPLETED", cluster.log(first)
 
 
-def test_data_in_an_array_and_an_evaluation_after_training(cluster: Cluster) -> None:
+def test_videos_are_prepared_in_an_array_and_merged(cluster: Cluster) -> None:
+    videos = cluster.folder / "videos"
+    videos.mkdir()
+    for number in range(4):
+        captioned(videos / f"{number}.mp4", 14, 64, 96, first=20 * number)
+    out = cluster.folder / "prepared"
+    settings = ["clip={frames: 4, fps: 8, size: 64}", "scenes=null", "workers=0", "filters.duplicate_bits=null"]
+    log = f"--output={cluster.folder}/array-%A-%a.log"
+    array = cluster.submit("data.sbatch", str(videos), "--out", str(out), *settings, options=("--array=1-2", log))
+    merge = f"cd {ROOT}; . slurm/env.sh; videodiff data merge {out}"
+    with contextlib.chdir(ROOT):
+        command = ["sbatch", "--parsable", f"--dependency=afterok:{array}", f"--output={cluster.folder}/merge-%j.log"]
+        merged = cluster.lab.run(*command, "--wrap", merge, **cluster.variables).strip()
+    assert cluster.end(merged) == "COMPLETED", cluster.log(merged)
+    assert "kept 4 of 4 clips" in cluster.log(merged)
+
+
+def test_an_evaluation_follows_a_training(cluster: Cluster) -> None:
     job = cluster.train("judged", "run.steps=2")
     options = ("--nodes=2", f"--dependency=afterok:{job}")
     judge = cluster.submit(
