@@ -42,7 +42,9 @@ def assert_same_run(a: TinyConfig, b: TinyConfig, step: int = 4) -> None:
         assert all(torch.equal(left[name], right[name]) for name in left)
 
 
-def launch(*configs_: TinyConfig, ranks: int = 1, status: int = 0, limit: int | None = None) -> str:
+def launch(
+    *configs_: TinyConfig, ranks: int = 1, status: int = 0, limit: int | None = None, kill_at: int | None = None
+) -> str:
     command = [*TORCHRUN, f"--nproc-per-node={ranks}"] if ranks > 1 else [sys.executable]
     texts = [json.dumps(configs.to_dict(config)) for config in configs_]
     folder = Path(configs_[0].run.dir).parent
@@ -50,6 +52,8 @@ def launch(*configs_: TinyConfig, ranks: int = 1, status: int = 0, limit: int | 
     environment["PYTHONPATH"] = str(SCRIPT.parents[1])
     if limit is not None:
         environment["TINY_FILE_LIMIT"] = str(limit)
+    if kill_at is not None:
+        environment["TINY_KILL_AT"] = str(kill_at)
     done = subprocess.run(
         [*command, str(SCRIPT), *texts], env=environment, capture_output=True, text=True, timeout=500, check=False
     )
@@ -130,7 +134,23 @@ def test_two_processes_zero_1_2_3_resume_exactly(tmp_path: Path) -> None:
     assert lines(one)[0]["loss"] == pytest.approx(lines(straight[0])[0]["loss"], rel=0.2)  # dropout differs
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_twenty_steps_are_ten_and_a_killed_rank_and_ten(tmp_path: Path) -> None:
+    """Two ranks, ZeRO 1, 2 and 3, equal to the last bit; one is killed after some steps that no checkpoint holds."""
+
+    def run(name: str, stage: int) -> TinyConfig:
+        return tiny(tmp_path / f"{name}-{stage}", run__steps=20, run__save_every=10, engine__zero_stage=stage)
+
+    launch(*[run("straight", stage) for stage in (1, 2, 3)], ranks=2)
+    for stage in (1, 2, 3):
+        launch(run("killed", stage), ranks=2, status=1, kill_at=8 * 13 + 7)
+        assert [path.name for path in (tmp_path / f"killed-{stage}/checkpoints").iterdir()] == ["step-00000010"]
+        assert len(lines(run("killed", stage))) == 13
+    assert "resumed after step 10" in launch(*[run("killed", stage) for stage in (1, 2, 3)], ranks=2)
+    for stage in (1, 2, 3):
+        assert_same_run(run("straight", stage), run("killed", stage), 20)
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 138)])
 def test_a_signal_saves_and_the_same_command_goes_on(
     tmp_path: Path, number: int, status: int, capsys: pytest.CaptureFixture[str]
 ) -> None:

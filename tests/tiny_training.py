@@ -67,6 +67,8 @@ class TinyTask:
     def loss(self, module: Callable[..., Tensor], batch: VideoBatch, seed: int) -> LossOutput:
         if self.config.signal_at in batch.numbers.tolist() and self.config.signal is not None:
             os.kill(os.getpid(), self.config.signal)
+        if int(os.environ.get("TINY_KILL_AT", "-1")) in batch.numbers.tolist():  # not a matter of the configuration
+            os.kill(os.getpid(), signal.SIGKILL)
         if self.config.fails_at in batch.numbers.tolist():
             raise UserError("sample of the third step is forbidden")
         output, target = module(self.inputs(batch)).float(), normals((7,), seed, "target", batch.numbers)
