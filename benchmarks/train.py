@@ -1,4 +1,4 @@
-"""Our training loop against a bare PyTorch loop and against accelerate with DeepSpeed: the same network, the same batches.
+"""Our training loop against a bare PyTorch loop and against accelerate with DeepSpeed: same network, same batches.
 
     python -m benchmarks.train [--blocks 12] [--steps 10] [--model demo] [--out docs/training-speed.md]
 
@@ -26,13 +26,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
 from torch import Tensor, nn
 
+from data_pipeline.data_config import DataConfig
 from data_pipeline.shards import write_world_shards
 from stages import image
-from stages.assemble import load_stage
-from stages.encode import encode_shards
+from stages.assemble import load_stage, train_stage
+from stages.encode import encode
 from videodiff.batch import Encoded, VideoBatch
 from videodiff.config import to_dict
 from videodiff.model import Model
@@ -60,19 +60,23 @@ class Alternating:
 
     def __init__(self, batches: list[VideoBatch], peers: list[Peer], steps: int) -> None:
         self.given, self.peers, self.steps = batches, peers, steps
+        self.blocks: list[float] = []  # of ours
 
     def batches(self, start_sample: int, rank: int, world: int, micro_batch: int) -> Iterator[VideoBatch]:
         number, done = start_sample, 0
+        began = time.perf_counter()
         while True:
             batch = self.given[done % len(self.given)]
             yield VideoBatch(**{**vars(batch), "numbers": torch.arange(number, number + micro_batch)})
             number, done = number + micro_batch, done + 1
             if done % self.steps == 0:
+                self.blocks.append((time.perf_counter() - began) / self.steps)
                 for peer in self.peers if (done // self.steps) % 2 else self.peers[::-1]:
                     began = time.perf_counter()
                     for index in range(self.steps):
                         peer.step(self.given[index % len(self.given)])
                     peer.blocks.append((time.perf_counter() - began) / self.steps)
+                began = time.perf_counter()
 
 
 class Forward:
@@ -80,16 +84,17 @@ class Forward:
 
     def __init__(self, task: Any) -> None:
         self.task = task
-        self.alpha, self.sigma = (level(torch.arange(1, task.schedule.num_steps + 1)) for level in _levels(task))
+        self.alpha, self.sigma = (level(torch.arange(task.schedule.num_steps)) for level in _levels(task))
 
     def __call__(self, network: Callable[..., Tensor], batch: VideoBatch) -> Tensor:
         assert batch.encoded is not None
         x0 = batch.encoded.mean + batch.encoded.std * torch.randn_like(batch.encoded.std)
-        condition = self.task.condition(batch, x0).drop(torch.rand(len(batch)) < 0.1, torch.zeros(len(batch), dtype=torch.bool))
+        nobody = torch.zeros(len(batch), dtype=torch.bool)
+        condition = self.task.condition(batch, x0).drop(torch.rand(len(batch)) < 0.1, nobody)
         t = torch.randint(0, len(self.alpha), (len(batch),))
         alpha, sigma = (level[t].float().view(-1, 1, 1, 1, 1) for level in (self.alpha, self.sigma))
         noise = torch.randn_like(x0)
-        out = network(alpha * x0 + sigma * noise, t + 1.0, condition)
+        out = network(alpha * x0 + sigma * noise, t.float(), condition)
         return (out - (alpha * noise - sigma * x0)).square().mean()
 
 
@@ -97,21 +102,32 @@ def _levels(task: Any) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], T
     return task.schedule.alpha, task.schedule.sigma
 
 
+class Plain:
+    """AdamW and an average on the parameters of a network."""
+
+    def __init__(self, network: nn.Module, settings: Any) -> None:
+        self.parameters, self.settings, self.taken = list(network.parameters()), settings, 0
+        options = {"lr": settings.learning_rate, "betas": settings.betas, "weight_decay": settings.weight_decay}
+        self.optimizer = torch.optim.AdamW(self.parameters, **options, fused=True)
+        self.average = [parameter.detach().clone() for parameter in self.parameters]
+
+    @torch.no_grad()
+    def follow(self) -> None:
+        weight = 1 - decay_at(self.taken, self.settings.ema_decay)
+        torch._foreach_lerp_(self.average, [parameter.detach() for parameter in self.parameters], weight)
+        self.taken += 1
+
+
 def bare(task: Any, network: nn.Module, settings: Any) -> Callable[[VideoBatch], object]:
     """A plain PyTorch loop."""
-    parameters, forward = list(network.parameters()), Forward(task)
-    optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, betas=settings.betas, weight_decay=0.0, fused=True)
-    average, taken = [p.detach().clone() for p in parameters], 0
+    forward, plain = Forward(task), Plain(network, settings)
 
     def step(batch: VideoBatch) -> None:
-        nonlocal taken
         forward(network, batch).backward()
-        nn.utils.clip_grad_norm_(parameters, settings.gradient_clip)
-        optimizer.step()
-        optimizer.zero_grad()
-        with torch.no_grad():
-            torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 - decay_at(taken, settings.ema_decay))
-        taken += 1
+        nn.utils.clip_grad_norm_(plain.parameters, settings.gradient_clip)
+        plain.optimizer.step()
+        plain.optimizer.zero_grad()
+        plain.follow()
 
     return step
 
@@ -124,19 +140,14 @@ def accelerated(task: Any, network: nn.Module, settings: Any) -> Callable[[Video
     plugin = DeepSpeedPlugin(zero_stage=1, gradient_clipping=settings.gradient_clip)
     plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = BATCH
     accelerator = Accelerator(deepspeed_plugin=plugin, mixed_precision="no", cpu=True)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=settings.learning_rate, betas=settings.betas, weight_decay=0.0)
-    wrapped, optimizer = accelerator.prepare(network, optimizer)
-    forward, parameters = Forward(task), list(network.parameters())
-    average, taken = [p.detach().clone() for p in parameters], 0
+    forward, plain = Forward(task), Plain(network, settings)
+    wrapped, optimizer = accelerator.prepare(network, plain.optimizer)
 
     def step(batch: VideoBatch) -> None:
-        nonlocal taken
         accelerator.backward(forward(wrapped, batch))
         optimizer.step()
         optimizer.zero_grad()
-        with torch.no_grad():
-            torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 - decay_at(taken, settings.ema_decay))
-        taken += 1
+        plain.follow()
 
     return step
 
@@ -150,8 +161,9 @@ def ratio(ours: list[float], theirs: list[float]) -> tuple[float, float, float]:
 
 
 def stage(folder: Path, model: str, steps: int, *overrides: str) -> Any:
-    given = [f"run.dir={folder}", f"run.steps={steps}", "run.sample_every=0", "run.save_every=1000000", f"model={model}"]
-    given += [f"data.batch_size={BATCH}", "engine.precision=fp32", "engine.zero_stage=1", "data.workers=0"]
+    given = [f"run.dir={folder}", f"run.steps={steps}", "run.sample_every=0", "run.save_every=1000000"]
+    given += [f"model={model}", f"data.batch_size={BATCH}", "data.workers=0"]
+    given += ["engine.precision=fp32", "engine.zero_stage=1"]
     return load_stage(ROOT / "configs/demo/image.yaml", [*given, *overrides])
 
 
@@ -163,24 +175,21 @@ def loops(folder: Path, model: str, blocks: int, steps: int) -> list[str]:
     """Rows: our loop against the others."""
     config = stage(folder / "ours", model, steps * (blocks + 1))
     base = Model.load(model)
-    task, peers = image.task(config, base), []
+    peers = []
     for name, make in (("bare PyTorch", bare), ("accelerate with DeepSpeed", accelerated)):
-        try:
-            other = image.task(config, base)
-            peers.append(Peer(name, make(other, other.module.train(), config.engine)))
-        except ImportError as error:
-            Console().print(f"{name}: left out, {error}")
+        other = image.task(config, base)
+        peers.append(Peer(name, make(other, other.module.train(), config.engine)))
+    task = image.task(config, base)
     latent = config.network.channels, 1, config.data.size // base.autoencoder.factor
-    batches = [_batch(task, latent) for _ in range(4)]
-    train(config.run, config.engine, BATCH, lambda: (task, Alternating(batches, peers, steps)), config)
-    seconds = [record["seconds"] - record["waited"] for record in records(folder / "ours")]
-    ours = [statistics.mean(seconds[i * steps : (i + 1) * steps]) for i in range(blocks + 1)]
+    source = Alternating([_batch(task, latent) for _ in range(4)], peers, steps)
+    train(config.run, config.engine, BATCH, lambda: (task, source), config)
     rows = []
     for peer in peers:
-        middle, low, high = ratio(ours[1 : len(peer.blocks)], peer.blocks[1:])
+        ours, theirs = source.blocks[1:], peer.blocks[1:]  # the first ones warm up
+        middle, low, high = ratio(ours, theirs)
         aim = f"at most {1 + OVERHEAD:.2f}" if peer.name.startswith("bare") else ""
-        theirs = statistics.median(peer.blocks[1:])
-        rows.append(f"| {peer.name} | {statistics.median(ours[1:]):.3f} | {theirs:.3f} | {middle:.3f} ({low:.3f} to {high:.3f}) | {aim} |")
+        seconds = f"{statistics.median(ours):.3f} | {statistics.median(theirs):.3f}"
+        rows.append(f"| {peer.name} | {seconds} | {middle:.3f} ({low:.3f} to {high:.3f}) | {aim} |")
     return rows
 
 
@@ -190,41 +199,45 @@ def _batch(task: Any, latent: tuple[int, int, int]) -> VideoBatch:
     shape = (BATCH, channels, frames, side, side)
     told = text.condition(torch.full((BATCH,), 8.0))
     encoded = Encoded(torch.randn(shape), torch.full(shape, 0.1), told.text, told.text_mask, told.pooled)
-    keys = tuple(f"k{n}" for n in range(BATCH))
-    return VideoBatch(
-        torch.zeros(BATCH, 1, 0, 0, 3, dtype=torch.uint8), keys, told.fps, torch.arange(BATCH), keys, torch.ones(BATCH), encoded=encoded
-    )
+    keys, no_pixels = tuple(f"k{n}" for n in range(BATCH)), torch.zeros(BATCH, 1, 0, 0, 3, dtype=torch.uint8)
+    numbers, weight = torch.arange(BATCH), torch.ones(BATCH)
+    return VideoBatch(no_pixels, keys, told.fps, numbers, keys, weight, encoded=encoded)
 
 
 def waiting(folder: Path, model: str, steps: int) -> tuple[float, float, float]:
-    """From encoded shards: median share of a step that waits, seconds of a step, seconds of a checkpoint."""
-    from stages.assemble import train_stage
-
+    """From encoded shards: share of the time that waits, seconds of a step, and what saving adds to a step."""
     videos = write_world_shards(folder / "videos", num_clips=256, size=64, frames=1, fps=16, seed=1).parent
-    encode_shards(str(videos), model, folder / "encoded", frames=1, fps=8, size=64)
-    run = folder / "encoded-run"
-    given = [f"run.dir={run}", f"run.steps={steps}", "run.sample_every=0", f"run.save_every={steps}", f"model={model}"]
-    given += [f"data.batch_size={BATCH}", "engine.precision=fp32", f"data.shards={folder / 'encoded'}"]
-    began = time.time()
-    train_stage(ROOT / "configs/demo/image.yaml", given)
-    taken = records(run)[5:]
-    saved = max(path.stat().st_mtime for path in run.rglob("manifest.json"))
-    last = began + 0.0
-    share = statistics.median(record["waited"] / record["seconds"] for record in taken)
-    return share, statistics.median(record["seconds"] for record in taken), saved - last
+    data = DataConfig(shards=str(videos), batch_size=BATCH, frames=1, fps=8, size=64)
+    encode(data, Model.load(model), folder / "encoded", 1, 0)
+    run, every = folder / "encoded-run", 20
+    shards = f"data.shards={folder / 'encoded'}"
+    given = to_overrides(stage(run, model, steps, shards, f"run.save_every={every}"), folder / "encoded.json")
+    began = time.perf_counter()
+    train_stage(given)
+    taken, passed = records(run), time.perf_counter() - began
+    share = sum(record["waited"] for record in taken[5:]) / sum(record["seconds"] for record in taken[5:])
+    saving = (passed - sum(record["seconds"] for record in taken)) / (steps / every)
+    return share, statistics.median(record["seconds"] for record in taken[5:]), saving
+
+
+def to_overrides(config: Any, path: Path) -> Path:
+    """A configuration as a file that `videodiff train` reads."""
+    path.write_text(json.dumps(to_dict(config)), encoding="utf-8")
+    return path
 
 
 def weak_scaling(folder: Path, model: str, steps: int) -> tuple[float, float]:
     """Seconds of a step: one process of one thread alone, two with the same work each."""
     medians = []
     for ranks in (1, 2):
-        config = stage(folder / f"ranks-{ranks}", model, steps, f"data.batch_size={BATCH * ranks}")
-        path = folder / f"ranks-{ranks}.json"
-        path.write_text(json.dumps({**to_dict(config), "data": {**to_dict(config)["data"], "shards": str(folder / "encoded")}}))
-        command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "-m", "stages"]
+        run, shards = folder / f"ranks-{ranks}", f"data.shards={folder / 'encoded'}"
+        config = stage(run, model, steps, shards, f"data.batch_size={BATCH * ranks}")
+        path = to_overrides(config, folder / f"ranks-{ranks}.json")
+        command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--rdzv-backend=c10d"]
+        command += ["--rdzv-endpoint=localhost:0", "-m", "stages", "train", str(path)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        subprocess.run([*command, "train", str(path)], env=environment, check=True, stdout=subprocess.DEVNULL)
-        medians.append(statistics.median(record["seconds"] for record in records(folder / f"ranks-{ranks}")[5:]))
+        subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
+        medians.append(statistics.median(record["seconds"] for record in records(run)[5:]))
     return medians[0], medians[1]
 
 
@@ -238,20 +251,24 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         rows = loops(folder, arguments.model, arguments.blocks, arguments.steps)
-        share, step, _ = waiting(folder, arguments.model, 60)
+        share, step, saving = waiting(folder, arguments.model, 60)
         one, two = weak_scaling(folder, arguments.model, 40)
+    command = (
+        f"python -m benchmarks.train --blocks {arguments.blocks} --steps {arguments.steps} --model {arguments.model}"
+    )
+    machine = f"{os.cpu_count()} CPU cores ({platform.machine()}), PyTorch {torch.__version__}"
     lines = [
         "# Speed of training",
         "",
-        f"`python -m benchmarks.train --blocks {arguments.blocks} --steps {arguments.steps} --model {arguments.model}` on "
-        f"{os.cpu_count()} CPU cores ({platform.machine()}), PyTorch {torch.__version__}: the image stage of the demo in "
-        f"float32, batch {BATCH}, blocks of {arguments.steps} steps in turn; ratios with 95 % intervals.",
+        f"`python -m benchmarks.train {given}` on {machine}: the image stage of the demo in float32, batch {BATCH},",
+        f"blocks of {arguments.steps} steps in turn, from one batch's arrival to the next one's; ratios with 95 % intervals.",
         "",
         "| against | ours, s a step | theirs | ratio | aim |",
         "|---|---|---|---|---|",
         *rows,
         "",
-        f"Waiting for data from encoded shards: {100 * share:.2f} % of a step of {step:.3f} s (aim: below {100 * WAIT:.0f} %).",
+        f"Waiting for data from encoded shards: {100 * share:.2f} % of the time at {step:.3f} s a step (aim: below "
+        f"{100 * WAIT:.0f} %). A checkpoint (start and end of the run shared among three of them): {saving:.2f} s.",
         "",
         f"Two processes of one thread each against one, the same work for each: {two:.3f} s a step against {one:.3f}, "
         f"{100 * one / two:.0f} % of perfect scaling.",

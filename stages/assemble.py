@@ -7,6 +7,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Literal
 
+import torch
 from pydantic import ConfigDict
 
 from data_pipeline.loader import ShardSource
@@ -29,7 +30,9 @@ from videodiff.errors import UserError
 from videodiff.model import VOCABULARY, WORDS, Model
 from videodiff.networks.text import build_vocabulary
 from videodiff.training import distributed
-from videodiff.training.run_folder import cannot_write
+from videodiff.training.checkpoint import Checkpoints
+from videodiff.training.run_folder import CHECKPOINTS, cannot_write
+from videodiff.training.status import Status
 from videodiff.training.task import Task
 from videodiff.training.trainer import train
 
@@ -81,17 +84,23 @@ def make_task(config: StageConfig) -> Task:
 
 
 def begin_with(task: Task, stage: str, model: Model) -> None:
-    """Give what is trained the averaged weights of the same stage of `model`; UserError when they do not fit."""
+    """Give what is trained the averaged weights of the same stage of `model`; UserError when they do not fit.
+
+    Frozen layers that it has must be equal to those here: what is trained was trained on them.
+    """
     state, own = model.state(stage), task.module.state_dict()
     trained = {name for name, _ in task.module.named_parameters() if task.trains(name)}
     odd = sorted((trained - state.keys()) | (state.keys() - own.keys()))
     odd = odd or sorted(name for name in state if state[name].shape != own[name].shape)
+    odd = odd or sorted(
+        name for name in state.keys() - trained if not torch.equal(state[name], own[name].float().cpu())
+    )
     if odd:
         raise UserError(
             f"init_from: the {stage} stage of {model.folder} does not fit this network at {odd[0]!r} ({len(odd)} such "
-            "names); name a model of the same network, or take its settings"
+            "names); name a model of the same network that froze the same layers, or take its settings"
         )
-    task.module.load_state_dict(state, strict=False)
+    task.module.load_state_dict({name: state[name] for name in trained}, strict=False)
 
 
 def _base(config: StageConfig) -> Model:
@@ -136,13 +145,16 @@ def train_stage(path: str | Path, overrides: Sequence[str] = ()) -> None:
     try:
         if isinstance(config, TextStage) and config.network.pretrained is not None:
             text.adopt(config, config.network.pretrained, _base(config))
+            if distributed.rank() == 0:
+                Status(state="complete", step=config.run.steps, steps=config.run.steps).write(Path(config.run.dir))
             return
         bad_samples = Path(config.run.dir) / "bad_samples.jsonl"
 
         def prepare() -> tuple[Task, ShardSource]:
             source = ShardSource(config.data, config.run.seed, bad_samples, encoder=_encoder(config))
             task = make_task(config)
-            if isinstance(config, DiffusionStageConfig) and config.init_from is not None:
+            begun = Checkpoints(Path(config.run.dir) / CHECKPOINTS, 1).exist()
+            if isinstance(config, DiffusionStageConfig) and config.init_from is not None and not begun:
                 begin_with(task, config.stage, Model.load(config.init_from))
             return task, source
 

@@ -247,8 +247,9 @@ class DiffusionTask:
             mean, std = (part.to(device()) for part in (batch.encoded.mean, batch.encoded.std))
         return mean + std * normals(tuple(mean.shape[1:]), seed, "posterior", batch.numbers).to(mean.device)
 
-    def condition(self, batch: VideoBatch, latents: Tensor, seed: int = 0) -> Condition:
-        """What the network is told of the batch, nothing dropped; `seed` is for what is drawn in it."""
+    def condition(self, batch: VideoBatch, latents: Tensor, seed: int = 0, sampling: bool = False) -> Condition:
+        """What the network is told of the batch, nothing dropped: `seed` is for what is drawn in it, and when it is
+        sampled that may be otherwise."""
         condition = self._told(batch)
         slots = self.known_slots(latents.shape[2])
         return with_known(condition, latents, slots) if slots else condition
@@ -312,7 +313,7 @@ class DiffusionTask:
         """A contact sheet of generated clips above the real ones, with fixed noise so that steps compare."""
         batch = batch.select(slice(8))
         x0 = self.latents(batch, seed=0)
-        condition = self.condition(batch, x0)
+        condition = self.condition(batch, x0, sampling=True)
         denoiser = self._denoiser(module)
         sampling: Sampling = self.part["sampling"]
         # Each row's noise and what a random sampler adds at its steps come from one generator, and so are independent.

@@ -22,10 +22,10 @@ def status(
     from stages.runs import run_of
     from videodiff.training import status as statuses
 
-    folder, cap = run_of(run, overrides or [])
-    typer.echo(statuses.describe(folder, cap))
+    told = run_of(run, overrides or [])
+    typer.echo(statuses.describe(*told))
     if exit_code:
-        code, why = statuses.verdict(folder, cap)
+        code, why = statuses.verdict(*told)
         typer.echo(f"{code.name.lower().replace('_', ' ')}: {why}")
         raise typer.Exit(code)
 
@@ -68,13 +68,14 @@ def plan(
     gpu: Annotated[str, typer.Option(help="b200, h200, h100, a100, a100-40, l40s, a10, rtx4090 ...")] = "h100",
     zero_stage: Annotated[int | None, typer.Option(min=0, max=3, help="[default: the configuration's]")] = None,
     efficiency: Annotated[float, typer.Option(min=0.01, max=1, help="Share of the GPU's peak that is reached")] = 0.4,
+    network: Annotated[float, typer.Option(min=0.01, help="GB/s of each GPU to other nodes")] = 50.0,
     price: Annotated[float | None, typer.Option(min=0, help="Of a GPU for an hour, in any currency")] = None,
 ) -> None:
     """What a stage's training takes before it begins: memory by ZeRO stage, work, data, communication, days, cost."""
     from stages.plan_report import report
 
     given = [*(overrides or []), *([] if zero_stage is None else [f"engine.zero_stage={zero_stage}"])]
-    for line in report(config, given, nodes, gpus_per_node, gpu, efficiency, price):
+    for line in report(config, given, nodes, gpus_per_node, gpu, efficiency, network, price):
         typer.echo(line)
 
 
@@ -86,12 +87,12 @@ def doctor(
     from videodiff.training import distributed
 
     distributed.start()
-    bad = 0
+    bad = False
     try:
         for finding in examine(folder):
             typer.echo(str(finding))
-            bad += finding.grade == "bad"
+            bad = bad or finding.grade == "bad"
+        if distributed.from_first(bad):
+            raise typer.Exit(1)
     finally:
-        if not bad:
-            distributed.cleanup()
-    raise typer.Exit(1 if bad else 0)
+        distributed.cleanup()

@@ -179,5 +179,8 @@ def _ranks() -> Iterator[Finding]:
 
 def _python(code: str) -> str:
     """The last line of a Python process's error; "" when there is none."""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
+    try:
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
+    except subprocess.TimeoutExpired:
+        return "it hangs"
     return (done.stderr.strip().splitlines() or ["unknown"])[-1] if done.returncode else ""

@@ -11,6 +11,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Literal
 
+import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
@@ -75,10 +76,12 @@ class InterpolationTask(DiffusionTask):
 
     known_noise: KnownNoise | None = None
 
-    def condition(self, batch: VideoBatch, latents: Tensor, seed: int = 0) -> Condition:
+    def condition(self, batch: VideoBatch, latents: Tensor, seed: int = 0, sampling: bool = False) -> Condition:
         if self.known_noise is None:
-            return super().condition(batch, latents, seed)
+            return super().condition(batch, latents, seed, sampling)
         times = uniforms(seed, "known-noise-time", batch.numbers) * self.known_noise.max_time
+        if sampling:
+            times = torch.full_like(times, self.known_noise.time)
         noise = normals(tuple(latents.shape[1:]), seed, "known-noise", batch.numbers).to(latents.device)
         given = noised(latents, noise, times, self.schedule)
         return with_known(self._told(batch), given, self.known_slots(latents.shape[2]))
@@ -95,6 +98,9 @@ def task(config: InterpolationStage, base: Model) -> InterpolationTask:
             f"use {max((inner - 1) // factor, 1) * factor + 1 + 2 * offset}"
         )
     video = base.diffusion("video")
+    steps, noise = video.schedule.num_steps, config.known_noise
+    if noise is not None and noise.max_time > steps:
+        raise UserError(f"known_noise.max_time: {noise.max_time:g} is beyond the schedule's {steps} steps; lower it")
     network = UNet(video.network)
     network.load_state_dict(base.unet("video").state_dict())
     trainable = temporal_parameter_names(network)

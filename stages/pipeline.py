@@ -177,7 +177,10 @@ class Pipeline:
     def interpolation(
         self, keys: Sequence[SampleKey], clip: Tensor, fps: float, sampling: Sampling, on_step: OnStep = None
     ) -> Tensor:
-        """Stage 3: from T frames at `fps` to (T-1)k+1 at k times `fps`, window by window; given frames are kept."""
+        """Stage 3: from T frames at `fps` to (T-1)k+1 at k times `fps`, window by window; given frames are kept.
+
+        With an offset there are so many more frames before the first given one and after the last.
+        """
         part = self.model.diffusion("interpolation")
         clips, channels, count = clip.shape[:3]
         factor, offset = part.factor, part.offset
@@ -201,11 +204,13 @@ class Pipeline:
             given = interpolation_stage.noised(given, noise, times, part.schedule)
         condition = with_known(condition, given, slots)
         made = self._sample("interpolation", condition, frames, generators, sampling, on_step)
-        smooth = clip.new_zeros(clips, channels, (count - 1) * factor + 1, *clip.shape[3:])
+        total = (count - 1) * factor + 1 + 2 * offset
+        smooth = clip.new_zeros(clips, channels, total, *clip.shape[3:])
         for (b, w), window in zip(rows, made, strict=True):
-            inner = window[:, offset : frames - offset]
-            smooth[b, :, starts[w] * factor : starts[w] * factor + inner.shape[1]] = inner
-        smooth[:, :, ::factor] = clip
+            # Where windows meet, each knows the side on which its own given frames lie: the later one begins there.
+            begin = 0 if w == 0 else offset
+            smooth[b, :, starts[w] * factor + begin : starts[w] * factor + frames] = window[:, begin:]
+        smooth[:, :, offset : total - offset : factor] = clip
         return smooth
 
     def upscale(

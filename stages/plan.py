@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from stages.assemble import load_stage
-from stages.base import DiffusionStageConfig, told_text
+from stages.base import DiffusionStageConfig, check_size, told_text
 from stages.image import ImageStage
 from stages.interpolation import InterpolationStage
 from stages.video import VideoStage
@@ -32,6 +33,8 @@ from videodiff.training.engine_config import EngineConfig, bucket
 
 GIB = 2**30
 USABLE = 0.94  # of a GPU's memory: the rest is the context, kernels and what fragments
+LIVE = 1_000_000_000  # gathered values that DeepSpeed's stage 3 keeps at most, by default
+SIZE = {"fp32": 4, "bf16": 2, "fp16": 2}
 TOKENS = 77  # of a text, where no model says
 FACTOR = 8  # pixels a latent position, where no model says
 
@@ -45,13 +48,13 @@ class GPU:
     link: float
 
 
-# From the makers' data sheets: memory in GB, dense TFLOP/s, GB/s a direction between the GPUs of a node.
+# GiB as drivers tell them; from data sheets dense TFLOP/s, and GB/s a direction between the GPUs of a node.
 GPUS = {
-    name: GPU(memory * 1e9, flops * 1e12, link * 1e9)
+    name: GPU(memory * GIB, flops * 1e12, link * 1e9)
     for name, (memory, flops, link) in {
-        "b200": (180, 2250, 900), "h200": (141, 989, 450), "h100": (80, 989, 450), "a100": (80, 312, 300),
-        "a100-40": (40, 312, 300), "l40s": (48, 362, 32), "a10": (24, 125, 32), "v100": (32, 125, 150),
-        "rtx4090": (24, 165, 32), "rtx3090": (24, 71, 32),
+        "b200": (179, 2250, 900), "h200": (140, 989, 450), "h100": (79.6, 989, 450), "a100": (79.3, 312, 300),
+        "a100-40": (39.6, 312, 300), "l40s": (44.7, 362, 32), "a10": (22.5, 125, 32), "v100": (31.7, 125, 150),
+        "rtx4090": (23.6, 165, 32), "rtx3090": (23.7, 71, 32),
     }.items()
 }  # fmt: skip
 
@@ -67,15 +70,17 @@ class Work:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one GPU."""
+    """Bytes on one GPU; `host`: in the memory of its node besides."""
 
     states: float
     activations: float
     buffers: float
+    encoders: float
+    host: float
 
     @property
     def total(self) -> float:
-        return self.states + self.activations + self.buffers
+        return self.states + self.activations + self.buffers + self.encoders
 
 
 @dataclass(frozen=True)
@@ -117,17 +122,26 @@ def plan(path: Path, overrides: Sequence[str], gpus: int) -> Plan:
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
     factor = FACTOR if base is None or base.config.autoencoder is None else base.config.autoencoder.network.factor
     if base is None:
-        notes.append(f"model={config.model} is not there yet: {FACTOR} pixels a latent position, {TOKENS} text tokens")
-    notes.append("autoencoder and text towers are not counted, nor pictures being encoded")
+        notes.append(
+            f"model={config.model} is not there yet: {FACTOR} pixels a latent position, {TOKENS} text tokens, and its "
+            "autoencoder and text towers are not counted"
+        )
+    if config.data.buckets:
+        notes.append("data.buckets are not looked at: planned is data.frames x data.size")
+    notes.append("what encoding pictures and text takes is not counted; encoded shards need none of it")
     frames = 1 if isinstance(config, ImageStage) else config.data.frames
+    check_size(config.data.size, factor * network_config.divisor, "the autoencoder's factor x the network's")
     side = config.data.size // factor
+    frozen = _encoders(base)
     micro_batch, accumulation = config.engine.shares(config.data.batch_size, gpus)
     work = count(network, frames, side, config.engine.dtype)
     memory = {
         stage: Memory(
             states(parameters, trained, gpus, config.engine, stage),
             work.kept * micro_batch,
-            buffers(trained, config.engine, stage),
+            buffers(parameters, trained, config.engine, stage),
+            frozen,
+            host(parameters, trained, gpus, config.engine, stage),
         )
         for stage in range(4)
         if stage > 0 or config.engine.precision == "fp32"
@@ -142,7 +156,9 @@ def plan(path: Path, overrides: Sequence[str], gpus: int) -> Plan:
         accumulation=accumulation,
         work=work,
         memory=memory,
-        communication={stage: communication(parameters, trained, gpus, config.engine, stage) for stage in memory},
+        communication={
+            stage: communication(parameters, trained, gpus, config.engine, stage, accumulation) for stage in memory
+        },
         step_operations=(work.forward + work.backward + repeated) * config.data.batch_size,
         latent_positions=frames * side * side,
         pixel_bytes=frames * config.data.size**2 * 3,
@@ -151,41 +167,66 @@ def plan(path: Path, overrides: Sequence[str], gpus: int) -> Plan:
 
 
 def states(parameters: int, trained: int, ranks: int, config: EngineConfig, stage: int) -> float:
-    """Bytes of parameters, gradients, masters, moments and average on each rank, `parameters` with the frozen ones.
+    """Bytes of parameters, gradients, masters, moments and average on each GPU, `parameters` with the frozen ones.
 
     Stage 0 has no masters beside the parameters. Stage 1 shards masters, moments and average (4 + 8 + 4 bytes a trained
-    parameter), 2 the gradients too, 3 the parameters too, frozen ones as well.
+    parameter), 2 the gradients too, 3 the parameters too, frozen ones as well. With the optimizer offloaded all that is
+    sharded lies in the CPU's memory, see `host`.
     """
-    size = config.dtype.itemsize
-    gradient = {"fp32": 4, "bf16": 2, "fp16": 2}[config.accumulation_dtype]
+    size, gradient = SIZE[config.precision], SIZE[config.accumulation_dtype]
     if stage == 0:
         return 4 * parameters + (4 + 8 + 4) * trained
-    optimizer = 4 if config.offload_optimizer else 4 + 8 + 4  # the average stays
-    shared = optimizer * trained / ranks
+    shared = 0 if config.offload_optimizer else (4 + 8 + 4) * trained / ranks
+    partition = 0 if config.offload_optimizer else gradient * trained / ranks
     if stage == 1:
-        return size * parameters + gradient * trained + shared
+        # In bf16 DeepSpeed has an optimizer of its own: gradients add up beside those of the module, which stay.
+        own = 0 if config.offload_optimizer or config.precision == "fp32" else size * trained
+        return size * parameters + gradient * trained + own + shared
     if stage == 2:
-        return size * parameters + gradient * trained / ranks + shared
-    own = 0 if config.offload_parameters else size * parameters / ranks
-    return own + gradient * trained / ranks + shared
+        return size * parameters + partition + shared
+    return (0 if config.offload_parameters else size * parameters / ranks) + partition + shared
 
 
-def buffers(trained: int, config: EngineConfig, stage: int) -> float:
-    """Bytes of DeepSpeed's communication buffers, two in turn."""
-    size = {"fp32": 4, "bf16": 2, "fp16": 2}[config.communication_dtype]
-    return 0.0 if stage == 0 else 2.0 * size * bucket(trained)
+def host(parameters: int, trained: int, ranks: int, config: EngineConfig, stage: int) -> float:
+    """Bytes of what is offloaded, for each GPU in the memory of its node."""
+    if stage == 0 or not config.offload_optimizer:
+        offloaded = 0.0
+    else:
+        gradient = SIZE[config.accumulation_dtype]
+        offloaded = (4 + 8 + 4 + (gradient if stage > 1 else 0)) * trained / ranks
+    if stage == 3 and config.offload_parameters:
+        offloaded += SIZE[config.precision] * parameters / ranks
+    return offloaded
 
 
-def communication(parameters: int, trained: int, ranks: int, config: EngineConfig, stage: int) -> float:
-    """Bytes that each rank sends in a step: gradients reduced, parameters gathered (stage 3: in both passes)."""
+def buffers(parameters: int, trained: int, config: EngineConfig, stage: int) -> float:
+    """Bytes of DeepSpeed's buffers: gradients on their way, two in turn; at stage 3 gathered parameters."""
+    travelling = SIZE[config.communication_dtype] * bucket(trained)
+    if stage == 0:
+        return float(travelling)
+    gathered = SIZE[config.precision] * min(LIVE, parameters) if stage == 3 else 0
+    return 2.0 * travelling + gathered
+
+
+def communication(
+    parameters: int, trained: int, ranks: int, config: EngineConfig, stage: int, accumulation: int = 1
+) -> float:
+    """Bytes that each rank sends in a step of `accumulation` micro-steps.
+
+    Stages 0 and 1 reduce gradients once (stage 0, and 1 in bf16, to all ranks: twice the bytes), 2 and 3 in every
+    micro-step; then trained parameters are gathered, at stage 3 instead all of them in each forward and backward pass.
+    """
     share = (ranks - 1) / ranks
-    gradient = {"fp32": 4, "bf16": 2, "fp16": 2}[config.communication_dtype] * trained * share
-    size = config.dtype.itemsize
+    gradient = SIZE[config.communication_dtype] * trained * share
+    size = SIZE[config.precision]
     if stage == 0:
         return 2 * gradient
-    if stage == 3:
-        return gradient + 2 * size * parameters * share
-    return gradient + size * trained * share
+    if stage == 1:
+        whole = config.precision == "bf16" and not config.offload_optimizer
+        return (2 if whole else 1) * gradient + size * trained * share
+    if stage == 2:
+        return accumulation * gradient + size * trained * share
+    return accumulation * (gradient + 2 * size * parameters * share)
 
 
 def count(network: UNet, frames: int, side: int, dtype: torch.dtype) -> Work:
@@ -216,6 +257,7 @@ def count(network: UNet, frames: int, side: int, dtype: torch.dtype) -> Work:
             handles.append(module.register_forward_hook(linear))
         elif isinstance(module, Attention):
             handles.append(module.register_forward_hook(attention))
+    network = network.to(dtype)  # first: parameters get other storages
     kept: dict[int, tuple[Tensor, int]] = {}
     weights = {parameter.untyped_storage()._cdata for parameter in network.parameters()}
 
@@ -228,7 +270,6 @@ def count(network: UNet, frames: int, side: int, dtype: torch.dtype) -> Work:
     def kept_bytes() -> float:
         return float(sum(size for _, size in kept.values()))
 
-    network = network.to(dtype)
     x = torch.empty(1, network.config.channels, frames, side, side, dtype=dtype, device="meta")
     inputs = (x, torch.empty(1, device="meta"), _condition(network.config, x))
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
@@ -289,10 +330,7 @@ def _model(name: str | None) -> Model | None:
 def _network(config: DiffusionStageConfig, path: Path, base: Model | None) -> UNetConfig:
     """The network of a stage: its own, or that of the stage before, from the model or from the YAML that makes it."""
     if isinstance(config, ImageStage):
-        network = config.network
-        if base is not None and base.config.text is not None:
-            network = told_text(network, base)
-        return network
+        return _told_text(config.network, base)
     if base is not None:
         before = base.config.video if isinstance(config, InterpolationStage) else base.config.image
         if before is not None:
@@ -302,11 +340,38 @@ def _network(config: DiffusionStageConfig, path: Path, base: Model | None) -> UN
             earlier = load_stage(other)
         except UserError:
             continue
-        if earlier.run.dir == config.model and isinstance(earlier, (ImageStage, VideoStage, InterpolationStage)):
+        if not isinstance(earlier, (ImageStage, VideoStage, InterpolationStage)):
+            continue
+        beside = isinstance(earlier, ImageStage) and earlier.model == config.model  # both on one imported model
+        if earlier.run.dir == config.model or beside:
             return _with_time(config, _network(earlier, other, _model(earlier.model)))
     raise UserError(
         f"{path}: model={config.model} is not there, and no YAML in {path.parent} makes it; name a model or a run"
     )
+
+
+def _told_text(network: UNetConfig, base: Model | None) -> UNetConfig:
+    """The network with the text towers' widths where its own are left out, from the description alone if it tells."""
+    if network.context_dims or base is None or base.config.text is None:
+        return network
+    text = base.config.text
+    if text.network.pretrained is not None or text.further:
+        return told_text(network, base)
+    return network.model_copy(update={"context_dims": (text.network.width,), "pooled_dim": text.network.embed_dim})
+
+
+def _encoders(base: Model | None) -> float:
+    """Bytes in float32 of the frozen autoencoder and text towers, told from the heads of their files."""
+    if base is None:
+        return 0.0
+    parts = [part for part in (base.config.autoencoder, base.config.text) if part is not None]
+    files = [part.weights for part in (*parts, *(base.config.text.further if base.config.text else ()))]
+    total = 0
+    for file in files:
+        if file.name.endswith(".safetensors"):
+            with safe_open(base.folder / file.name, "pt") as opened:
+                total += sum(math.prod(opened.get_slice(key).get_shape()) for key in opened.keys())  # noqa: SIM118
+    return 4.0 * total
 
 
 def _with_time(config: DiffusionStageConfig, network: UNetConfig) -> UNetConfig:

@@ -17,6 +17,7 @@ def report(
     gpus_per_node: int,
     gpu_name: str,
     efficiency: float,
+    network: float,
     price: float | None,
 ) -> list[str]:
     """The lines of a plan; UserError for a GPU that is not known, or what `plan` refuses."""
@@ -24,7 +25,8 @@ def report(
         raise UserError(f"--gpu {gpu_name}: not known; known are {', '.join(GPUS)}")
     gpu, config = GPUS[gpu_name], load_stage(path, overrides)
     made = plan(path, overrides, nodes * gpus_per_node)
-    seconds = made.step_operations / (made.gpus * gpu.flops * efficiency)
+    peak = gpu.flops * (0.5 if config.engine.precision == "fp32" else 1.0)  # of TF32
+    seconds = made.step_operations / (made.gpus * peak * efficiency)
     samples = config.data.batch_size / seconds
     hours = seconds * config.run.steps / 3600
     lines = [
@@ -33,10 +35,12 @@ def report(
         f"  batch              {config.data.batch_size} = {made.gpus} GPUs x {made.accumulation} x {made.micro_batch}",
         f"  a sample           {made.work.forward / 1e12:.3g} TFLOP forward, {made.work.backward / 1e12:.3g} backward; "
         f"{made.latent_positions:,} latent positions; {made.pixel_bytes / 1e6:.2f} MB of decoded pixels",
-        "  memory per GPU     GiB: states + activations + buffers",
+        "  memory per GPU     GiB: states + activations + buffers + encoders",
     ]
     for stage, memory in made.memory.items():
-        parts = " + ".join(f"{part / GIB:.2f}" for part in (memory.states, memory.activations, memory.buffers))
+        parts = " + ".join(
+            f"{part / GIB:.2f}" for part in (memory.states, memory.activations, memory.buffers, memory.encoders)
+        )
         fits = "fits" if memory.total <= USABLE * gpu.memory else "does not fit"
         mark = "->" if stage == config.engine.zero_stage else "  "
         sent = made.communication[stage] / 1e9
@@ -51,10 +55,14 @@ def report(
         + (f", {hours * made.gpus * price:,.0f} at {price:g} an hour" if price is not None else ""),
         *(f"  note: {note}" for note in made.notes),
     ]
-    return lines + [f"  warning: {problem}" for problem in _problems(made, config.engine.zero_stage, gpu_name, seconds)]
+    if held := made.memory[config.engine.zero_stage].host:
+        lines.append(f"  offloaded          {held * gpus_per_node / GIB:.1f} GiB in the memory of each node")
+    link = gpu.link if nodes == 1 else min(gpu.link, network * 1e9)
+    problems = _problems(made, config.engine.zero_stage, gpu_name, seconds, link)
+    return lines + [f"  warning: {problem}" for problem in problems]
 
 
-def _problems(made: Plan, stage: int, gpu_name: str, seconds: float) -> list[str]:
+def _problems(made: Plan, stage: int, gpu_name: str, seconds: float, link: float) -> list[str]:
     gpu, problems = GPUS[gpu_name], []
     memory = made.memory[stage]
     if memory.total > USABLE * gpu.memory:
@@ -66,10 +74,10 @@ def _problems(made: Plan, stage: int, gpu_name: str, seconds: float) -> list[str
         ways += ["engine.offload_optimizer=true"] if stage > 0 else []
         has = USABLE * gpu.memory / GIB
         problems.append(f"ZeRO {stage} needs {memory.total / GIB:.1f} GiB of {has:.1f}; try {' or '.join(ways)}")
-    if (sending := made.communication[stage] / gpu.link) > seconds:
+    if (sending := made.communication[stage] / link) > seconds:
         problems.append(
-            f"sending {made.communication[stage] / 1e9:.1f} GB takes {sending:.2f} s inside a node, longer than the "
-            "step's work: take a larger batch or fewer GPUs"
+            f"sending {made.communication[stage] / 1e9:.1f} GB takes {sending:.2f} s at {link / 1e9:.0f} GB/s, longer "
+            "than the step's work: take a larger batch or fewer GPUs"
         )
     return problems
 

@@ -18,8 +18,8 @@ CONFIG = "config.yaml"
 STATE = "state.json"
 
 
-def run_of(run: Path, overrides: Sequence[str]) -> tuple[Path, int]:
-    """(folder, run.max_fruitless) of a run's folder, or of the YAML and overrides that it is trained with."""
+def run_of(run: Path, overrides: Sequence[str]) -> tuple[Path, int, int]:
+    """(folder, run.steps, run.max_fruitless) of a run's folder, or of the YAML and overrides that it trains with."""
     from stages.assemble import load_stage
 
     if run.is_dir():
@@ -28,9 +28,9 @@ def run_of(run: Path, overrides: Sequence[str]) -> tuple[Path, int]:
         if not (run / CONFIG).is_file():
             raise UserError(f"{run}: not a run (no {CONFIG}); name the folder that run.dir names in its YAML")
         config = load_stage(run / CONFIG)
-        return run, config.run.max_fruitless
+        return run, config.run.steps, config.run.max_fruitless
     config = load_stage(run, overrides)
-    return Path(config.run.dir), config.run.max_fruitless
+    return Path(config.run.dir), config.run.steps, config.run.max_fruitless
 
 
 def checkpoint_lines(run: Path) -> list[str]:

@@ -124,14 +124,15 @@ def main(root: Path, points: list[str]) -> None:
         rank, operation = map(int, point.split(":"))
         folder = root / point.replace(":", "-")
         killed = ranks(folder, free_port(), (rank, operation))
+        asked = status.verdict(folder, STEPS, 9)[0].name
         sound = sorted(path.name for path in (folder / "checkpoints").glob("step-*[0-9]"))
         resumed = ranks(folder, free_port(), None)
         state = final(folder) if resumed == [0, 0] else {}
         equal = state.keys() == wanted.keys() and all(torch.equal(state[key], wanted[key]) for key in wanted)
         left = [path.name for path in (folder / "checkpoints").iterdir() if path.name.endswith(".tmp")]
-        complete = status.verdict(folder, 9)[0] is status.Verdict.COMPLETE
-        print(json.dumps({"point": point, "killed": killed, "left": sound, "resumed": resumed, "equal": equal,
-                          "leftovers": left, "complete": complete}), flush=True)  # fmt: skip
+        complete = status.verdict(folder, STEPS, 9)[0] is status.Verdict.COMPLETE
+        found = {"point": point, "killed": killed, "verdict": asked, "left": sound, "resumed": resumed}
+        print(json.dumps({**found, "equal": equal, "leftovers": left, "complete": complete}), flush=True)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ SCRIPT = Path(__file__).with_name("crash.py")
 def crash(folder: Path, *points: str) -> list[dict]:
     environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parents[1]), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(SCRIPT), str(folder), *points]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=3000)
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(line) for line in done.stdout.splitlines() if line[0] in "[{"]
 
@@ -37,6 +37,7 @@ def check(folder: Path, number: int, seed: int) -> None:
         rank = int(result["point"][0])
         assert result["killed"][rank] == -signal.SIGKILL, result
         assert result["killed"][1 - rank] != 0, result
+        assert result["verdict"] == "GO_ON", result
         assert {"step-00000002", "step-00000004"} & set(result["left"]), result
         end = (result["resumed"], result["equal"], result["leftovers"], result["complete"])
         assert end == ([0, 0], True, [], True), result

@@ -72,6 +72,29 @@ def test_bf16_parameters_follow_the_masters_of_another_stage(tmp_path: Path, sta
     engine.close()
 
 
+@pytest.mark.parametrize("settings", [{"offload_optimizer": True}, {"accumulation_dtype": "bf16"}])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_offloaded_and_in_bf16_it_goes_on_exactly(tmp_path: Path, stage: int, settings: dict[str, Any]) -> None:
+    """DeepSpeed has other optimizers for these: ten steps are five, a file and five."""
+    config = EngineConfig(zero_stage=stage, precision="bf16", **settings, **SETTINGS)
+    straight = Engine(network(), config, trains, BATCH)
+    average, _ = train_with(straight, config)
+    straight.save(tmp_path, average.values)
+    again = Engine(network(), config, trains, BATCH, resume=tmp_path)
+    norms = [train_with(engine, config)[1] for engine in (straight, again)]
+    assert norms[0] == norms[1]
+    one, other = (engine.gather(engine.masters()) for engine in (straight, again))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    straight.close()
+    again.close()
+
+
+def test_offload_that_would_add_up_in_bf16_is_refused() -> None:
+    config = EngineConfig(zero_stage=2, precision="bf16", offload_optimizer=True, micro_batch=2)
+    with pytest.raises(UserError, match="adds up the gradients of 4 micro-steps in bf16; use zero_stage 3"):
+        Engine(network(), config, trains, BATCH)
+
+
 def run_with(folder: Path, steps: int, stage: int) -> TinyConfig:
     settings: dict[str, Any] = {"zero_stage": stage, "precision": "fp32", "learning_rate": 0.01, "micro_batch": 2}
     return tiny(folder, run__steps=steps, run__save_every=2, run__keep_last=9, dropout=0.0, engine=settings)
@@ -103,6 +126,13 @@ def test_another_number_of_ranks_goes_on_with_the_same_curve(tmp_path: Path) -> 
         files = len(list((checkpoint / f"step-{STEPS:08d}/engine").iterdir()))
         assert files == {"2-1": 1, "1-2": 2, "2-4": 4}[checkpoint.parent.name[:3]]
         assert json.loads((checkpoint / f"step-{STEPS:08d}/state.json").read_text())["step"] == STEPS
+        one, other = (
+            state(checkpoint / f"step-{STEPS:08d}"),
+            state(Path(straight.run.dir, f"checkpoints/step-{STEPS:08d}")),
+        )
+        assert one.keys() == other.keys()  # weights, both moments, the average
+        for key in one:
+            torch.testing.assert_close(one[key], other[key], rtol=1e-4, atol=1e-6)
 
 
 def test_a_checkpoint_of_another_network_is_refused(tmp_path: Path) -> None:

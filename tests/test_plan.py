@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from stages.cli import main
-from stages.plan import communication, count, plan, states
+from stages.plan import communication, count, host, plan, states
 from videodiff.batch import Condition
 from videodiff.errors import UserError
 from videodiff.networks.unet import TemporalConfig, UNet, UNetConfig, is_temporal
@@ -152,8 +152,23 @@ def test_formulas() -> None:
         assert states(number, number, 64, config, stage) - 4 * number / 64 == pytest.approx(published, rel=0.01)
     assert communication(8, 8, 4, EngineConfig(precision="fp32", zero_stage=0), 0) == 2 * 8 * 4 * 3 / 4
     assert communication(8, 8, 4, EngineConfig(precision="bf16", communication_dtype="bf16"), 2) == 2 * 2 * 8 * 3 / 4
+    assert communication(8, 8, 4, EngineConfig(precision="bf16", communication_dtype="bf16"), 2, 3) == 4 * 2 * 8 * 3 / 4
     offloaded = EngineConfig(precision="bf16", zero_stage=3, offload_optimizer=True, offload_parameters=True)
-    assert states(100, 80, 4, offloaded, 3) == (4 + 4) * 80 / 4
+    assert states(100, 80, 4, offloaded, 3) == 0
+    assert host(100, 80, 4, offloaded, 3) == (4 + 8 + 4 + 4) * 80 / 4 + 2 * 100 / 4
+
+
+def test_bf16_keeps_half_of_what_fp32_keeps() -> None:
+    whole, half = (count(network(True, True, "meta"), 6, 16, dtype).kept for dtype in (torch.float32, torch.bfloat16))
+    assert half == pytest.approx(whole / 2, rel=0.1)
+
+
+@pytest.mark.parametrize("name", ["image_15", "video_15", "image_21", "video_21"])
+def test_stable_diffusion_can_be_planned(name: str) -> None:
+    made = plan(ROOT / f"configs/sd/{name}.yaml", [], 8)
+    spatial = {"15": 0.86, "21": 0.866}[name[-2:]]
+    frozen = made.parameters - (made.trained if name.startswith("video") else 0)
+    assert frozen / 1e9 == pytest.approx(spatial, abs=0.005)
 
 
 @pytest.mark.parametrize("name", EMU)

@@ -53,7 +53,7 @@ def test_a_killed_rank_is_named(tmp_path: Path) -> None:
     assert status == 2
     assert "rank 1 (process " in output.splitlines()[-1]
     assert f"on {socket.gethostname()}) is gone; the same command goes on" in output.splitlines()[-1]
-    assert verdict(tmp_path, 5) == (Verdict.GO_ON, "2 steps are left")
+    assert verdict(tmp_path, 4, 5) == (Verdict.GO_ON, "2 steps are left")
 
 
 def test_a_stopped_rank_ends_the_others_in_time(tmp_path: Path) -> None:

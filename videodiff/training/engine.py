@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from videodiff.errors import UserError
@@ -74,6 +75,11 @@ class Engine:
         self.micro_batch, self.accumulation = config.shares(batch_size, world())
         if config.precision == "fp16" and device().type == "cpu":
             raise UserError("engine.precision=fp16: a CPU has no fp16 training; use bf16 or fp32")
+        if config.offload_optimizer and config.zero_stage < 3 and config.precision != "fp32" and self.accumulation > 1:
+            raise UserError(
+                f"engine.offload_optimizer: at ZeRO {config.zero_stage} DeepSpeed adds up the gradients of "
+                f"{self.accumulation} micro-steps in {config.precision}; use zero_stage 3, or a larger micro_batch"
+            )
         for name, parameter in module.named_parameters():
             parameter.requires_grad_(trains(name))
             if parameter.requires_grad:
@@ -121,6 +127,8 @@ class Engine:
             return self._plain_step()
         self._deepspeed.step()
         applied = bool(self._deepspeed.was_step_applied())
+        if self.config.zero_stage == 3:  # what gets no gradient in the next step must not meet this one's again
+            self._deepspeed.optimizer.grad_partitions_flat_buffer.zero_()
         norm = self._deepspeed.get_global_grad_norm()
         return StepResult(applied, float(norm) if applied and norm is not None else math.inf)
 
@@ -135,7 +143,7 @@ class Engine:
             return list(self._parameters.values())
         if stage == 3:
             return list(optimizer.fp32_partitioned_groups_flat)
-        if stage == 1 and self.config.precision == "bf16":  # DeepSpeed has an optimizer of its own for this pair
+        if hasattr(optimizer, "fp32_groups_flat_partition"):  # DeepSpeed has one of its own for stage 1 in bf16
             return list(optimizer.fp32_groups_flat_partition)
         return list(optimizer.single_partition_of_fp32_groups)
 
@@ -144,7 +152,7 @@ class Engine:
         """Whole tensors from fragments laid out like `masters()`: fp32 by parameter name on rank 0's CPU, else None."""
         state = {}
         for name, shape in self._shapes.items():
-            whole = torch.zeros(shape.numel(), dtype=torch.float32, device=values[0].device)
+            whole = torch.zeros(shape.numel(), dtype=torch.float32, device=device())  # offloaded values are elsewhere
             for piece in self._pieces[name] if self._owns else ():
                 part = values[piece.master].reshape(-1)[piece.offset : piece.offset + piece.length]
                 whole[piece.start : piece.start + piece.length] = part
@@ -188,6 +196,19 @@ class Engine:
             for piece in pieces
         ]  # fmt: skip
         fragments.write(folder / FOLDER, rank(), parts, counters)
+
+    def verify(self, folder: Path) -> str | None:
+        """What is missing of the state that all ranks wrote into a folder; None when it is whole. Not collective."""
+        try:
+            state = Fragments(folder / FOLDER)
+            if self.config.zero_stage and len(state) != world():
+                return (
+                    f"{len(state)} of {world()} ranks' files are there: run.dir must lie on a disk that all nodes share"
+                )
+            state.check(MASTER, self._shapes)
+        except (UserError, SafetensorError) as error:
+            return str(error)
+        return None
 
     @torch.no_grad()
     def load_average(self, folder: Path, average: Sequence[Tensor]) -> None:
@@ -311,7 +332,7 @@ def _read_weights(module: nn.Module, shapes: dict[str, torch.Size], folder: Path
         parameters = dict(module.named_parameters())
         for name, shape in shapes.items():
             parameters[name].copy_(state.read(MASTER, name, 0, shape.numel()).view(shape))
-    except UserError as error:
+    except (UserError, SafetensorError) as error:
         return str(error)
     return None
 

@@ -9,6 +9,7 @@ Shapes: all parts are flat fp32 ranges of a flattened parameter.
 
 import json
 import math
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +38,10 @@ def write(folder: Path, rank: int, parts: Iterable[Part], counters: Mapping[str,
     """Write a rank's file into `folder`. counters: numbers of the whole state, equal on all ranks."""
     tensors = {f"{part.kind}|{part.start}|{part.name}": part.values.detach().cpu().contiguous() for part in parts}
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / f"rank-{rank:05d}.safetensors", {"counters": json.dumps(dict(counters))})
+    path = folder / f"rank-{rank:05d}.safetensors"
+    save_file(tensors, path, {"counters": json.dumps(dict(counters))})
+    with open(path, "rb") as file:  # the one that wrote it hears of a disk that failed later; another machine would not
+        os.fsync(file.fileno())
 
 
 class Fragments:

@@ -52,6 +52,10 @@ class Holder:
             return True
         return self.machine == other.machine and _born(self.pid) != self.born
 
+    def lives_here(self, other: "Holder") -> bool:
+        """Whether `other`, on the same machine, sees that this process lives."""
+        return self.machine == other.machine and _born(self.pid) == self.born
+
 
 class Lease:
     """The right to write in a folder, held from `take` to `give_back`."""
@@ -65,19 +69,26 @@ class Lease:
     def take(self) -> str | None:
         """Take the lease and keep it alive; returns the problem when another has it."""
         draft = self.path.with_name(f".{FILE}.{self.holder.token}")
+        first: float | None = None
         try:
             while True:
                 draft.write_text(json.dumps(asdict(self.holder)), encoding="utf-8")
                 if _place(draft, self.path):
                     break
-                before = read(self.path.parent)
-                silent = draft.stat().st_mtime - _beat_of(self.path)  # both by the disk's clock
-                if silent < STALE_SECONDS and not (before is not None and before.gives_way(self.holder)):
+                before, beat = read(self.path.parent), _beat_of(self.path)
+                if before == self.holder:  # a network disk made it, and its answer was lost
+                    break
+                silent = draft.stat().st_mtime - beat  # both by the disk's clock
+                if silent >= STALE_SECONDS or (before is not None and before.gives_way(self.holder)):
+                    self._remove(before)
+                    continue
+                first = beat if first is None else first
+                if beat != first or (before is not None and before.lives_here(self.holder)):
                     return (
                         f"run.dir={self.path.parent}: {before or 'another process'} trains in it; wait for its end or "
-                        f"stop it (a dead one is known after {STALE_SECONDS:.0f} s), or name a new run.dir"
+                        "stop it, or name a new run.dir"
                     )
-                self._remove(before)
+                time.sleep(BEAT_SECONDS / 5)  # until its heart beats, or has stood still for too long
         finally:
             draft.unlink(missing_ok=True)
         self._thread = threading.Thread(target=self._keep, name="lease", daemon=True)

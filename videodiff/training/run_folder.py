@@ -1,10 +1,11 @@
 """The folder of a run: made or found again, held by one process, and bound to the configuration it began with."""
 
+import contextlib
 import os
 import platform
+import socket
 import time
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,15 @@ from videodiff.config import Config
 from videodiff.errors import LostError, UserError
 from videodiff.training import status
 from videodiff.training.checkpoint import Checkpoints
-from videodiff.training.distributed import from_first, raise_from_first, rank
+from videodiff.training.distributed import from_first, gather_to_first, raise_from_first, rank
 from videodiff.training.lease import Holder, Lease
+from videodiff.training.lease import read as read_lease
 from videodiff.training.status import Status
 
 CHECKPOINTS = "checkpoints"
 MACHINES = "machines.txt"
 STATUS_SECONDS = 5.0  # between two writings
+SHARED_SECONDS = 20.0  # until another node sees a new file of a network disk
 
 
 class Attempt:
@@ -30,10 +33,10 @@ class Attempt:
     On rank 0 it holds the folder's lease and writes its status; how it ends is noted there for the next start.
     """
 
-    def __init__(self, folder: Path, config: Config, steps: int, cap: int) -> None:
-        self.folder, self.config = folder, config
+    def __init__(self, folder: Path, config: Config, steps: int) -> None:
+        self.folder, self.config, self.steps = folder, config, steps
         self.token = ""  # of this start; what it has not finished bears it
-        self._status = Status(steps=steps, cap=cap)
+        self._status = Status()
         self._lease: Lease | None = None
         self._written = 0.0
 
@@ -49,6 +52,7 @@ class Attempt:
         try:
             raise_from_first(problem)
             self.token = from_first(self._lease.holder.token if self._lease is not None else "")
+            self._check_shared()
         except BaseException as error:
             self._close(error)
             raise
@@ -56,6 +60,21 @@ class Attempt:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self._close(error)
+
+    def _check_shared(self) -> None:
+        """Every rank must see rank 0's folder: parts of a checkpoint on another disk would be lost."""
+        end = time.monotonic() + SHARED_SECONDS
+        while not (seen := (holder := read_lease(self.folder)) is not None and holder.token == self.token):
+            if time.monotonic() > end:
+                break
+            time.sleep(0.1)  # a network disk may take a moment
+        blind = gather_to_first("" if seen else f"rank {rank()} on {socket.gethostname()}")
+        names = ", ".join(filter(None, blind)) if blind is not None else ""
+        raise_from_first(
+            f"run.dir={self.folder}: not the same folder for {names}; name one on a disk that all nodes share"
+            if names
+            else None
+        )
 
     def check(self) -> None:
         """Raise LostError when another has taken over. To be asked before anything is published; rank 0 alone knows."""
@@ -78,7 +97,7 @@ class Attempt:
 
     def saved(self, step: int) -> None:
         """Note a checkpoint."""
-        self._status.saved(step)
+        self._status.save(step)
         self._write()
 
     def complete(self, step: int) -> None:
@@ -87,8 +106,14 @@ class Attempt:
 
     def stopped(self, reason: str) -> None:
         """Note that the run was told to stop and has saved."""
-        self._status.state = "stopped"
-        self._status.problem, self._status.problem_time = reason, time.time()
+        self._status.fail("stopped", reason)
+
+    def ended(self, reason: str, mistake: bool) -> None:
+        """Note what ends this process at once: another rank that is gone or hangs, or its mistake."""
+        self._status.fail("failed" if mistake else "interrupted", reason)
+        with contextlib.suppress(LostError, OSError):
+            self.check()
+            self._write()
 
     def _open(self) -> str | None:
         """Make the run's folder, or compare the configuration with that of its checkpoints. Returns the problem."""
@@ -98,13 +123,8 @@ class Attempt:
         if problem := lease.take():
             return problem
         self._lease = lease
-        if before := status.read(self.folder):
-            new = self._status
-            self._status = replace(
-                before, state="training", steps=new.steps, cap=new.cap, fruitless=before.fruitless + 1
-            )
-        else:
-            self._status.fruitless = 1
+        self._status = status.read(self.folder) or Status()
+        self._status.open(self.steps)
         self._write()
         # Without a checkpoint there is nothing to go on with: the start failed, and this may be the command mended.
         if path.is_file() and Checkpoints(self.folder / CHECKPOINTS, 1).exist():
@@ -129,11 +149,9 @@ class Attempt:
             self._status.fail("interrupted" if lost else "failed", text)
         elif self._status.state == "training":
             self._status.state = "interrupted"
-        try:
+        with contextlib.suppress(LostError, OSError):  # the folder is another's, or can't be written: the error says so
             self._lease.check()
             self._write()
-        except (LostError, OSError):  # the folder is another's, or can't be written: the error on its way says why
-            pass
         self._lease.give_back()
 
     def _write(self) -> None:

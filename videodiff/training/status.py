@@ -30,7 +30,8 @@ class Verdict(IntEnum):
 class Status:
     """state: failed is for good (a user's mistake), interrupted is not. Times in seconds since 1970.
 
-    fruitless: starts, this one among them, since the last one that saved anything. attempt: Slurm's, at that time.
+    fruitless: starts, this one among them, since the last one that saved anything. opened, saved: Slurm's (job,
+    attempt) that last opened the run, and that last saved in it; "" and 0 without Slurm.
     """
 
     state: Literal["training", "complete", "stopped", "interrupted", "failed"] = "training"
@@ -44,10 +45,15 @@ class Status:
     problem: str = ""
     problem_time: float = 0.0
     fruitless: int = 0
-    cap: int = 0
-    job: str = ""
-    attempt: int = 0
+    opened: tuple[str, int] = ("", 0)
+    saved: tuple[str, int] = ("", 0)
     written: float = 0.0
+
+    def open(self, steps: int) -> None:
+        """Note that a start has come so far."""
+        here = slurm()
+        self.fruitless = self.fruitless + 1 if self.opened[0] == here[0] else 1  # another job, mended perhaps
+        self.state, self.steps, self.opened = "training", steps, here
 
     def write(self, folder: Path) -> None:
         """Replace the file; a reader never sees half of it."""
@@ -56,58 +62,63 @@ class Status:
         draft.write_text(json.dumps(asdict(self), indent=1), encoding="utf-8")
         draft.replace(folder / FILE)
 
-    def fail(self, state: Literal["interrupted", "failed"], problem: str) -> None:
+    def fail(self, state: Literal["interrupted", "failed", "stopped"], problem: str) -> None:
         """Note why the run ended."""
         self.state, self.problem, self.problem_time = state, problem, time.time()
 
-    def saved(self, step: int) -> None:
+    def save(self, step: int) -> None:
         """Note a checkpoint: what this attempt does is not in vain."""
         self.checkpoint, self.checkpoint_time = f"step {step}", time.time()
-        self.fruitless, (self.job, self.attempt) = 0, _slurm()
+        self.fruitless, self.saved = 0, slurm()
 
 
 def read(folder: Path) -> Status | None:
-    """The status of a run; None when it has none, or an unreadable one."""
+    """The status of a run; None when it has none, or a torn one. Raises OSError when the disk doesn't answer."""
     try:
         values = json.loads((folder / FILE).read_text(encoding="utf-8"))
-        return Status(**{field.name: values[field.name] for field in fields(Status) if field.name in values})
-    except (OSError, ValueError, TypeError):
+        known = {field.name: values[field.name] for field in fields(Status) if field.name in values}
+        return Status(**{name: tuple(value) if isinstance(value, list) else value for name, value in known.items()})
+    except (FileNotFoundError, NotADirectoryError, ValueError, TypeError, KeyError):
         return None
 
 
-def verdict(folder: Path, cap: int) -> tuple[Verdict, str]:
-    """Whether to start the run again, and why; `cap` counts starts in a row that save nothing (run.max_fruitless)."""
-    job, attempt = _slurm()
-    status = read(folder)
-    if status is None:
-        tries = attempt + 1 if job else 0
-        if tries >= cap:
-            return Verdict.OVER_THE_CAP, f"{tries} attempts of job {job} did not come so far as to open {folder}"
-        return Verdict.GO_ON, f"{folder}: not begun"
-    if status.state == "complete":
-        return Verdict.COMPLETE, f"all {status.steps} steps are done"
-    if status.state == "failed":
-        return Verdict.HOPELESS, status.problem
-    holder = lease.read(folder)
-    if holder is not None and holder.job != job and job and lease.is_alive(folder):
+def verdict(folder: Path, steps: int, cap: int) -> tuple[Verdict, str]:
+    """Whether to start a run of `steps` steps again, and why; `cap` counts starts in a row that save nothing.
+
+    Under Slurm (SLURM_JOB_ID, SLURM_RESTART_COUNT) it is this job that asks: what an earlier start left in the file
+    decides nothing when this attempt did not even come so far as to open the run.
+    """
+    job, attempt = slurm()
+    status, holder = read(folder), lease.read(folder)
+    if job and holder is not None and holder.job == job and holder.attempt > attempt:
+        return Verdict.HOPELESS, f"{holder} has taken over"
+    if job and holder is not None and holder.job != job and lease.is_alive(folder):
         return Verdict.HOPELESS, f"{holder} trains in it"
+    if status is None:
+        if job and attempt + 1 >= cap:
+            return Verdict.OVER_THE_CAP, f"{attempt + 1} attempts of job {job} did not come so far as to open {folder}"
+        return Verdict.GO_ON, f"{folder}: not begun"
+    if status.state == "complete" and status.step >= steps:
+        return Verdict.COMPLETE, f"all {status.step} steps are done"
+    if status.state == "failed" and (not job or status.opened == (job, attempt)):
+        return Verdict.HOPELESS, status.problem
     fruitless = status.fruitless
-    if job and job == status.job:
-        fruitless = max(fruitless, attempt - status.attempt)
+    if job:
+        fruitless = attempt - status.saved[1] if status.saved[0] == job else attempt + 1
     if fruitless >= cap:
         why = f"; the last: {status.problem}" if status.problem else ""
         return Verdict.OVER_THE_CAP, f"{fruitless} starts in a row saved nothing (run.max_fruitless={cap}){why}"
-    return Verdict.GO_ON, f"{status.steps - status.step} steps are left"
+    return Verdict.GO_ON, f"{steps - status.step} steps are left"
 
 
-def describe(folder: Path, cap: int) -> str:
+def describe(folder: Path, steps: int, cap: int) -> str:
     """The status in plain text, a few lines."""
     status, now = read(folder), time.time()
     if status is None:
         return f"{folder}: no run has begun here"
     holder = lease.read(folder)
     lives = holder is not None and lease.is_alive(folder)
-    state = status.state
+    state: str = status.state
     if state == "training" and not lives:
         state, who = "interrupted", "its process is gone"
     else:
@@ -118,24 +129,25 @@ def describe(folder: Path, cap: int) -> str:
     if status.loss is not None:
         progress.append(f"loss {status.loss:.4f}")
     if status.seconds_per_step is not None:
-        left = (status.steps - status.step) * status.seconds_per_step
         progress.append(f"{status.seconds_per_step:.3g} s/step")
-        progress.append(f"{_time(left)} left" if status.step < status.steps else "")
+        if status.step < status.steps:
+            progress.append(f"{_time((status.steps - status.step) * status.seconds_per_step)} left")
     if status.skipped:
         progress.append(f"{status.skipped} steps skipped")
-    lines.append("  " + ", ".join(part for part in progress if part))
+    lines.append("  " + ", ".join(progress))
     saved = f"{status.checkpoint}, {_time(now - status.checkpoint_time)} ago" if status.checkpoint else "none yet"
     lines.append(f"  last checkpoint: {saved}")
     problem = f"{status.problem} ({_time(now - status.problem_time)} ago)" if status.problem else "none"
     lines.append(f"  last problem: {problem}")
-    code, why = verdict(folder, cap)
+    code, why = verdict(folder, steps, cap)
     if code is not Verdict.COMPLETE and not lives:
         advice = "the same command goes on" if code is Verdict.GO_ON else "mend it before the next start"
         lines.append(f"  {why}; {advice}")
     return "\n".join(lines)
 
 
-def _slurm() -> tuple[str, int]:
+def slurm() -> tuple[str, int]:
+    """The job that this process belongs to and its attempt; "" and 0 without Slurm."""
     return os.environ.get("SLURM_JOB_ID", ""), int(os.environ.get("SLURM_RESTART_COUNT", "0"))
 
 

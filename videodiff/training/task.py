@@ -16,17 +16,17 @@ from videodiff.batch import VideoBatch
 class LossOutput:
     """per_sample: loss of each sample, [B] float32, unweighted. metrics: scalars to log, the same names all step long.
 
-    tallies: [2] each, a sum and a count, to log their quotient over the whole step; the same names all step long.
     seen: numbers [B, K] float64 that a task with a memory wants back of all the step's samples, see `Remembers`.
     adversary: from its engine to what the adversary makes of the same batch, see `Contested`; None: it does not learn
     in this step (on no rank and in no micro-batch).
+    tallies: [2] each, a sum and a count, to log their quotient over the whole step; the same names all step long.
     """
 
     per_sample: Tensor
     metrics: dict[str, Tensor] = field(default_factory=dict)
-    tallies: dict[str, Tensor] = field(default_factory=dict)
     seen: Tensor | None = None
     adversary: Callable[[Callable[..., Any]], LossOutput] | None = None
+    tallies: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Task(Protocol):

@@ -10,6 +10,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -93,7 +94,7 @@ def train(
     """
     distributed.start()
     devices = [device()] if device().type == "cuda" else []
-    with Attempt(Path(run.dir), config, run.steps, run.max_fruitless) as attempt, torch.random.fork_rng(devices):
+    with Attempt(Path(run.dir), config, run.steps) as attempt, torch.random.fork_rng(devices):
         trainer = _Trainer(run, engine, batch_size, *prepare(), attempt)
         try:
             trainer.train()
@@ -126,11 +127,11 @@ class _Trainer:
         progress, run = self.progress, self.run
         batches = self.source.batches(progress.step * self.batch_size, rank(), world(), self.engine.micro_batch)
         report = Report(self.folder, progress.step, run.steps, run.log_every, silent=rank() != 0)
-        with Signals() as signals, report, Watch(run.patience) as self.watch:
+        with Signals() as signals, report, Watch(run.patience, self.attempt.ended) as self.watch:
             report.say(self._opening())
             try:
                 while progress.step < run.steps:
-                    first, stop = self._step(batches, signals, report)
+                    stop = self._step(batches, signals, report)
                     is_last = progress.step == run.steps
                     if is_last or stop or progress.step % run.save_every == 0:
                         self._save()
@@ -139,15 +140,15 @@ class _Trainer:
                         report.say(self._goodbye(stop))
                         raise SystemExit(128 + stop)
                     if run.sample_every and progress.step % run.sample_every == 0:
-                        self._sample(first)
+                        self._sample()
             finally:
                 if callable(close := getattr(batches, "close", None)):
                     close()
             self.attempt.complete(progress.step)
             report.say(f"{self.folder}: {progress.step} steps done")
 
-    def _step(self, batches: Iterator[VideoBatch], signals: Signals, report: Report) -> tuple[VideoBatch, int]:
-        """One update; returns the rank's first micro-batch and the signal to stop for, 0 without."""
+    def _step(self, batches: Iterator[VideoBatch], signals: Signals, report: Report) -> int:
+        """One update; returns the signal to stop for, 0 without."""
         began = time.perf_counter()
         step, engine = self.progress.step, self.engine
         rate = self.config.rate(step)
@@ -196,7 +197,7 @@ class _Trainer:
         self.watch.at(step, 2)
         self.attempt.step(record)
         report.step(record)
-        return micro_batches[0], stop
+        return stop
 
     def _agree(
         self, loss: Tensor, metrics: list[dict[str, Tensor]], tallies: list[dict[str, Tensor]], signals: Signals
@@ -220,7 +221,7 @@ class _Trainer:
         pace = {
             "seconds": round(seconds, 4),
             "waited": round(waited, 4),
-            "samples_per_second": self.batch_size / seconds,
+            "samples_per_second": round(self.batch_size / seconds, 3),
         }
         if device().type == "cuda":
             pace["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
@@ -257,7 +258,7 @@ class _Trainer:
             return
         engines = [engine for engine in (self.engine, self.adversary) if engine is not None]
         size = sum(engine.checkpoint_bytes() for engine in engines) if rank() == 0 else 0
-        self.checkpoints.write(self.progress.step, self._fill, size)
+        self.checkpoints.write(self.progress.step, self._fill, size, self.engine.verify)
         self.saved = self.progress.step
         self.attempt.saved(self.progress.step)
 
@@ -274,7 +275,8 @@ class _Trainer:
                 save_file(memory, folder / MEMORY)
             (folder / "state.json").write_text(json.dumps(vars(self.progress), indent=1), encoding="utf-8")
 
-    def _sample(self, batch: VideoBatch) -> None:
+    def _sample(self) -> None:
+        """Pictures of the run's first samples, the same at every step so that they compare."""
         state = self.engine.gather(self.ema.values)
         error: Exception | None = None
         if state is not None:
@@ -282,7 +284,7 @@ class _Trainer:
             try:
                 folder.mkdir(exist_ok=True)
                 with torch.random.fork_rng([device()] if device().type == "cuda" else []):
-                    self.task.sample(self.engine.network(state), batch, folder, self.progress.step)
+                    self.task.sample(self.engine.network(state), self._shown, folder, self.progress.step)
             except Exception as caught:  # the others wait: they hear of it before it goes on its way
                 error = caught
         problem = str(error) if isinstance(error, UserError) else None
@@ -294,6 +296,15 @@ class _Trainer:
             raise error
         if problem is not None:
             raise UserError(problem)
+
+    @cached_property
+    def _shown(self) -> VideoBatch:
+        batches = self.source.batches(0, rank(), world(), self.engine.micro_batch)
+        try:
+            return next(batches)
+        finally:
+            if callable(close := getattr(batches, "close", None)):
+                close()
 
     def _resume(self, checkpoint: Path) -> None:
         stored = Progress(**json.loads((checkpoint / "state.json").read_text(encoding="utf-8")))

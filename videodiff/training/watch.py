@@ -1,7 +1,8 @@
 """The ranks watch one another: one that dies or hangs ends the job within a set time, and is named.
 
-Each rank's thread tells the others, over a connection of its own to the group's store, that it lives and how far its
-loop is. A dead process stops telling; a hanging loop falls behind the others, who wait for it in a collective.
+Each rank tells the others, over a connection of its own to the group's store, that it lives and how far its loop is.
+A dead process stops telling; a hanging loop falls behind the others, who wait for it in a collective. One thread talks,
+and another judges, since talking may itself hang: on a host that went without a word.
 """
 
 import json
@@ -9,22 +10,25 @@ import os
 import socket
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch.distributed as dist
 
-from videodiff.errors import LostError
+from videodiff.errors import LostError, UserError
 from videodiff.training.distributed import barrier, rank, world
 
 BEAT_SECONDS = 1.0
 DEAD_SECONDS = 60.0  # without a sign of life
+TOLD_SECONDS = 10.0  # that a rank may take to notice by itself that another stopped with a problem
 PHASES = ("waiting for data", "computing", "with its step finished")
+GO_ON = "the same command goes on from the last checkpoint"
 
 
 @dataclass
 class Sign:
-    """What a rank last told of itself, and when it came (`monotonic`)."""
+    """What a rank last told of itself, and when it came (`monotonic`). mistake: the problem is the user's to mend."""
 
     rank: int
     where: str
@@ -32,6 +36,7 @@ class Sign:
     step: int
     phase: int
     problem: str
+    mistake: bool
     came: float
 
     def __str__(self) -> str:
@@ -42,39 +47,44 @@ class Watch:
     """A context manager around the loop, on every rank; alone it does nothing.
 
     patience: seconds that a step may take; a rank that hangs longer, or shows no sign of life for a minute, is named
-    and every rank ends (status 75).
+    and every rank ends (status 75). on_end: hears of it before, and whether it was a mistake of the user's.
     """
 
-    def __init__(self, patience: float) -> None:
-        self.patience = patience
-        self._step, self._phase, self._problem = 0, 0, ""
-        self._moved = time.monotonic()
+    def __init__(self, patience: float, on_end: Callable[[str, bool], None] = lambda reason, mistake: None) -> None:
+        self.patience, self.on_end = patience, on_end
+        self._step, self._phase = 0, 0
+        self._problem, self._mistake = "", False
+        self._moved = self._exchanged = time.monotonic()
         self._over = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._threads: list[threading.Thread] = []
         self._signs: dict[int, Sign] = {}
+        self._lost_store = ""
 
     def __enter__(self) -> "Watch":
+        self._moved = self._exchanged = time.monotonic()
         if world() > 1:
-            store = dist.distributed_c10d._get_default_store().clone()
-            self._store = dist.PrefixStore("watch", store)
-            self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
-            self._thread.start()
+            self._store = dist.PrefixStore("watch", dist.distributed_c10d._get_default_store().clone())
+            for name, work in (("talk", self._talk), ("judge", self._judge)):
+                self._threads.append(threading.Thread(target=work, name=name, daemon=True))
+                self._threads[-1].start()
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         """Tell the others of an error that ends this rank; learn who is gone when a collective failed here."""
-        if self._thread is None:
+        if not self._threads:
             return
         if error is None or isinstance(error, SystemExit):
             barrier()  # who stopped telling while another is still at work would be taken for dead
         elif not isinstance(error, KeyboardInterrupt):
             foreign = isinstance(error, RuntimeError) and ("peer" in str(error) or "Connection" in str(error))
-            if foreign and (gone := self._who_is_gone()):
+            if foreign and (found := self._who_is_gone()):
                 self._stop()
-                raise LostError(gone) from error
+                reason, mistake = found
+                raise (UserError if mistake else LostError)(reason) from error
             if not foreign:
+                self._mistake = isinstance(error, UserError) and not isinstance(error, LostError)
                 self._problem = " ".join(str(error).split()) or type(error).__name__
-                time.sleep(2 * BEAT_SECONDS)  # the thread tells it
+                time.sleep(2 * BEAT_SECONDS)  # to be told
         self._stop()
 
     def at(self, step: int, phase: int) -> None:
@@ -83,37 +93,53 @@ class Watch:
 
     def _stop(self) -> None:
         self._over.set()
-        if self._thread is not None:
-            self._thread.join()
+        for thread in self._threads:
+            thread.join(5)  # the one that talks may hang
 
-    def _run(self) -> None:
+    def _talk(self) -> None:
         beat = 0
         where = f"process {os.getpid()} on {socket.gethostname()}"
         while not self._over.wait(BEAT_SECONDS):
             beat += 1
+            told = [where, beat, self._step, self._phase, self._problem, self._mistake]
             try:
-                self._store.set(str(rank()), json.dumps([where, beat, self._step, self._phase, self._problem]))
+                self._store.set(str(rank()), json.dumps(told))
                 self._look()
             except (RuntimeError, dist.DistError) as error:  # the store lives on rank 0
-                if rank() == 0 or self._over.wait(5 * BEAT_SECONDS):
-                    return
-                self._end(f"rank 0 is gone ({str(error).splitlines()[0]})")
-            if silent := self._silent(DEAD_SECONDS):
-                self._end(f"step {self._step + 1}: no sign of life from {silent} for {DEAD_SECONDS:.0f} s")
-            if time.monotonic() - self._moved > self.patience:
-                self._end(self._who_hangs())
+                self._lost_store = str(error).splitlines()[0]
+                return
+            self._exchanged = time.monotonic()
 
     def _look(self) -> None:
+        keys = [str(other) for other in range(world())]
+        known = keys if self._store.check(keys) else [key for key in keys if self._store.check([key])]
         now = time.monotonic()
-        for other in range(world()):
-            if self._store.check([str(other)]):
-                sign = Sign(other, *json.loads(self._store.get(str(other))), now)
-                before = self._signs.get(other)
-                if before is None or before.beat != sign.beat:
-                    self._signs[other] = sign
+        for key, value in zip(known, self._store.multi_get(known) if known else [], strict=True):
+            sign = Sign(int(key), *json.loads(value), now)
+            before = self._signs.get(sign.rank)
+            if before is None or before.beat != sign.beat:
+                self._signs[sign.rank] = sign
 
-    def _end(self, reason: str) -> None:
-        print(f"{reason}; the job ends here, the same command goes on from the last checkpoint", flush=True)
+    def _judge(self) -> None:
+        problem_since: float | None = None
+        while not self._over.wait(BEAT_SECONDS):
+            now = time.monotonic()
+            if rank() and (self._lost_store or now - self._exchanged > DEAD_SECONDS):
+                if not self._over.wait(5 * BEAT_SECONDS):
+                    self._end(f"rank 0 is gone ({self._lost_store or 'it does not answer'})")
+                return
+            if silent := self._silent(DEAD_SECONDS):
+                self._end(f"step {self._step + 1}: no sign of life from {silent} for {DEAD_SECONDS:.0f} s")
+            told = [sign for sign in self._signs.values() if sign.problem and sign.rank != rank()]
+            problem_since = (problem_since or now) if told else None
+            if problem_since is not None and now - problem_since > TOLD_SECONDS:
+                self._end(f"{told[0]} stopped: {told[0].problem}", told[0].mistake)
+            if now - self._moved > self.patience:
+                self._end(self._who_hangs())
+
+    def _end(self, reason: str, mistake: bool = False) -> None:
+        print(reason if mistake else f"{reason}; the job ends here, {GO_ON}", flush=True)
+        self.on_end(reason, mistake)
         os._exit(os.EX_TEMPFAIL)
 
     def _who_hangs(self) -> str:
@@ -130,15 +156,15 @@ class Watch:
         now = time.monotonic()
         return ", ".join(str(s) for s in self._signs.values() if s.rank != rank() and now - s.came > seconds)
 
-    def _who_is_gone(self) -> str:
+    def _who_is_gone(self) -> tuple[str, bool] | None:
         """After a collective failed: who told of a problem, else who does not tell anything any more."""
         began = time.monotonic()
         while time.monotonic() - began < DEAD_SECONDS:
             if told := [sign for sign in self._signs.values() if sign.problem and sign.rank != rank()]:
-                return f"{told[0]} stopped: {told[0].problem}"
-            if self._thread is None or not self._thread.is_alive():  # the store is gone, and rank 0 with it
+                return f"{told[0]} stopped: {told[0].problem}", told[0].mistake
+            if self._lost_store:
                 break
             if silent := self._silent(5 * BEAT_SECONDS):
-                return f"{silent} is gone; the same command goes on from the last checkpoint"
+                return f"{silent} is gone; {GO_ON}", False
             time.sleep(BEAT_SECONDS / 4)
-        return ""
+        return (f"rank 0 is gone ({self._lost_store}); {GO_ON}", False) if self._lost_store and rank() else None
