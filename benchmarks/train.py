@@ -253,15 +253,14 @@ def main() -> None:
         rows = loops(folder, arguments.model, arguments.blocks, arguments.steps)
         share, step, saving = waiting(folder, arguments.model, 60)
         one, two = weak_scaling(folder, arguments.model, 40)
-    command = (
-        f"python -m benchmarks.train --blocks {arguments.blocks} --steps {arguments.steps} --model {arguments.model}"
-    )
+    given = f"--blocks {arguments.blocks} --steps {arguments.steps} --model {arguments.model}"
     machine = f"{os.cpu_count()} CPU cores ({platform.machine()}), PyTorch {torch.__version__}"
     lines = [
         "# Speed of training",
         "",
         f"`python -m benchmarks.train {given}` on {machine}: the image stage of the demo in float32, batch {BATCH},",
-        f"blocks of {arguments.steps} steps in turn, from one batch's arrival to the next one's; ratios with 95 % intervals.",
+        f"blocks of {arguments.steps} steps in turn, from one batch's arrival to the next one's; ratios with their",
+        "95 % intervals.",
         "",
         "| against | ours, s a step | theirs | ratio | aim |",
         "|---|---|---|---|---|",

@@ -21,6 +21,7 @@ from pathlib import Path
 
 COMMANDS = ("slurmctld", "slurmd", "munged", "sbatch", "ip", "unshare", "nsenter")
 NETWORK = "10.77.0"
+ROOT = Path(__file__).resolve().parents[1]
 
 # What a site's own file would say too, but for the two blocks of short times: faults must be seen in seconds.
 CONFIGURATION = """\
@@ -223,7 +224,7 @@ class Lab:
             raise RuntimeError(f"ip {arguments}: {done.stderr}")
 
     def _on(self, host: str, command: Sequence[str]) -> list[str]:
-        return ["nsenter", "-t", str(self._inits[host]), "-m", "-u", "-i", "-n", "-p", f"--wd={os.getcwd()}", *command]
+        return ["nsenter", "-t", str(self._inits[host]), "-m", "-u", "-i", "-n", "-p", f"--wd={ROOT}", *command]
 
     def _daemon(self, host: str, name: str, command: list[str]) -> None:
         paths = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "SLURM_CONF": str(self.root / "etc/slurm.conf")}

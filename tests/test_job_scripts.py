@@ -1,4 +1,4 @@
-"""slurm/train.sbatch where no Slurm is: `scontrol` and `srun` are played, the ranks are real. See also test_slurm.py."""
+"""slurm/train.sbatch where no Slurm is: `scontrol` and `srun` are played, the ranks are real (and test_slurm.py)."""
 
 import os
 import signal
@@ -136,9 +136,8 @@ def test_without_slurm_it_says_so() -> None:
 
 def test_a_chain_names_what_each_job_waits_for(tmp_path: Path) -> None:
     """slurm/pipeline.sh with an sbatch that is played."""
-    (tmp_path / "sbatch").write_text(
-        '#!/bin/bash\nn=$(ls "$PLAY" | wc -l); touch "$PLAY/job$n"; echo "$*" >> "$PLAY.log"; echo $n'
-    )
+    played = 'n=$(ls "$PLAY" | wc -l); touch "$PLAY/job$n"; echo "$*" >> "$PLAY.log"; echo $n'
+    (tmp_path / "sbatch").write_text(f"#!/bin/bash\n{played}\n")
     (tmp_path / "sbatch").chmod(0o755)
     (tmp_path / "play").mkdir()
     known = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "PLAY": str(tmp_path / "play")}

@@ -4,9 +4,7 @@ A run that meets its limit, is told to requeue, or loses a node or a cable ends 
 that nothing happened to.
 """
 
-import contextlib
 import json
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -25,15 +23,15 @@ from data_pipeline.shards import write_world_shards
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = 40
-IMAGE = [str(ROOT / "configs/demo/image.yaml"), "data.batch_size=4", "data.size=32", "data.workers=0"]
-IMAGE += [
-    "network.channels=4",
-    "network.model_channels=16",
-    "network.channel_mult=[1]",
-    "network.attention_levels=[true]",
-]
-IMAGE += ["network.head_channels=8", "engine.precision=fp32", "engine.zero_stage=2", "run.sample_every=0"]
-IMAGE += [f"run.steps={STEPS}", "run.save_every=5", "engine.decay=constant", "engine.decay_steps=null"]
+# Steps of about a second on a core: what happens to a job must happen in the middle.
+IMAGE = [
+    str(ROOT / "configs/demo/image.yaml"),
+    "data.batch_size=4", "data.size=32", "data.workers=0", "network.channels=4", "network.model_channels=16",
+    "network.channel_mult=[1]", "network.attention_levels=[true]", "network.head_channels=8", "engine.precision=fp32",
+    "engine.zero_stage=2", "engine.decay=constant", "engine.decay_steps=null", "run.sample_every=0",
+    f"run.steps={STEPS}", "run.save_every=5",
+]  # fmt: skip
+SLOW = ["data.batch_size=8", "data.size=64", "network.model_channels=128", "network.num_res_blocks=3"]
 
 pytestmark = [pytest.mark.slurm, pytest.mark.skipif(bool(missing()), reason=missing())]
 
@@ -48,8 +46,7 @@ class Cluster:
     def submit(self, script: str, *arguments: str, options: tuple[str, ...] = ()) -> str:
         log = f"--output={self.folder}/%x-%j.log"
         command = ["sbatch", "--parsable", f"--chdir={ROOT}", log, *options, str(ROOT / "slurm" / script), *arguments]
-        with contextlib.chdir(ROOT):
-            return self.lab.run(*command, **self.variables).strip()
+        return self.lab.run(*command, **self.variables).strip()
 
     def train(self, name: str, *overrides: str, options: tuple[str, ...] = ("--nodes=2",)) -> str:
         given = [
@@ -57,7 +54,7 @@ class Cluster:
             f"model={self.folder / 'model'}",
             f"data.shards={self.folder / 'shards'}",
         ]
-        return self.submit("train.sbatch", *IMAGE, *given, *overrides, options=options)
+        return self.submit("train.sbatch", *IMAGE, *SLOW, *given, *overrides, options=options)
 
     def records(self, name: str) -> list[dict[str, Any]]:
         path = self.folder / name / "metrics.jsonl"
@@ -80,7 +77,7 @@ class Cluster:
         return self.lab.job(job)["JobState"]
 
     def log(self, job: str) -> str:
-        return "\n".join(path.read_text() for path in self.folder.glob(f"*-{job}.log"))
+        return "\n".join(path.read_text() for path in self.folder.glob(f"[!a]*-{job}.log"))
 
     def assert_as_if_nothing_happened(self, name: str, job: str) -> None:
         assert self.end(job) == "COMPLETED", self.log(job)
@@ -124,15 +121,13 @@ def test_two_nodes_share_one_run(cluster: Cluster) -> None:
 
 def test_a_warned_job_saves_and_comes_back_by_itself(cluster: Cluster) -> None:
     job = cluster.train("warned")
-    for step in (7, 19):
+    for round_, step in enumerate((7, 19), start=1):
         cluster.reach("warned", step)
         cluster.lab.run("scancel", "--batch", "--signal=USR1", job)
-        cluster.lab.wait(lambda: "stopped by SIGUSR1" in cluster.log(job), 120)
-        before = cluster.lab.job(job)["Restarts"]
-        cluster.lab.wait(lambda before=before: int(cluster.lab.job(job)["Restarts"]) > int(before) - 1, 60)
+        cluster.lab.wait(lambda round_=round_: int(cluster.lab.job(job)["Restarts"]) == round_, 120)
+        assert cluster.log(job).count("stopped by SIGUSR1") == round_
     cluster.assert_as_if_nothing_happened("warned", job)
-    assert int(cluster.lab.job(job)["Restarts"]) >= 1
-    assert "resumed after step" in cluster.log(job)
+    assert cluster.log(job).count("resumed after step") == 2
 
 
 def test_a_requeued_job_goes_on(cluster: Cluster) -> None:
@@ -144,12 +139,11 @@ def test_a_requeued_job_goes_on(cluster: Cluster) -> None:
 
 
 def test_a_job_of_limited_time_finishes_over_several_requeues(cluster: Cluster) -> None:
-    """A step of a second, a minute's limit, and the warning some time before it."""
-    job = cluster.train("limited", "data.deadline_seconds=31", options=("--nodes=2", "--time=1", "--signal=B:USR1@30"))
-    slow = cluster.folder / "limited"
-    cluster.reach("limited", 1)
-    assert slow.is_dir()
+    """A minute's limit and the warning half a minute before it: the ranks have begun by then, and are not done."""
+    job = cluster.train("limited", options=("--nodes=2", "--time=1", "--signal=B:USR1@30"))
     cluster.assert_as_if_nothing_happened("limited", job)
+    assert int(cluster.lab.job(job)["Restarts"]) >= 2, cluster.log(job)
+    assert cluster.log(job).count("stopped by SIGUSR1") >= 2
 
 
 def test_a_job_that_can_not_succeed_stops_with_its_reason(cluster: Cluster) -> None:
@@ -180,9 +174,14 @@ def test_videos_are_prepared_in_an_array_and_merged(cluster: Cluster) -> None:
     log = f"--output={cluster.folder}/array-%A-%a.log"
     array = cluster.submit("data.sbatch", str(videos), "--out", str(out), *settings, options=("--array=1-2", log))
     merge = f"cd {ROOT}; . slurm/env.sh; videodiff data merge {out}"
-    with contextlib.chdir(ROOT):
-        command = ["sbatch", "--parsable", f"--dependency=afterok:{array}", f"--output={cluster.folder}/merge-%j.log"]
-        merged = cluster.lab.run(*command, "--wrap", merge, **cluster.variables).strip()
+    command = [
+        "sbatch",
+        "--parsable",
+        f"--chdir={ROOT}",
+        f"--dependency=afterok:{array}",
+        f"--output={cluster.folder}/merge-%j.log",
+    ]
+    merged = cluster.lab.run(*command, "--wrap", merge, **cluster.variables).strip()
     assert cluster.end(merged) == "COMPLETED", cluster.log(merged)
     assert "kept 4 of 4 clips" in cluster.log(merged)
 
@@ -251,14 +250,9 @@ def test_all_stages_as_one_chain_end_in_a_video(cluster: Cluster) -> None:
         before = stage
         (chain / f"{stage}.yaml").write_text(yaml.safe_dump(tree))
     write_world_shards(cluster.folder / "clips", num_clips=8, size=32, frames=8, fps=16, seed=1)
-    with contextlib.chdir(ROOT):
-        output = cluster.lab.run(
-            "bash",
-            str(ROOT / "slurm/pipeline.sh"),
-            str(chain),
-            f"--output={cluster.folder}/%x-%j.log",
-            **cluster.variables,
-        )
+    log = f"--output={cluster.folder}/%x-%j.log"
+    script = str(ROOT / "slurm/pipeline.sh")
+    output = cluster.lab.run("bash", script, str(chain), "--", f"--chdir={ROOT}", log, **cluster.variables)
     jobs = [line.rpartition(" ")[2] for line in output.splitlines()]
     assert len(jobs) == 5
     for job in jobs:
@@ -267,8 +261,3 @@ def test_all_stages_as_one_chain_end_in_a_video(cluster: Cluster) -> None:
     command = [sys.prefix + "/bin/videodiff", "generate", "a red circle", "--model", str(chain / "runs/interpolation")]
     cluster.lab.run(*command, "-o", str(video), "--steps", "2", host="n1", **cluster.variables)
     assert video.stat().st_size > 1000
-
-
-def test_lab_needs_no_more_than_it_says() -> None:
-    assert missing() == ""
-    assert os.geteuid() == 0
