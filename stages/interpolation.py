@@ -92,7 +92,7 @@ def task(config: InterpolationStage, base: Model) -> InterpolationTask:
     frames, factor, offset = config.data.frames, config.factor, config.offset
     inner = frames - 2 * offset
     if (inner - 1) % factor or inner <= factor:
-        aside = f" + 2*{offset}" if offset else ""
+        aside = f"+2*{offset}" if offset else ""
         raise UserError(
             f"data.frames: {frames} frames are not (T-1)*{factor}+1{aside} with a factor of {factor}; "
             f"use {max((inner - 1) // factor, 1) * factor + 1 + 2 * offset}"

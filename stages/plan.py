@@ -180,11 +180,16 @@ def states(parameters: int, trained: int, ranks: int, config: EngineConfig, stag
     partition = 0 if config.offload_optimizer else gradient * trained / ranks
     if stage == 1:
         # In bf16 DeepSpeed has an optimizer of its own: gradients add up beside those of the module, which stay.
-        own = 0 if config.offload_optimizer or config.precision == "fp32" else size * trained
+        own = size * trained if _adds_up_beside(config) else 0
         return size * parameters + gradient * trained + own + shared
     if stage == 2:
         return size * parameters + partition + shared
     return (0 if config.offload_parameters else size * parameters / ranks) + partition + shared
+
+
+def _adds_up_beside(config: EngineConfig) -> bool:
+    """Whether DeepSpeed's optimizer of its own for bf16 at stage 1 is at work."""
+    return config.precision == "bf16" and config.accumulation_dtype == "fp32" and not config.offload_optimizer
 
 
 def host(parameters: int, trained: int, ranks: int, config: EngineConfig, stage: int) -> float:
@@ -222,8 +227,7 @@ def communication(
     if stage == 0:
         return 2 * gradient
     if stage == 1:
-        whole = config.precision == "bf16" and not config.offload_optimizer
-        return (2 if whole else 1) * gradient + size * trained * share
+        return (2 if _adds_up_beside(config) else 1) * gradient + size * trained * share
     if stage == 2:
         return accumulation * gradient + size * trained * share
     return accumulation * (gradient + 2 * size * parameters * share)

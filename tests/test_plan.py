@@ -149,7 +149,7 @@ def test_formulas() -> None:
     config = EngineConfig(precision="bf16", accumulation_dtype="bf16")
     number = 7_500_000_000
     for stage, published in ((1, 31.4e9), (2, 16.6e9), (3, 1.9e9)):
-        assert states(number, number, 64, config, stage) - 4 * number / 64 == pytest.approx(published, rel=0.01)
+        assert states(number, number, 64, config, stage) - 4 * number / 64 == pytest.approx(published, rel=0.02)
     assert communication(8, 8, 4, EngineConfig(precision="fp32", zero_stage=0), 0) == 2 * 8 * 4 * 3 / 4
     assert communication(8, 8, 4, EngineConfig(precision="bf16", communication_dtype="bf16"), 2) == 2 * 2 * 8 * 3 / 4
     assert communication(8, 8, 4, EngineConfig(precision="bf16", communication_dtype="bf16"), 2, 3) == 4 * 2 * 8 * 3 / 4
