@@ -20,15 +20,17 @@ if [[ $1 == show ]]; then echo 127.0.0.1; fi
 """
 SRUN = """#!{python}
 import os, signal, subprocess, sys
+ranks = []
+signal.signal(signal.SIGUSR1, lambda *_: [rank.send_signal(signal.SIGUSR1) for rank in ranks])
 command = sys.argv[1:]
 open(os.environ["PLAY"] + "/srun.log", "a").write(" ".join(command) + "\\n")
+if "PLAY_CRASH" in os.environ:
+    sys.exit(1)
 while command[0].startswith("-"):
     command.pop(0)
-ranks = [
-    subprocess.Popen(command, env={{**os.environ, "SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)}})
-    for i in range(int(os.environ["SLURM_NTASKS"]))
-]
-signal.signal(signal.SIGUSR1, lambda *_: [rank.send_signal(signal.SIGUSR1) for rank in ranks])
+for i in range(int(os.environ["SLURM_NTASKS"])):
+    variables = {{**os.environ, "SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)}}
+    ranks.append(subprocess.Popen(command, env=variables))
 sys.exit(max(abs(rank.wait()) for rank in ranks))
 """
 
@@ -108,14 +110,12 @@ def test_what_can_not_succeed_does_not_come_back(tmp_path: Path, play: Callable[
     assert code
     assert "run.stops: unknown key" in output
     # A rank that dies before it opens the run: again, up to the cap.
-    crash = {"PYTHONPATH": str(tmp_path / "broken")}
-    (tmp_path / "broken").mkdir()
-    (tmp_path / "broken/deepspeed.py").write_text("raise RuntimeError('the driver is gone')")
     assert not requeued(tmp_path)
-    code, output = done(play("run.max_fruitless=2", **crash))
+    crash, run = {"PLAY_CRASH": "1"}, f"run.dir={tmp_path / 'other'}"
+    code, output = done(play(run, "run.max_fruitless=2", **crash))
     assert (code, requeued(tmp_path)) == (0, True), output
     (tmp_path / "scontrol.log").unlink()
-    code, output = done(play("run.max_fruitless=2", attempt=1, **crash))
+    code, output = done(play(run, "run.max_fruitless=2", attempt=1, **crash))
     assert code
     assert "over the cap: " in output
     assert not requeued(tmp_path)
