@@ -41,6 +41,7 @@ from videodiff.model import (
 from videodiff.networks.autoencoder import Autoencoder
 from videodiff.networks.control import ControlledUNet
 from videodiff.networks.unet import UNet, UNetConfig
+from videodiff.networks.work import count
 from videodiff.seeding import generator, normals, uniforms
 from videodiff.training.distributed import device
 from videodiff.training.engine import EngineConfig
@@ -230,6 +231,7 @@ class DiffusionTask:
         importance = config.loss.importance
         self.history = LossHistory(importance, self.schedule.num_steps) if importance is not None else None
         self.autoencoder, self.text = base.autoencoder.to(device()), base.text.to(device())
+        self._operations: dict[tuple[int, int, int], float] = {}
         self.posteriors = PosteriorCache(self.autoencoder, int(config.latent_cache_gib * 2**30))
 
     def check(self) -> None:
@@ -291,6 +293,28 @@ class DiffusionTask:
         values = losses.detach().cpu().double()
         counts = [((quarter == i) & (weight.cpu() > 0)) for i in range(4)]
         return {f"loss_quarter_{i + 1}": torch.stack([values[c].sum(), c.sum().double()]) for i, c in enumerate(counts)}
+
+    def operations(self, batch: VideoBatch) -> float | None:
+        """Counted on the meta device, once for each shape of clips; encoding pictures and text is left out."""
+        if not isinstance(self.module, UNet):
+            return None
+        frames, height, width = self._latent_shape(batch)
+        if (key := (frames, height, width)) not in self._operations:
+            with torch.device("meta"):
+                network = UNet(self.module.config)
+            for name, parameter in network.named_parameters():
+                parameter.requires_grad_(self.trains(name))
+            work = count(network, frames, height, width, torch.bfloat16)
+            repeated = work.forward if self.module.checkpointing else 0.0
+            self._operations[key] = work.forward + work.backward + repeated
+        return self._operations[key] * len(batch)
+
+    def _latent_shape(self, batch: VideoBatch) -> tuple[int, int, int]:
+        if batch.encoded is not None:
+            frames, height, width = batch.encoded.mean.shape[2:]
+            return frames, height, width
+        factor = self.autoencoder.factor
+        return batch.frames.shape[1], batch.frames.shape[2] // factor, batch.frames.shape[3] // factor
 
     def after_step(self, seen: Tensor) -> None:
         """Take in (t, loss) [batch, 2] of the step's samples."""

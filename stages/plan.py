@@ -12,11 +12,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import Tensor, nn
 
 from stages.assemble import load_stage
 from stages.base import DiffusionStageConfig, check_size, told_text
@@ -24,48 +22,16 @@ from stages.image import ImageStage
 from stages.interpolation import InterpolationStage
 from stages.video import VideoStage
 from videodiff import config as configs
-from videodiff.batch import Condition
 from videodiff.errors import UserError
 from videodiff.model import DESCRIPTION, Model, ModelConfig, find
-from videodiff.networks.layers import Attention, FrameAttention, SpaceTimeConv
-from videodiff.networks.unet import Block, UNet, UNetConfig, is_temporal
+from videodiff.networks.unet import UNet, UNetConfig, is_temporal
+from videodiff.networks.work import TOKENS, Work, count
 from videodiff.training.engine_config import EngineConfig, bucket
 
-GIB = 2**30
 USABLE = 0.94  # of a GPU's memory: the rest is the context, kernels and what fragments
 LIVE = 1_000_000_000  # gathered values that DeepSpeed's stage 3 keeps at most, by default
 SIZE = {"fp32": 4, "bf16": 2, "fp16": 2}
-TOKENS = 77  # of a text, where no model says
 FACTOR = 8  # pixels a latent position, where no model says
-
-
-@dataclass(frozen=True)
-class GPU:
-    """Memory in bytes, dense matrix operations a second in bf16 (fp16 where there is none), bytes a second to peers."""
-
-    memory: float
-    flops: float
-    link: float
-
-
-# GiB as drivers tell them; from data sheets dense TFLOP/s, and GB/s a direction between the GPUs of a node.
-GPUS = {
-    name: GPU(memory * GIB, flops * 1e12, link * 1e9)
-    for name, (memory, flops, link) in {
-        "b200": (179, 2250, 900), "h200": (140, 989, 450), "h100": (79.6, 989, 450), "a100": (79.3, 312, 300),
-        "a100-40": (39.6, 312, 300), "l40s": (44.7, 362, 32), "a10": (22.5, 125, 32), "v100": (31.7, 125, 150),
-        "rtx4090": (23.6, 165, 32), "rtx3090": (23.7, 71, 32),
-    }.items()
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Work:
-    """Of one sample's forward and backward pass: operations of each, and bytes that autograd keeps in between."""
-
-    forward: float
-    backward: float
-    kept: float
 
 
 @dataclass(frozen=True)
@@ -134,7 +100,7 @@ def plan(path: Path, overrides: Sequence[str], gpus: int) -> Plan:
     side = config.data.size // factor
     frozen = _encoders(base)
     micro_batch, accumulation = config.engine.shares(config.data.batch_size, gpus)
-    work = count(network, frames, side, config.engine.dtype)
+    work = count(network, frames, side, side, config.engine.dtype)
     memory = {
         stage: Memory(
             states(parameters, trained, gpus, config.engine, stage),
@@ -231,93 +197,6 @@ def communication(
     if stage == 2:
         return accumulation * gradient + size * trained * share
     return accumulation * (gradient + 2 * size * parameters * share)
-
-
-def count(network: UNet, frames: int, side: int, dtype: torch.dtype) -> Work:
-    """The work of one sample: latents [1,C,frames,side,side] through a network on the meta device."""
-    forward = backward = 0.0
-
-    def linear(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        nonlocal forward, backward
-        assert isinstance(module, (nn.Linear, nn.Conv2d))
-        weight = module.weight
-        operations = 2.0 * output.numel() * math.prod(weight.shape[1:])
-        forward += operations
-        backward += operations * (int(inputs[0].requires_grad) + int(weight.requires_grad))
-
-    def attention(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-        nonlocal forward, backward
-        if isinstance(module, FrameAttention):
-            operations = 4.0 * output.numel() * inputs[0].shape[1]
-        else:
-            keys = inputs[1] if len(inputs) > 1 and inputs[1] is not None else inputs[0]
-            operations = 4.0 * output.numel() * keys.shape[1]
-        forward += operations
-        backward += 2 * operations if output.requires_grad else 0.0
-
-    handles = []
-    for module in network.modules():
-        if isinstance(module, (nn.Linear, nn.Conv2d)):
-            handles.append(module.register_forward_hook(linear))
-        elif isinstance(module, Attention):
-            handles.append(module.register_forward_hook(attention))
-    network = network.to(dtype)  # first: parameters get other storages
-    kept: dict[int, tuple[Tensor, int]] = {}
-    weights = {parameter.untyped_storage()._cdata for parameter in network.parameters()}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in weights:
-            kept[storage._cdata] = (tensor, storage.nbytes())
-        return tensor
-
-    def kept_bytes() -> float:
-        return float(sum(size for _, size in kept.values()))
-
-    x = torch.empty(1, network.config.channels, frames, side, side, dtype=dtype, device="meta")
-    inputs = (x, torch.empty(1, device="meta"), _condition(network.config, x))
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        out = network(*inputs)
-    for handle in handles:
-        handle.remove()
-    total = kept_bytes()
-    if network.checkpointing:  # the blocks' inputs so far; in the backward pass one block at a time is whole
-        kept.clear()
-        before: list[float] = []
-        largest = 0.0
-
-        def leave(module: nn.Module, given: Any, result: Any) -> None:
-            nonlocal largest
-            largest = max(largest, kept_bytes() - before.pop())
-
-        hooks: list[Any] = []
-        for block in (module for module in network.modules() if isinstance(module, (Block, SpaceTimeConv))):
-            hooks.append(block.register_forward_pre_hook(lambda *_: before.append(kept_bytes())))
-            hooks.append(block.register_forward_hook(leave))
-        network.checkpointing = False
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            out = network(*inputs)
-        network.checkpointing = True
-        for handle in hooks:
-            handle.remove()
-        total += largest
-    del out
-    return Work(forward, backward, total)
-
-
-def _condition(config: UNetConfig, x: Tensor) -> Condition:
-    def empty(*shape: int) -> Tensor:
-        return torch.empty(*shape, dtype=x.dtype, device=x.device)
-
-    known = (empty(*x.shape), empty(1, 1, *x.shape[2:])) if config.known_channels else (None, None)
-    return Condition(
-        text=tuple(empty(1, TOKENS, width) for width in config.context_dims),
-        text_mask=tuple(torch.empty(1, TOKENS, dtype=torch.bool, device=x.device) for _ in config.context_dims),
-        pooled=empty(1, config.pooled_dim) if config.pooled_dim else None,
-        known=known[0],
-        known_mask=known[1],
-        fps=torch.empty(1, device=x.device),
-    )
 
 
 def _model(name: str | None) -> Model | None:

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from stages.assemble import load_stage
-from stages.plan import GIB, GPUS, USABLE, Plan, plan
+from stages.plan import USABLE, Plan, plan
 from videodiff.errors import UserError
+from videodiff.training.gpus import GIB, GPUS
 
 
 def report(

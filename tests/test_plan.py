@@ -13,13 +13,15 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from stages.cli import main
-from stages.plan import communication, count, host, plan, states
+from stages.plan import communication, host, plan, states
 from videodiff.batch import Condition
 from videodiff.errors import UserError
 from videodiff.networks.unet import TemporalConfig, UNet, UNetConfig, is_temporal
+from videodiff.networks.work import count
 from videodiff.training import distributed
 from videodiff.training.ema import EMA
 from videodiff.training.engine import Engine, EngineConfig
+from videodiff.training.gpus import GPUS, by_device_name
 
 ROOT = Path(__file__).resolve().parents[1]
 EMU = ("image", "video_256", "video_512", "video_512_16", "finetune", "interpolation")
@@ -61,7 +63,7 @@ def run(made: UNet, frames: int, side: int) -> torch.Tensor:
 @pytest.mark.parametrize(("temporal", "frozen", "frames"), [(False, False, 1), (True, False, 6), (True, True, 6)])
 def test_operations_are_those_of_a_real_pass(temporal: bool, frozen: bool, frames: int) -> None:
     """Within 2 % of what torch counts in a real forward and backward pass."""
-    work = count(network(temporal, frozen, "meta"), frames, 16, torch.float32)
+    work = count(network(temporal, frozen, "meta"), frames, 16, 16, torch.float32)
     made = network(temporal, frozen)
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         with FlopCounterMode(display=False) as counter:
@@ -74,7 +76,7 @@ def test_operations_are_those_of_a_real_pass(temporal: bool, frozen: bool, frame
 
 @pytest.mark.parametrize(("temporal", "frozen", "frames"), [(False, False, 1), (True, False, 6), (True, True, 6)])
 def test_activations_are_what_autograd_keeps(temporal: bool, frozen: bool, frames: int) -> None:
-    work = count(network(temporal, frozen, "meta"), frames, 16, torch.float32)
+    work = count(network(temporal, frozen, "meta"), frames, 16, 16, torch.float32)
     made, kept = network(temporal, frozen), {}
     weights = {parameter.untyped_storage().data_ptr() for parameter in made.parameters()}
 
@@ -92,7 +94,7 @@ def test_activations_are_what_autograd_keeps(temporal: bool, frozen: bool, frame
 def test_checkpointed_activations_are_fewer() -> None:
     plain, saving = network(True, False, "meta"), network(True, False, "meta")
     saving.checkpointing = True
-    whole, kept = (count(made, 6, 16, torch.float32).kept for made in (plain, saving))
+    whole, kept = (count(made, 6, 16, 16, torch.float32).kept for made in (plain, saving))
     assert 0.05 * whole < kept < 0.7 * whole
     assert saving.checkpointing
 
@@ -158,8 +160,17 @@ def test_formulas() -> None:
     assert host(100, 80, 4, offloaded, 3) == (4 + 8 + 4 + 4) * 80 / 4 + 2 * 100 / 4
 
 
+def test_gpus_are_known_by_what_drivers_call_them() -> None:
+    names = {"NVIDIA H100 80GB HBM3": "h100", "NVIDIA A100-SXM4-40GB": "a100-40", "NVIDIA A100-SXM4-80GB": "a100"}
+    names |= {"NVIDIA GeForce RTX 4090": "rtx4090", "NVIDIA H200": "h200", "NVIDIA L40S": "l40s", "NVIDIA A10": "a10"}
+    assert {name: by_device_name(name) for name in names} == {name: GPUS[key] for name, key in names.items()}
+    assert by_device_name("Abacus 3000") is None
+
+
 def test_bf16_keeps_half_of_what_fp32_keeps() -> None:
-    whole, half = (count(network(True, True, "meta"), 6, 16, dtype).kept for dtype in (torch.float32, torch.bfloat16))
+    whole, half = (
+        count(network(True, True, "meta"), 6, 16, 16, dtype).kept for dtype in (torch.float32, torch.bfloat16)
+    )
     assert half == pytest.approx(whole / 2, rel=0.1)
 
 

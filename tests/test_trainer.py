@@ -298,6 +298,17 @@ def test_a_file_gets_few_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert list((tmp_path / "run" / "tensorboard").iterdir())
 
 
+def test_weights_and_biases_hears_of_it_when_wished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as where it is not installed
+    with pytest.raises(UserError, match=r"run\.wandb=demo: wandb is not installed; pip install 'videodiff\[wandb\]'"):
+        run_tiny(tiny(tmp_path / "without", run__wandb="demo"))
+    monkeypatch.undo()
+    pytest.importorskip("wandb")
+    run_tiny(tiny(tmp_path / "with", run__wandb="demo", run__steps=2))
+    run_tiny(tiny(tmp_path / "with", run__wandb="demo"))
+    assert len(list((tmp_path / "with" / "wandb").glob("offline-run-*"))) == 2  # one run's number for both starts
+
+
 def test_a_folder_that_can_not_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"run\.dir=.*can't be written"):

@@ -72,6 +72,15 @@ class Adversary:
 
 
 @runtime_checkable
+class Counts(Protocol):
+    """A task that knows its work."""
+
+    def operations(self, batch: VideoBatch) -> float | None:
+        """Of a training step on these samples: forward, backward, and what activation checkpointing repeats; None when
+        it is not known."""
+
+
+@runtime_checkable
 class Contested(Protocol):
     """A task that may have an adversary. It gets an engine of its own, which the run's checkpoints keep too."""
 

@@ -35,10 +35,11 @@ from videodiff.training.distributed import (
 )
 from videodiff.training.ema import EMA
 from videodiff.training.engine import Engine, EngineConfig
+from videodiff.training.gpus import by_device_name
 from videodiff.training.metrics import Report
 from videodiff.training.run_folder import CHECKPOINTS, Attempt
 from videodiff.training.signals import Signals
-from videodiff.training.task import BatchSource, Contested, LossOutput, Remembers, Task
+from videodiff.training.task import BatchSource, Contested, Counts, LossOutput, Remembers, Task
 from videodiff.training.watch import Watch
 
 ADVERSARY = "adversary"
@@ -49,6 +50,7 @@ MAX_BAD_STEPS = 10  # steps in a row with gradients that are not finite
 class RunConfig(Config):
     """A run: its folder, length and habits. 0 for `sample_every`: never; None for `log_every`: every ten seconds.
 
+    wandb: the project of Weights & Biases that hears of it too, offline unless WANDB_MODE says otherwise; None: none.
     keep_average_every: of the checkpoints of each so many steps the averaged weights stay for good; 0: of none.
     patience: seconds without a finished step after which a run takes itself for hung and ends.
     max_fruitless: starts in a row that save nothing, after which `videodiff status` advises a job against another.
@@ -61,6 +63,7 @@ class RunConfig(Config):
     sample_every: NonNegativeInt = operational(1000)
     log_every: PositiveInt | None = operational(None)
     keep_last: PositiveInt = operational(2)
+    wandb: str | None = operational(None)
     keep_average_every: NonNegativeInt = operational(0)
     patience: PositiveFloat = operational(1800.0)
     max_fruitless: PositiveInt = operational(5)
@@ -126,7 +129,7 @@ class _Trainer:
     def train(self) -> None:
         progress, run = self.progress, self.run
         batches = self.source.batches(progress.step * self.batch_size, rank(), world(), self.engine.micro_batch)
-        report = Report(self.folder, progress.step, run.steps, run.log_every, silent=rank() != 0)
+        report = Report(self.folder, progress.step, run.steps, run.log_every, run.wandb, silent=rank() != 0)
         with Signals() as signals, report, Watch(run.patience, self.attempt.ended) as self.watch:
             report.say(self._opening())
             try:
@@ -193,7 +196,7 @@ class _Trainer:
         keys = self._keys(micro_batches, step)
         record = {"step": step + 1, **means, "samples": keys, "lr": rate, "grad_norm": result.grad_norm, **extra}
         self._count(applied, keys, report)
-        record |= {"skipped": self.progress.skipped, **self._pace(began, waited)}
+        record |= {"skipped": self.progress.skipped, **self._pace(began, waited, micro_batches[0])}
         self.watch.at(step, 2)
         self.attempt.step(record)
         report.step(record)
@@ -215,8 +218,9 @@ class _Trainer:
         of_tallies = {name: a / n if n else math.nan for name, (a, n) in zip(counted, pairs, strict=True)}
         return {"loss": loss_sum, **means, **of_tallies}, stop
 
-    def _pace(self, began: float, waited: float) -> dict[str, float]:
-        """Seconds of the step and of waiting for data in it, samples a second, and on a GPU the most memory used."""
+    def _pace(self, began: float, waited: float, batch: VideoBatch) -> dict[str, float]:
+        """Seconds of the step and of waiting for data in it, samples a second; on a GPU the most memory used, and the
+        share of its peak in bf16 that was reached."""
         seconds = time.perf_counter() - began
         pace = {
             "seconds": round(seconds, 4),
@@ -224,7 +228,11 @@ class _Trainer:
             "samples_per_second": round(self.batch_size / seconds, 3),
         }
         if device().type == "cuda":
-            pace["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+            pace["memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 3)
+            gpu = by_device_name(torch.cuda.get_device_name())
+            work = self.task.operations(batch) if isinstance(self.task, Counts) else None
+            if gpu is not None and work is not None:  # of the batch's share of the step
+                pace["mfu"] = round(work * self.batch_size / len(batch) / (seconds * world() * gpu.flops), 4)
         return pace
 
     def _keys(self, micro_batches: list[VideoBatch], step: int) -> list[str]:
