@@ -94,10 +94,12 @@ class Combination:
 
 @dataclass(frozen=True)
 class Scene(Combination):
-    """A combination with the centre of its object in the first frame, in fractions of the frame side."""
+    """A combination with the centre of its object in the first frame, in fractions of the frame side, and its clockwise
+    angle there in radians: a rotating one begins anywhere, so that first frames show turned objects too."""
 
     x: float
     y: float
+    angle: float = 0.0
 
     @property
     def combination(self) -> Combination:
@@ -194,7 +196,8 @@ def sample_scene(combination: Combination, *key: int | str) -> Scene:
     left, right, up, down = (SIZES[combination.size] * scale * r for r in reach)
     x = generator.uniform(MARGIN - (dx - left).min(), 1 - MARGIN - (dx + right).max())
     y = generator.uniform(MARGIN - (dy - up).min(), 1 - MARGIN - (dy + down).max())
-    return Scene(**asdict(combination), x=float(x), y=float(y))
+    angle = generator.uniform(0, 2 * np.pi) if turns else 0.0
+    return Scene(**asdict(combination), x=float(x), y=float(y), angle=float(angle))
 
 
 def shape_distance(shape: str, x: np.ndarray, y: np.ndarray, diameter: np.ndarray | float) -> np.ndarray:
@@ -243,6 +246,7 @@ def render(scene: Scene, size: int, num_frames: int, fps: float, start: float = 
     x = centre[None, None, :] - (np.float32(scene.x) + dx)
     y = centre[None, :, None] - (np.float32(scene.y) + dy)
     if scene.motion == "rotating":
+        angle = angle + np.float32(scene.angle)
         cos, sin = np.cos(angle), np.sin(angle)
         x, y = cos * x + sin * y, cos * y - sin * x
     distance = shape_distance(scene.shape, x, y, np.float32(SIZES[scene.size]) * scale)
