@@ -286,28 +286,3 @@ def test_reader_stands_soft_and_noisy_pictures() -> None:
         reading = read(np.clip(frames, 0, 255).astype(np.uint8))
         assert reading.values() == asdict(combination)
         assert reading.consistent
-
-
-def test_moments_are_frames_amid_a_motion_of_which_their_captions_are_silent() -> None:
-    turned, motions = [], Counter()
-    for number in range(60):
-        made = world.render_moment(5, number, 64, 16.0)
-        scene = world.Scene(**made.meta["scene"])
-        combination = scene.combination
-        assert split(combination) == "train"
-        assert combination.motion in ("growing", "rotating")
-        silent = {"motion", "size"} if combination.motion == "growing" else {"motion"}
-        for text in made.captions:
-            assert parse(text) == {name: getattr(combination, name) for name in ATTRIBUTES if name not in silent}
-        assert np.array_equal(made.frames, world.render(scene, 64, 1, 16.0, made.meta["start_seconds"]))
-        assert np.array_equal(made.frames, world.render_moment(5, number, 64, 16.0).frames)
-        turned.append(not np.array_equal(world.render(scene, 64, 1, 16.0), made.frames))
-        motions[combination.motion] += 1
-        assert read_image(made.frames[0]).shape.value == combination.shape
-    assert np.mean(turned) > 0.9
-    assert min(motions.values()) > 15
-
-
-def test_a_clip_may_begin_amid_its_motion() -> None:
-    scene = world.sample_scene(Combination("red", "square", "small", "white", "left"), "start")
-    assert np.array_equal(world.render(scene, 64, 4, 8.0, 0.25), world.render(scene, 64, 6, 8.0)[2:])
