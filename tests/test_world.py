@@ -286,3 +286,18 @@ def test_reader_stands_soft_and_noisy_pictures() -> None:
         reading = read(np.clip(frames, 0, 255).astype(np.uint8))
         assert reading.values() == asdict(combination)
         assert reading.consistent
+
+
+def test_a_rotating_scene_begins_at_any_angle_and_turns_from_there() -> None:
+    combination = Combination("red", "cross", "large", "white", "rotating")
+    scenes = [world.sample_scene(combination, "angles", number) for number in range(200)]
+    angles = np.array([scene.angle for scene in scenes])
+    counts, _ = np.histogram(angles, bins=4, range=(0, 2 * np.pi))
+    assert counts.sum() == 200
+    assert counts.min() > 25
+    assert world.sample_scene(Combination("red", "cross", "large", "white", "left"), "angles", 0).angle == 0
+    first = world.render(scenes[0], 64, 16, 8.0)
+    half_turned = replace(scenes[0], angle=scenes[0].angle + np.pi / 2)  # a cross looks the same again
+    assert np.abs(world.render(half_turned, 64, 16, 8.0).astype(int) - first).max() <= 1
+    assert not np.array_equal(world.render(replace(scenes[0], angle=0.0), 64, 1, 8.0), first[:1])
+    assert read(first).motion.value == "rotating"
