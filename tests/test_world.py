@@ -297,7 +297,7 @@ def test_a_rotating_scene_begins_at_any_angle_and_turns_from_there() -> None:
     assert counts.min() > 25
     assert world.sample_scene(Combination("red", "cross", "large", "white", "left"), "angles", 0).angle == 0
     first = world.render(scenes[0], 64, 16, 8.0)
-    half_turned = replace(scenes[0], angle=scenes[0].angle + np.pi / 2)  # a cross looks the same again
-    assert np.abs(world.render(half_turned, 64, 16, 8.0).astype(int) - first).max() <= 1
+    quarter_turned = replace(scenes[0], angle=scenes[0].angle + np.pi / 2)  # a cross looks the same again
+    assert np.abs(world.render(quarter_turned, 64, 16, 8.0).astype(int) - first).max() <= 1
     assert not np.array_equal(world.render(replace(scenes[0], angle=0.0), 64, 1, 8.0), first[:1])
     assert read(first).motion.value == "rotating"
