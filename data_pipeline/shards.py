@@ -122,7 +122,6 @@ def write_world_shards(
     frames: int,
     fps: float,
     seed: int,
-    moments: bool = False,
     samples_per_shard: int = 256,
     workers: int | None = None,
     progress: bool = False,
@@ -130,7 +129,6 @@ def write_world_shards(
     """Render ``num_clips`` clips of the built-in world (``frames`` of ``size`` x ``size`` pixels at ``fps``) into
     shards in ``out``.
 
-    ``moments`` asks for single frames from any moment of a motion instead, see `world.render_moment`.
     The same arguments give the same bytes, whatever ``workers`` (threads, one per core by default). A run that was
     interrupted continues when asked again for the same; a folder that holds anything else is refused. Returns the path
     of the index.
@@ -140,9 +138,7 @@ def write_world_shards(
     for name, value in numbers.items():
         if not value > 0:
             raise UserError(f"world shards: {name} is {value}; it must be positive")
-    if moments and frames != 1:
-        raise UserError(f"world shards: frames is {frames}, and moments are single frames; use 1")
-    plan = {"source": "world", "seed": seed, **numbers, **({"moments": True} if moments else {})}
+    plan = {"source": "world", "seed": seed, **numbers}
     if not fps < 1000:
         raise UserError(f"world shards: fps is {fps:g}; an mp4 holds rates below 1000")
     if size < 16:
@@ -187,10 +183,7 @@ def _world_samples(
     from data_pipeline import world
 
     def make(number: int) -> _Sample:
-        if plan.get("moments"):
-            clip = world.render_moment(plan["seed"], number, plan["size"], plan["fps"])
-        else:
-            clip = world.render_clip(plan["seed"], number, plan["size"], plan["frames"], plan["fps"])
+        clip = world.render_clip(plan["seed"], number, plan["size"], plan["frames"], plan["fps"])
         return (
             clip.key,
             encode_video(clip.frames, plan["fps"]),

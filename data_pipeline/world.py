@@ -30,7 +30,6 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 SHAPES = ("circle", "square", "triangle", "cross")
 SIZES: dict[str, float] = {"small": 20 / 64, "large": 32 / 64}  # diameter in the first frame
 BACKGROUNDS = ("white", "black", "gradient", "checker")
-FORM_MOTIONS = ("growing", "rotating")  # in which the object looks otherwise than in frame 0
 MOTIONS = ("still", "left", "right", "up", "down", "growing", "rotating", "circling")
 
 ATTRIBUTES: dict[str, tuple[str, ...]] = {
@@ -94,10 +93,12 @@ class Combination:
 
 @dataclass(frozen=True)
 class Scene(Combination):
-    """A combination with the centre of its object in the first frame, in fractions of the frame side."""
+    """A combination with the centre of its object in the first frame, in fractions of the frame side, and its clockwise
+    angle there in radians: a rotating one begins anywhere, so that first frames show turned objects too."""
 
     x: float
     y: float
+    angle: float = 0.0
 
     @property
     def combination(self) -> Combination:
@@ -194,7 +195,8 @@ def sample_scene(combination: Combination, *key: int | str) -> Scene:
     left, right, up, down = (SIZES[combination.size] * scale * r for r in reach)
     x = generator.uniform(MARGIN - (dx - left).min(), 1 - MARGIN - (dx + right).max())
     y = generator.uniform(MARGIN - (dy - up).min(), 1 - MARGIN - (dy + down).max())
-    return Scene(**asdict(combination), x=float(x), y=float(y))
+    angle = generator.uniform(0, 2 * np.pi) if turns else 0.0
+    return Scene(**asdict(combination), x=float(x), y=float(y), angle=float(angle))
 
 
 def shape_distance(shape: str, x: np.ndarray, y: np.ndarray, diameter: np.ndarray | float) -> np.ndarray:
@@ -228,21 +230,22 @@ def render_background(background: str, size: int) -> np.ndarray:
     return ((low + high) / 2 + (high - low) / 2 * sign[:, None] * sign[None, :]).astype(np.float32)
 
 
-def render(scene: Scene, size: int, num_frames: int, fps: float, start: float = 0.0) -> np.ndarray:
-    """Frames uint8 [T,S,S,3] of a scene from `start` seconds on. Clips that end before FULL_MOTION_SECONDS show a part
-    of the motion, longer ones a slower motion: so it never leaves the frame."""
+def render(scene: Scene, size: int, num_frames: int, fps: float) -> np.ndarray:
+    """Frames uint8 [T,S,S,3] of a scene. Clips shorter than FULL_MOTION_SECONDS show the beginning of the motion,
+    longer ones a slower motion: so it never leaves the frame."""
     if size < 16 or num_frames < 1 or not fps > 0:
         raise UserError(
             f"cannot render size={size}, num_frames={num_frames}, fps={fps}: "
             "use at least 16 pixels, 1 frame and fps above 0"
         )
-    seconds = start + np.arange(num_frames) / fps
+    seconds = np.arange(num_frames) / fps
     progress = seconds / max(FULL_MOTION_SECONDS, float(seconds[-1]))
     dx, dy, scale, angle = (a.astype(np.float32)[:, None, None] for a in _path(scene.motion, progress))
     centre = (np.arange(size, dtype=np.float32) + 0.5) / size
     x = centre[None, None, :] - (np.float32(scene.x) + dx)
     y = centre[None, :, None] - (np.float32(scene.y) + dy)
     if scene.motion == "rotating":
+        angle = angle + np.float32(scene.angle)
         cos, sin = np.cos(angle), np.sin(angle)
         x, y = cos * x + sin * y, cos * y - sin * x
     distance = shape_distance(scene.shape, x, y, np.float32(SIZES[scene.size]) * scale)
@@ -262,24 +265,6 @@ def render_clip(seed: int, number: int, size: int, num_frames: int, fps: float) 
     key = f"world-{seed}-{number:08d}"
     meta = {"scene": asdict(scene), "seed": seed, "number": number, "fps": fps}
     return RenderedClip(key, render(scene, size, num_frames, fps), captions, meta)
-
-
-def render_moment(seed: int, number: int, size: int, fps: float) -> RenderedClip:
-    """Single frame `number` of the world `seed`, from any moment of a motion that changes the object's form.
-
-    First frames alone show no turned object. Its captions tell nothing of the motion, nor the size of one that grows:
-    that is the size in frame 0.
-    """
-    from data_pipeline.world_captions import moment_captions  # here, as that module builds on this one
-
-    generator = rng("moment", seed, number)
-    while (combination := draw_train(generator)).motion not in FORM_MOTIONS:
-        pass
-    scene = sample_scene(combination, "moment", seed, number)
-    start = float(generator.uniform(0, FULL_MOTION_SECONDS))
-    frames = render(scene, size, 1, fps, start)
-    meta = {"scene": asdict(scene), "seed": seed, "number": number, "fps": fps, "start_seconds": start}
-    return RenderedClip(f"world-{seed}-moment-{number:08d}", frames, moment_captions(combination, generator), meta)
 
 
 def clips(num_clips: int, seed: int, size: int, num_frames: int, fps: float) -> Iterator[RenderedClip]:

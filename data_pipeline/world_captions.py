@@ -99,14 +99,6 @@ TEST_WORDINGS = (
     "a simple video of one {size} {colour} {shape} {doing} in front of the {ground}",
     "it is a {size} {colour} {shape} and it {does} over a {ground}",
 )
-MOMENT_WORDINGS = (  # of a picture in which nothing is said to happen; words as in the others
-    "a {size} {colour} {shape} on a {ground}",
-    "{size} {colour} {shape}, {ground}",
-    "a {ground} with a {size} {colour} {shape}",
-    "on a {ground} there is a {size} {colour} {shape}",
-    "we see a {size} {colour} {shape} in front of a {ground}",
-    "one {size} {colour} {shape} against a {ground}",
-)
 WORDINGS = {"train": TRAIN_WORDINGS, "test": TEST_WORDINGS}
 CAPTIONS_PER_CLIP = 4
 
@@ -119,12 +111,7 @@ def caption(
 ) -> str:
     """A caption of `combination` in wording number `wording` of that list, or a random one; lower case."""
     sentences = WORDINGS[wordings]
-    number = int(generator.integers(len(sentences))) if wording is None else wording
-    return _told(sentences[number], combination, generator)
-
-
-def _told(sentence: str, combination: Combination, generator: np.random.Generator) -> str:
-    """The sentence with its gaps filled."""
+    sentence = sentences[int(generator.integers(len(sentences))) if wording is None else wording]
 
     def draw(phrases: tuple[str, ...]) -> str:
         plain = generator.random() < 0.5
@@ -145,15 +132,6 @@ def training_captions(combination: Combination, generator: np.random.Generator) 
     """CAPTIONS_PER_CLIP captions of one clip, each in another training wording."""
     chosen = generator.permutation(len(TRAIN_WORDINGS))[:CAPTIONS_PER_CLIP]
     return [caption(combination, generator, "train", int(number)) for number in chosen]
-
-
-def moment_captions(combination: Combination, generator: np.random.Generator) -> list[str]:
-    """CAPTIONS_PER_CLIP captions of one frame out of a clip, without its motion, and without the size if that grows."""
-    chosen = generator.permutation(len(MOMENT_WORDINGS))[:CAPTIONS_PER_CLIP]
-    sentences = [MOMENT_WORDINGS[int(number)] for number in chosen]
-    if combination.motion == "growing":
-        sentences = [sentence.replace("{size} ", "") for sentence in sentences]
-    return [_told(sentence, combination, generator) for sentence in sentences]
 
 
 def prompts(num: int, seed: int, which: Literal["train", "held_out", "held_out_pair"]) -> list[tuple[Combination, str]]:

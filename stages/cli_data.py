@@ -22,22 +22,12 @@ def world(
     frames: Annotated[int, typer.Option(min=1, help="Frames per clip")] = 31,
     fps: Annotated[float, typer.Option(min=0.1, help="Frames per second")] = 16.0,
     seed: Annotated[int, typer.Option(help="Another seed, other clips")] = 0,
-    moments: Annotated[
-        bool, typer.Option("--moments", help="Single frames from amid motions that turn or grow; with --frames 1")
-    ] = False,
 ) -> None:
     """Render the built-in world of moving shapes into training shards (mp4 + json in tar files)."""
     from data_pipeline.shards import write_world_shards
 
     index = write_world_shards(
-        out,
-        num_clips=num_clips,
-        size=size,
-        frames=frames,
-        fps=fps,
-        seed=seed,
-        moments=moments,
-        progress=sys.stdout.isatty(),
+        out, num_clips=num_clips, size=size, frames=frames, fps=fps, seed=seed, progress=sys.stdout.isatty()
     )
     typer.echo(f"wrote {index}")
 

@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.data_config import DataConfig
 from data_pipeline.world import ATTRIBUTES
 from stages.assemble import load_stage
 from stages.evaluate_report import percent
@@ -26,12 +25,12 @@ from videodiff.model import DESCRIPTION, STAGES, Model, export, sha256
 from videodiff.training.run_folder import MACHINES
 from videodiff.video_io import Frames, save_sheet
 
-# Folder of the shards -> what `videodiff data world` is asked for. The image stage sees first frames, and moments.
-SHARDS: dict[str, dict[str, int | bool]] = {
+# Folder of the shards -> what `videodiff data world` is asked for. The image stage sees the first frames of scenes.
+SHARDS: dict[str, dict[str, int]] = {
     "clips": {"num-clips": 4096, "size": 64, "frames": 31, "fps": 16, "seed": 1},
     "images": {"num-clips": 8192, "size": 64, "frames": 1, "fps": 16, "seed": 2},
-    "moments": {"num-clips": 2048, "size": 64, "frames": 1, "fps": 16, "seed": 4, "moments": True},
 }
+STAGE_SHARDS = {"image": "images"}
 # glibc gives freed memory back at once, and large tensors fault their pages in anew: on a CPU that can double a step.
 KEEP_MEMORY = {
     "MALLOC_MMAP_THRESHOLD_": str(8 << 30),
@@ -52,13 +51,14 @@ SEED = 12345  # of the figures on the card
 def main(out: Path, num_prompts: int, num_held_out: int, install: bool) -> None:
     """Make the data, train the five stages, export, evaluate, write the card; `install` replaces the bundled model."""
     for name, arguments in SHARDS.items():
-        _videodiff("data", "world", "--out", str(out / "shards" / name), *_options(arguments))
+        options = [part for key, value in arguments.items() for part in (f"--{key}", str(value))]
+        _videodiff("data", "world", "--out", str(out / "shards" / name), *options)
     for before, stage in zip((None, *STAGES[:-1]), STAGES, strict=True):
-        recipe = resources.path(f"configs/demo/{stage}.yaml")
-        overrides = [f"run.dir={out / stage}", f"data.shards={_shards(out, load_stage(recipe).data)}"]
+        shards = out / "shards" / STAGE_SHARDS.get(stage, "clips")
+        overrides = [f"run.dir={out / stage}", f"data.shards={shards}"]
         if before is not None:
             overrides.append(f"model={out / before}")
-        _videodiff("train", str(recipe), *overrides)
+        _videodiff("train", str(resources.path(f"configs/demo/{stage}.yaml")), *overrides)
     model = out / "model"
     shutil.rmtree(model, ignore_errors=True)
     export(Model.load(out / STAGES[-1]), model, half=True)
@@ -132,7 +132,7 @@ def card(out: Path, model: Path, report: dict[str, Any], counts: Sequence[str]) 
         lines.append(f"| {stage} | {len(records)} | {batch} | {seed} | {hours:.2f} | {loss:.4f} |")
     lines += [
         "",
-        "Data: " + "; ".join(f"{name}: `data world {' '.join(_options(a))}`" for name, a in SHARDS.items()) + ".",
+        "Data: " + "; ".join(f"{name}: `videodiff data world {_shown(a)}`" for name, a in SHARDS.items()) + ".",
         f"Machine: {'; '.join(_machines(out))}.",
         "",
         f"## Figures: `videodiff evaluate demo {' '.join(counts)} --seed {SEED}`",
@@ -171,15 +171,8 @@ def _clip(model: Path) -> str:
     )
 
 
-def _shards(out: Path, data: DataConfig) -> str:
-    """The recipe's data sets where they lie in `out`."""
-    mixed = [{"shards": str(out / "shards" / Path(d.shards).name), "weight": d.weight} for d in data.data_sets()]
-    return str(mixed[0]["shards"]) if isinstance(data.shards, str) else json.dumps(mixed)
-
-
-def _options(arguments: dict[str, int | bool]) -> list[str]:
-    given = [(f"--{key}",) if value is True else (f"--{key}", str(value)) for key, value in arguments.items()]
-    return [part for option in given for part in option]
+def _shown(arguments: dict[str, int]) -> str:
+    return " ".join(f"--{key} {value}" for key, value in arguments.items())
 
 
 def _machines(out: Path) -> list[str]:

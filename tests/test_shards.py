@@ -116,8 +116,7 @@ def test_other_content_is_never_overwritten(copied: Path, tmp_path: Path) -> Non
     with pytest.raises(UserError, match="cannot be used as a folder"):
         write_world_shards(tmp_path / "notes" / "todo.txt", **WORLD)
     for wrong in ({"num_clips": 0}, {"size": 33}, {"fps": -1}, {"frames": 0}, {"samples_per_shard": 0},
-                  {"fps": 2000}, {"fps": float("inf")}, {"fps": float("nan")}, {"size": 8},
-                  {"moments": True}):  # fmt: skip
+                  {"fps": 2000}, {"fps": float("inf")}, {"fps": float("nan")}, {"size": 8}):  # fmt: skip
         with pytest.raises(UserError, match="world shards"):
             write_world_shards(tmp_path / "new", **{**WORLD, **wrong})
     assert not (tmp_path / "new").exists()
@@ -318,14 +317,3 @@ def test_the_order_is_the_same_from_many_threads() -> None:
     expected = [[alone.sample(number) for number in epoch] for epoch in epochs]
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(lambda epoch: [order.sample(n) for n in epoch], epochs)) == expected
-
-
-def test_moments_are_another_set_in_the_same_form(tmp_path: Path) -> None:
-    asked = {**WORLD, "frames": 1, "num_clips": 4}
-    write_world_shards(tmp_path / "moments", **asked, moments=True)
-    shards = open_shards(str(tmp_path / "moments"))
-    samples = [read_sample(shard, number) for shard in shards for number in range(len(shard.offsets))]
-    assert len(samples) == 4
-    assert all("start_seconds" in sample.meta for sample in samples)
-    with pytest.raises(UserError, match="holds other shards"):
-        write_world_shards(tmp_path / "moments", **{**asked, "seed": 77}, moments=True)

@@ -288,26 +288,16 @@ def test_reader_stands_soft_and_noisy_pictures() -> None:
         assert reading.consistent
 
 
-def test_moments_are_frames_amid_a_motion_of_which_their_captions_are_silent() -> None:
-    turned, motions = [], Counter()
-    for number in range(60):
-        made = world.render_moment(5, number, 64, 16.0)
-        scene = world.Scene(**made.meta["scene"])
-        combination = scene.combination
-        assert split(combination) == "train"
-        assert combination.motion in ("growing", "rotating")
-        silent = {"motion", "size"} if combination.motion == "growing" else {"motion"}
-        for text in made.captions:
-            assert parse(text) == {name: getattr(combination, name) for name in ATTRIBUTES if name not in silent}
-        assert np.array_equal(made.frames, world.render(scene, 64, 1, 16.0, made.meta["start_seconds"]))
-        assert np.array_equal(made.frames, world.render_moment(5, number, 64, 16.0).frames)
-        turned.append(not np.array_equal(world.render(scene, 64, 1, 16.0), made.frames))
-        motions[combination.motion] += 1
-        assert read_image(made.frames[0]).shape.value == combination.shape
-    assert np.mean(turned) > 0.9
-    assert min(motions.values()) > 15
-
-
-def test_a_clip_may_begin_amid_its_motion() -> None:
-    scene = world.sample_scene(Combination("red", "square", "small", "white", "left"), "start")
-    assert np.array_equal(world.render(scene, 64, 4, 8.0, 0.25), world.render(scene, 64, 6, 8.0)[2:])
+def test_a_rotating_scene_begins_at_any_angle_and_turns_from_there() -> None:
+    combination = Combination("red", "cross", "large", "white", "rotating")
+    scenes = [world.sample_scene(combination, "angles", number) for number in range(200)]
+    angles = np.array([scene.angle for scene in scenes])
+    counts, _ = np.histogram(angles, bins=4, range=(0, 2 * np.pi))
+    assert counts.sum() == 200
+    assert counts.min() > 25
+    assert world.sample_scene(Combination("red", "cross", "large", "white", "left"), "angles", 0).angle == 0
+    first = world.render(scenes[0], 64, 16, 8.0)
+    quarter_turned = replace(scenes[0], angle=scenes[0].angle + np.pi / 2)  # a cross looks the same again
+    assert np.abs(world.render(quarter_turned, 64, 16, 8.0).astype(int) - first).max() <= 1
+    assert not np.array_equal(world.render(replace(scenes[0], angle=0.0), 64, 1, 8.0), first[:1])
+    assert read(first).motion.value == "rotating"
