@@ -1,7 +1,8 @@
-"""`videodiff doctor`: what usually goes wrong in the first hour of a run, found in seconds, by all ranks if several."""
+"""`videodiff doctor`: what usually goes wrong in the first hour of a run, found in seconds on every machine."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 import platform
@@ -12,7 +13,7 @@ import sys
 import time
 import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -37,6 +38,7 @@ LITTLE_DISK = 20e9  # bytes: a few checkpoints of a small model
 SLOW_DISK = 50e6  # bytes a second
 WRITTEN = 128 << 20
 REDUCED = 16 << 20  # values in float32
+SHARED_SECONDS = 10.0  # until another node sees a new file
 
 
 @dataclass(frozen=True)
@@ -52,18 +54,58 @@ class Finding:
 
 
 def examine(folder: Path) -> Iterator[Finding]:
-    """What this machine has, rank 0's view, and what all ranks have in common; `folder` is where runs would be kept."""
+    """What each machine has, and what all ranks have in common; `folder` is where runs would be kept. Collective.
+
+    Each machine is examined by one of its ranks; rank 0 alone yields what was found.
+    """
+    host = socket.gethostname()
+    first = distributed.rank() == 0 or os.environ.get("LOCAL_RANK", "0") == "0"
+    each = distributed.gather_to_first((host, list(_machine(host, folder)) if first else []))
+    for name, found in each or []:
+        for finding in found:
+            where = f"{name}: " if len(each or []) > 1 and finding.what != "machine" else ""
+            yield replace(finding, text=where + finding.text)
+    yield from _same_everywhere(host)
+    yield from _shared(host, folder)
+    yield from _ranks(host)
+
+
+def _machine(host: str, folder: Path) -> Iterator[Finding]:
+    yield Finding("ok", "machine", f"{host}, {platform.platform()}, Python {platform.python_version()}")
+    yield _packages()
+    yield from _torchvision()
+    yield from _devices()
+    yield _import("decord", "videos are read by PyAV alone, more slowly")
+    yield _ffmpeg()
+    yield from _disk(folder)
+
+
+def _same_everywhere(host: str) -> Iterator[Finding]:
+    """Whether all ranks run the same software: a run on two versions of it fails late and oddly."""
+    versions = {"Python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
+    each = distributed.gather_to_first((host, versions))
+    for package in versions:
+        found = sorted({(told[package] or "none", name) for name, told in each or []})
+        if len({version for version, _ in found}) > 1:
+            text = ", ".join(f"{version} on {name}" for version, name in found)
+            yield Finding("bad", "versions", f"{package} is not the same everywhere: {text}; install one environment")
+
+
+def _shared(host: str, folder: Path) -> Iterator[Finding]:
+    """Whether all ranks see the same folder: parts of a checkpoint that lie on another disk are lost."""
+    sign = folder / f".doctor-{distributed.from_first(uuid.uuid4().hex[:8])}"
     if distributed.rank() == 0:
-        yield Finding(
-            "ok", "machine", f"{socket.gethostname()}, {platform.platform()}, Python {platform.python_version()}"
-        )
-        yield _packages()
-        yield from _torchvision()
-        yield from _devices()
-        yield _import("decord", "videos are read by PyAV alone, more slowly")
-        yield _ffmpeg()
-        yield from _disk(folder)
-    yield from _ranks()
+        with contextlib.suppress(OSError):  # said of the machine already
+            sign.touch()
+    written = distributed.from_first(sign.exists())
+    end = time.monotonic() + SHARED_SECONDS
+    while written and not sign.exists() and time.monotonic() < end:
+        time.sleep(0.1)  # a network disk may take a moment
+    blind = distributed.gather_to_first("" if not written or sign.exists() else host)
+    if written and distributed.rank() == 0:
+        sign.unlink()
+    if names := ", ".join(sorted(set(filter(None, blind or [])))):
+        yield Finding("bad", "disk", f"{folder}: not the same folder on {names}; name one on a disk that all share")
 
 
 def _packages() -> Finding:
@@ -153,10 +195,10 @@ def _disk(folder: Path) -> Iterator[Finding]:
         yield Finding("bad", "disk", f"{folder}: can't be written ({error.strerror or error}); name another folder")
 
 
-def _ranks() -> Iterator[Finding]:
+def _ranks(host: str) -> Iterator[Finding]:
     """An all-reduce over all ranks: whether they find one another, whether the sum is right, how fast it is."""
     world = distributed.world()
-    hosts = distributed.gather_to_first(f"{socket.gethostname()} {distributed.device()}")
+    hosts = distributed.gather_to_first(f"{host} {distributed.device()}")
     values = torch.full((REDUCED,), float(distributed.rank() + 1), device=distributed.device())
     rounds, began = 5, 0.0
     right = True

@@ -48,6 +48,37 @@ def test_what_is_broken_is_named_with_a_way_out(
     assert "not installed: not-a-package" in found["packages"].text
 
 
+TWO_MACHINES = """
+import os, socket, sys
+from pathlib import Path
+rank = int(os.environ["RANK"])
+os.environ["LOCAL_RANK"] = "0"
+socket.gethostname = lambda: f"n{rank + 1}"
+from stages import doctor
+from stages.cli import main
+if rank:
+    doctor._version, known = (lambda name: "0.1" if name == "safetensors" else known(name)), doctor._version
+main(["doctor", sys.argv[1 + rank]])
+"""
+
+
+def test_what_differs_between_machines_is_named(tmp_path: Path) -> None:
+    """Two ranks that call themselves two machines, with folders and a version of their own."""
+    script = tmp_path / "doctors.py"
+    script.write_text(TWO_MACHINES)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d"]
+    command += ["--rdzv-endpoint=localhost:0", str(script), str(tmp_path / "a"), str(tmp_path / "b")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 1, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    assert [line.split()[2] for line in lines if line.split()[1] == "machine"] == ["n1,", "n2,"]
+    wrong = [line for line in lines if line.startswith("bad")]
+    assert len(wrong) == 2, done.stdout
+    assert "safetensors is not the same everywhere: 0.1 on n2" in wrong[0]
+    assert f"{tmp_path / 'a'}: not the same folder on n2" in wrong[1]
+
+
 def test_two_ranks_reduce(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d"]
     command += ["--rdzv-endpoint=localhost:0", "-m", "stages", "doctor", str(tmp_path)]

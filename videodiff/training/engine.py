@@ -304,7 +304,7 @@ def _wrap(module: nn.Module, config: EngineConfig, micro_batch: int, accumulatio
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     on_cuda = device().type == "cuda"
     check_compiler(config, on_cuda)
-    options = {"lr": config.learning_rate, "betas": config.betas, "weight_decay": config.weight_decay}
+    options: dict[str, Any] = {"lr": config.learning_rate, "betas": config.betas, "weight_decay": config.weight_decay}
     if not config.compiled_adam:
         optimizer: Any = torch.optim.AdamW(trained, **options, fused=True)
     elif config.offload_optimizer or not on_cuda:

@@ -10,7 +10,7 @@ import time
 from dataclasses import asdict, dataclass, fields
 from enum import IntEnum
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from videodiff.training import lease
 
@@ -77,7 +77,8 @@ def read(folder: Path) -> Status | None:
     try:
         values = json.loads((folder / FILE).read_text(encoding="utf-8"))
         known = {field.name: values[field.name] for field in fields(Status) if field.name in values}
-        return Status(**{name: tuple(value) if isinstance(value, list) else value for name, value in known.items()})
+        told: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in known.items()}
+        return Status(**told)
     except (FileNotFoundError, NotADirectoryError, ValueError, TypeError, KeyError):
         return None
 

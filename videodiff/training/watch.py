@@ -63,7 +63,8 @@ class Watch:
     def __enter__(self) -> "Watch":
         self._moved = self._exchanged = time.monotonic()
         if world() > 1:
-            self._store = dist.PrefixStore("watch", dist.distributed_c10d._get_default_store().clone())
+            store: Any = dist.distributed_c10d._get_default_store()  # torch's stubs know no clone
+            self._store = dist.PrefixStore("watch", store.clone())
             for name, work in (("talk", self._talk), ("judge", self._judge)):
                 self._threads.append(threading.Thread(target=work, name=name, daemon=True))
                 self._threads[-1].start()
@@ -115,7 +116,8 @@ class Watch:
         known = keys if self._store.check(keys) else [key for key in keys if self._store.check([key])]
         now = time.monotonic()
         for key, value in zip(known, self._store.multi_get(known) if known else [], strict=True):
-            sign = Sign(int(key), *json.loads(value), now)
+            where, beat, step, phase, problem, mistake = json.loads(value)
+            sign = Sign(int(key), where, beat, step, phase, problem, mistake, now)
             before = self._signs.get(sign.rank)
             if before is None or before.beat != sign.beat:
                 self._signs[sign.rank] = sign
