@@ -196,7 +196,7 @@ def evaluate(
     ),
 ) -> None:
     """Judge a model stage by stage on the built-in world; the last row tells which stage loses most."""
-    from stages.evaluate import main as run
+    from stages.evaluation.command import main as run
 
     run(model, stage.value, num_prompts, seed, out, num_held_out, classifier_scale)
 

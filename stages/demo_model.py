@@ -17,8 +17,8 @@ from typing import Any
 
 from data_pipeline.world import ATTRIBUTES
 from stages.assemble import load_stage
-from stages.evaluate_report import percent
-from stages.evaluate_statistics import ROWS
+from stages.evaluation.sheets import percent
+from stages.evaluation.statistics import ROWS
 from stages.pipeline import Pipeline, SampleKey
 from videodiff import resources
 from videodiff.model import DESCRIPTION, STAGES, Model, export, sha256

@@ -12,7 +12,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from data_pipeline.shards import VIDEO_SUFFIXES
-from stages.evaluate_statistics import psnr
+from stages.evaluation.statistics import psnr
 from stages.guides import Guides
 from stages.pipeline import Pipeline, SampleKey, adjusted
 from stages.requests import model_hash

@@ -93,6 +93,16 @@ class Pipeline:
     def classifier(self) -> NoisyClassifier:
         return self.model.classifier.to(self.device)
 
+    def load(self) -> None:
+        """Load every network of the model now: its files may be gone later."""
+        for stage in self.model.config.stages():
+            if stage in ("autoencoder", "classifier"):
+                getattr(self, stage)
+            elif stage in ("text", "control"):
+                getattr(self.model, stage)
+            else:
+                self.denoiser(stage)  # type: ignore[arg-type]
+
     def denoiser(self, stage: DiffusionStage) -> Denoiser:
         """The stage's denoiser, loaded once."""
         if stage not in self._denoisers:

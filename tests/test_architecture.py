@@ -89,7 +89,7 @@ def test_the_reader_judges_and_never_teaches() -> None:
     """What reads the videos back serves evaluation only: training and generation that see it would grade themselves."""
     reader = "data_pipeline.world_reader"
     users = {name(file) for file in source_files() if reader in imports(file) and file.name != "world_reader.py"}
-    assert {user for user in users if not user.startswith("stages/evaluate")} == set()
+    assert {user for user in users if not user.startswith("stages/evaluation/")} == set()
 
 
 def test_importing_does_nothing() -> None:

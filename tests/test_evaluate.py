@@ -11,10 +11,10 @@ from rich.console import Console
 
 from data_pipeline.world import COLOURS, Combination, combinations, render, sample_scene, split
 from data_pipeline.world_captions import parse
-from stages.evaluate import STAGE_ROWS, Samples, evaluate
-from stages.evaluate_report import table
-from stages.evaluate_samples import Plan, blend, measure, planned_prompts
-from stages.evaluate_statistics import EQUAL_DB
+from stages.evaluation.command import STAGE_ROWS, Samples, evaluate
+from stages.evaluation.sheets import table
+from stages.evaluation.road import Plan, blend, measure, planned_prompts
+from stages.evaluation.statistics import EQUAL_DB
 from videodiff.diffusion.samplers import DDIM
 from videodiff.errors import UserError
 from videodiff.model import Sampling

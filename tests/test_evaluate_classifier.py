@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from test_guides import described
 
-from stages.evaluate import STAGE_ROWS, plan_for
-from stages.evaluate_classifier import GUIDED, classifier_rows, classifier_scale_for
-from stages.evaluate_extras import EXTRA_STAGES
-from stages.evaluate_samples import Measured, planned_prompts
-from stages.evaluate_statistics import ROWS, right
+from stages.evaluation.command import STAGE_ROWS, plan_for
+from stages.evaluation.classifier import GUIDED, classifier_rows, classifier_scale_for
+from stages.evaluation.extras import EXTRA_STAGES
+from stages.evaluation.road import Measured, planned_prompts
+from stages.evaluation.statistics import ROWS, right
 from stages.guides import classifier_part
 from stages.pipeline import Pipeline
 from videodiff.errors import UserError

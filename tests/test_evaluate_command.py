@@ -8,8 +8,8 @@ import torch
 
 from data_pipeline.world import combinations, rng
 from data_pipeline.world_captions import caption
-from stages.evaluate import STAGE_ROWS, main, plan_for
-from stages.evaluate_statistics import ROWS
+from stages.evaluation.command import STAGE_ROWS, main, plan_for
+from stages.evaluation.statistics import ROWS
 from videodiff import config as configs
 from videodiff.diffusion.samplers import DDIM
 from videodiff.diffusion.schedule import NoiseSchedule

@@ -14,8 +14,8 @@ from tiny_stages import with_extras
 from data_pipeline.world import Scene, render
 from data_pipeline.world_captions import parse
 from data_pipeline.world_reader import read_image
-from stages.evaluate import evaluate, main, plan_for
-from stages.evaluate_report import table
+from stages.evaluation.command import evaluate, main, plan_for
+from stages.evaluation.sheets import table
 from stages.upscale import enlarge
 from videodiff.errors import UserError
 from videodiff.model import Model, Sampling

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from stages.evaluate_samples import blend
-from stages.evaluate_statistics import EQUAL_DB, in_words, losses, mean_interval, psnr, right, wilson
+from stages.evaluation.road import blend
+from stages.evaluation.statistics import EQUAL_DB, in_words, losses, mean_interval, psnr, right, wilson
 
 
 # Wilson's limits at 95 %: the two textbook ends, and numbers of Newcombe (1998), table I.

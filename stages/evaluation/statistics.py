@@ -14,9 +14,12 @@ from data_pipeline.world import ATTRIBUTES, rng
 Z95 = 1.959963984540054  # the normal distribution's 97.5 % point
 RESAMPLES = 2000
 EQUAL_DB = 99.0  # PSNR of equal pictures, so that means stay finite
-SPLITS = {"train": "seen", "held_out": "held_out", "held_out_pair": "held_out_pair"}  # the world's word -> the report's
+# The world's word -> the report's; "data" is any other data set.
+SPLITS = {"train": "seen", "held_out": "held_out", "held_out_pair": "held_out_pair", "data": "data"}
 
 ROWS = {
+    "real": "real clips",
+    "real_smooth": "real clips at the smooth rate",
     "autoencoder": "autoencoder, real clips",
     "image": "image",
     "video_real": "video, real first image",
@@ -71,8 +74,9 @@ def right(result: dict[str, Any], truth: dict[str, str]) -> dict[str, bool]:
     return {**each, "all": all(each.values()) and result["consistent"]}
 
 
-def truth_of(sample: dict[str, Any], row: str) -> dict[str, str]:
-    """What a row of a finished sample should show: the prompt, unless the row was told something else besides."""
+def truth_of(sample: dict[str, Any], row: str) -> dict[str, str] | None:
+    """What a row of a finished sample should show: the prompt, unless the row was told something else besides; None
+    where nobody knows."""
     return sample["rows"][row].get("truth", sample["truth"])
 
 
@@ -94,28 +98,25 @@ def summary(samples: Sequence[dict[str, Any]], rows: Sequence[str]) -> list[dict
     return entries
 
 
-def _entry(row: str, split: str, chosen: list[tuple[dict[str, Any], dict[str, str]]]) -> dict[str, Any]:
-    verdicts = [right(result, truth) for result, truth in chosen]
-    attributes = [name for name in ATTRIBUTES if name in verdicts[0]]
+def _entry(row: str, split: str, chosen: list[tuple[dict[str, Any], dict[str, str] | None]]) -> dict[str, Any]:
+    known = [(result, truth) for result, truth in chosen if truth is not None]
+    verdicts = [right(result, truth) for result, truth in known]
+    attributes = [name for name in ATTRIBUTES if verdicts and name in verdicts[0]]
     confusions = {
         name: {
-            value: dict(sorted(Counter(str(r["read"][name] or "none") for r, t in chosen if t[name] == value).items()))
+            value: dict(sorted(Counter(str(r["read"][name] or "none") for r, t in known if t[name] == value).items()))
             for value in ATTRIBUTES[name]
         }
         for name in attributes
     }
-    measures = chosen[0][0]["psnr"]
-    distances = {
-        name: [value for r, _ in chosen if (value := r["distance"][name]) is not None]
-        for name in chosen[0][0].get("distance", ())
-    }
+    names = dict.fromkeys(name for result, _ in chosen for name in result["measures"])
+    measured = {name: [v for r, _ in chosen if (v := r["measures"].get(name)) is not None] for name in names}
     return {
         "row": row,
         "split": split,
         "n": len(chosen),
-        "shares": {name: share(v[name] for v in verdicts) for name in (*attributes, "all")},
-        "psnr": {name: mean_interval([r["psnr"][name] for r, _ in chosen], row, split, name) for name in measures},
-        "distance": {name: mean_interval(found, row, split, name) for name, found in distances.items() if found},
+        "shares": {name: share(v[name] for v in verdicts) for name in (*attributes, "all") if attributes},
+        "measures": {name: mean_interval(found, row, split, name) for name, found in measured.items() if found},
         "not_finite": sum(not r["finite"] for r, _ in chosen),
         "confusions": confusions,
     }
@@ -127,7 +128,7 @@ def losses(entries: Sequence[dict[str, Any]], split: str) -> dict[str, Any]:
     steps: stage -> drop from the row before it. video_alone: from real first images, against their reconstructions.
     first_images: what generated first images cost the video stage. most: the stage with the greatest drop, if any.
     """
-    got = {e["row"]: 100 * e["shares"]["all"]["share"] for e in entries if e["split"] == split}
+    got = {e["row"]: 100 * e["shares"]["all"]["share"] for e in entries if e["split"] == split and e["shares"]}
     steps = {
         stage: round((100.0 if before is None else got[before]) - got[after], 6)
         for stage, before, after in STEPS

@@ -1,11 +1,11 @@
 """What stands beside the road, judged: does an image follow the outlines it was given, is a picture enlarged truly.
 
-Rows add to what `evaluate_samples.measure` made of a batch. S frame side in pixels.
+Rows add to what `road.measure` made of a batch. S frame side in pixels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -14,8 +14,9 @@ import torch
 
 from data_pipeline.world import SHAPES, Scene, render, sample_scene
 from data_pipeline.world_reader import FrameReading, read_image
-from stages.evaluate_samples import IMAGE_ATTRIBUTES, Measured, Plan, Prompt, Road, decoded
-from stages.evaluate_statistics import psnr
+from stages.evaluation.questions import Prompt
+from stages.evaluation.road import IMAGE_ATTRIBUTES, Measured, Plan, Road, decoded
+from stages.evaluation.statistics import psnr
 from stages.pipeline import SampleKey
 from stages.upscale import enlarge, shrink
 
@@ -31,7 +32,7 @@ def _scene(prompt: Prompt, plan: Plan, another_shape: bool = False) -> Scene:
     return sample_scene(combination, "evaluation picture", plan.seed, prompt.split, prompt.number)
 
 
-def control_rows(road: Road, plan: Plan, batch: Sequence[Prompt], made: list[Measured]) -> None:
+def control_rows(road: Road, plan: Plan, batch: Sequence[Prompt], real: np.ndarray, made: list[Measured]) -> None:
     """Images by the prompt and the outlines of a real picture at a place that the prompt does not name.
 
     Shape and place must be the picture's, also where the prompt says another shape; colour is in the prompt alone.
@@ -47,12 +48,14 @@ def control_rows(road: Road, plan: Plan, batch: Sequence[Prompt], made: list[Mea
             off = {"controlled": _distance(seen, scene) if finite[i] else None}
             off["free"] = _distance(read_image(free[i, 0]), scene)
             truth = {**asdict(batch[i].combination), "shape": scene.shape}
-            _note(made[i], row, seen, finite[i], {}, truth=truth, distance=off)
+            _note(made[i], row, seen, finite[i], off, truth=truth)
             strip = np.concatenate([pictures[i], free[i, 0], frames[i, 0]], axis=1)
             made[i].pictures[row] = strip.repeat(2, axis=0).repeat(2, axis=1)  # so that words fit below it
 
 
-def upscale_rows(road: Road, plan: Plan, batch: Sequence[Prompt], batch_made: list[Measured]) -> None:
+def upscale_rows(
+    road: Road, plan: Plan, batch: Sequence[Prompt], real_clips: np.ndarray, batch_made: list[Measured]
+) -> None:
     """Large pictures, made small and enlarged again by the stage and by interpolation; and those that went through the
     autoencoder when they were small, as whatever is generated has."""
     for prompt, key, measured in zip(batch, _keys(plan, batch), batch_made, strict=True):
@@ -84,7 +87,9 @@ def _distance(seen: FrameReading, scene: Scene) -> float | None:
     return 100 * float(np.hypot(seen.x - scene.x, seen.y - scene.y))
 
 
-def _note(measured: Measured, row: str, seen: FrameReading, finite: bool, near: dict[str, float], **more: Any) -> None:
+def _note(
+    measured: Measured, row: str, seen: FrameReading, finite: bool, measures: Mapping[str, float | None], **more: Any
+) -> None:
     """What the reader saw; what is not finite shows nothing."""
     read = {name: getattr(seen, name).value if finite else None for name in IMAGE_ATTRIBUTES}
-    measured.rows[row] = {"read": read, "consistent": finite, "finite": finite, "psnr": near, **more}
+    measured.rows[row] = {"read": read, "consistent": finite, "finite": finite, "measures": dict(measures), **more}

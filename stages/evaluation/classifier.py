@@ -12,7 +12,8 @@ import torch
 
 from data_pipeline.world import ATTRIBUTES
 from data_pipeline.world_reader import read_image
-from stages.evaluate_samples import IMAGE_ATTRIBUTES, Measured, Plan, Prompt, Road, decoded, real_clip, strip
+from stages.evaluation.questions import Prompt
+from stages.evaluation.road import IMAGE_ATTRIBUTES, Measured, Plan, Road, decoded, strip
 from stages.guides import Guides, check_classifier, classifier_part
 from stages.pipeline import Pipeline, SampleKey, adjusted
 from videodiff.diffusion.guidance import ClassifierGuidance, class_logits
@@ -51,13 +52,15 @@ def classifier_scale_for(plan: Plan, asked: float | None) -> float | None:
 
 
 @torch.no_grad()
-def classifier_rows(road: Road, plan: Plan, batch: Sequence[Prompt], made: list[Measured]) -> None:
+def classifier_rows(
+    road: Road, plan: Plan, batch: Sequence[Prompt], real: np.ndarray, made: list[Measured]
+) -> None:
     """What the classifier says of real first frames under more and more noise, and what the reader finds in images
     made without any text, left alone and guided to the class that the prompt would have asked for."""
     assert isinstance(road, Pipeline), "only a model has a classifier"
     part = classifier_part(road.model)
     truth = [getattr(prompt.combination, part.attribute) for prompt in batch]
-    x0 = road.encode(np.stack([real_clip(prompt, plan)[:1] for prompt in batch]))
+    x0 = road.encode(real[:, :1])
     shape = tuple(x0.shape[1:])
     eps = torch.cat([normals(shape, plan.seed, f"classifier-{p.split}", [p.number]) for p in batch]).to(x0)
     for row, level in LEVELS.items():
@@ -82,5 +85,5 @@ def _note(
     """Keep what was found in each sample, and a picture; what is not finite shows nothing."""
     for measured, value, whole, clip in zip(made, found, finite, frames, strict=True):
         read = {attribute: value if whole else None}
-        measured.rows[row] = {"read": read, "consistent": whole, "finite": whole, "psnr": {}}
+        measured.rows[row] = {"read": read, "consistent": whole, "finite": whole, "measures": {}}
         measured.pictures[row] = strip(clip)

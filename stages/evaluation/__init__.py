@@ -1,0 +1,1 @@
+"""Which stage is weak: a model or the checkpoints of a run, judged stage by stage."""

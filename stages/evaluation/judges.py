@@ -1,0 +1,50 @@
+"""Which networks judge by features, and which perceptual distance: `--judges FILE`, else the model's own text tower."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from pydantic import Field
+
+from stages.evaluation.measures import Gauge, has_flow
+from videodiff import config as configs
+from videodiff.config import Config
+from videodiff.errors import UserError
+from videodiff.model import Model, sha256
+from videodiff.networks.features import BundledFeatures, FeatureConfig, open_features
+from videodiff.networks.perceptual import PerceptualConfig, load_perceptual
+
+
+class Judges(Config):
+    """features: networks from local files, see `videodiff.networks.features`. perceptual: LPIPS from a local file."""
+
+    features: tuple[FeatureConfig, ...] = Field(
+        (BundledFeatures(takes="pictures"), BundledFeatures(takes="clips")), description="networks that judge"
+    )
+    perceptual: PerceptualConfig | None = None
+
+
+def open_gauge(path: Path | None, model: Model, size: int, device: torch.device) -> tuple[Gauge, dict[str, str]]:
+    """What measures clips, and what is left out for which reason: without a file a model needs no text tower of its own.
+
+    Raises UserError for a file that can't be read, and networks that it names and that can't be opened.
+    """
+    judges = Judges() if path is None else configs.load(Judges, path)
+    skipped: dict[str, str] = {}
+    extractors = []
+    for number, config in enumerate(judges.features):
+        try:
+            extractors.append(open_features(config, model, device, f"features.{number}"))
+        except UserError as error:
+            if path is not None:
+                raise
+            skipped["features of the model's own text tower"] = str(error)
+    perceptual, name = None, None
+    if judges.perceptual is not None:
+        perceptual = load_perceptual(judges.perceptual, size).to(device)
+        name = f"LPIPS, sha256 {sha256(Path(judges.perceptual.path))}"
+    flow = has_flow()
+    if not flow:
+        skipped["motion"] = "optical flow needs OpenCV; pip install 'videodiff[eval]'"
+    return Gauge(extractors, perceptual, name, flow), skipped

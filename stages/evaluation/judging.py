@@ -1,0 +1,169 @@
+"""One model on all prompts: batches shared by the ranks, what is finished kept, figures made of it."""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from data_pipeline.decoders import ClipError
+from stages.evaluation.extras import measure_extras
+from stages.evaluation.figures import set_figures
+from stages.evaluation.kept import FeatureFiles, Samples
+from stages.evaluation.losses import time_losses
+from stages.evaluation.measures import Gauge
+from stages.evaluation.questions import Prompt, Questions
+from stages.evaluation.road import Plan, Road, measure, record
+from stages.evaluation.sheets import clip_path, is_shown, picture_path, write_sheets
+from stages.evaluation.statistics import SPLITS, in_words, losses, summary
+from stages.pipeline import Pipeline
+from videodiff import config as configs
+from videodiff.training import distributed
+from videodiff.video_io import write_png, write_video
+
+BATCH = 8  # prompts at a time; part of the protocol, as batches change results by rounding
+LOG_SECONDS = 60.0
+
+
+def evaluate(
+    road: Road,
+    plan: Plan,
+    questions: Questions,
+    gauge: Gauge,
+    identity: dict[str, Any],
+    out: Path,
+    console: Console,
+) -> dict[str, Any] | None:
+    """Measure every prompt that is not finished yet; on rank 0 the protocol, the rows, the figures of sets, the losses
+    by stage, the verdict in words and how many samples could not be read, by reason.
+
+    `identity` says what is judged, and with which software: samples of another identity or plan are never mixed in.
+    """
+    protocol = _protocol(plan, questions, gauge, identity)
+    samples, files = Samples(out, protocol, distributed.rank()), FeatureFiles(out)
+    distributed.barrier()  # every rank has read what is finished before any adds to it
+    prompts = questions.prompts
+    batches = list(enumerate(prompts[i : i + BATCH] for i in range(0, len(prompts), BATCH)))
+    own = batches[distributed.rank() :: distributed.world()]
+    with _progress(console, sum(len(batch) for _, batch in own)) as advance:
+        for number, batch in own:
+            if not all((p.split, p.number) in samples.found for p in batch):
+                _measure(road, plan, questions, gauge, out, number, batch, samples, files)
+            advance(len(batch))
+    distributed.barrier()
+    if distributed.rank() > 0:
+        return None
+    samples.read(protocol)
+    told = [samples.found[(p.split, p.number)] for p in prompts]
+    finished = [sample for sample in told if "bad" not in sample]
+    entries = summary(finished, plan.rows)
+    figures = [
+        {"split": name, **figure}
+        for split, name in SPLITS.items()
+        for figure in set_figures(plan.rows, files.of_split(split), gauge.extractors, plan.seed, split)
+    ]
+    write_sheets(out, finished, plan.rows)
+    lost = {name: losses(entries, name) for name in SPLITS.values()}
+    bad = Counter(sample["bad"] for sample in told if "bad" in sample)
+    return {
+        "protocol": protocol, "rows": entries, "figures": figures, "losses": lost, "verdict": in_words(lost["seen"]),
+        "bad": dict(sorted(bad.items())),
+    }  # fmt: skip
+
+
+def _measure(
+    road: Road,
+    plan: Plan,
+    questions: Questions,
+    gauge: Gauge,
+    out: Path,
+    number: int,
+    batch: Sequence[Prompt],
+    samples: Samples,
+    files: FeatureFiles,
+) -> None:
+    """Everything of one batch, kept: first the features, then a line for each prompt, which says that it is done."""
+    good, clips = [], []
+    for prompt in batch:
+        try:
+            clips.append(questions.clip(prompt, plan.clips))
+            good.append(prompt)
+        except ClipError as error:
+            told = {"split": prompt.split, "number": prompt.number, "prompt": prompt.text}
+            samples.keep({**told, "bad": error.reason, "detail": str(error)})
+    if not good:
+        return
+    real = np.stack(clips)
+    made, rows = measure(road, plan, good, real, gauge)
+    measure_extras(road, plan, good, real, made)
+    features = gauge.features({name: row.frames for name, row in rows.items()}, [prompt.text for prompt in good])
+    for name in rows:
+        for measured, more in zip(made, gauge.from_features(name, features, len(good)), strict=True):
+            measured.rows[name]["measures"] |= more
+    if isinstance(road, Pipeline):
+        for row, stage in (("image", "image"), ("video_real", "video")):
+            if row in plan.rows:
+                frames = real[:, :: plan.factor]
+                for measured, more in zip(made, time_losses(road, stage, good, frames, plan.fps, plan.seed), strict=True):
+                    measured.rows[row]["measures"] |= more
+    if features:
+        files.keep(number, good, features)
+    for i, (prompt, measured) in enumerate(zip(good, made, strict=True)):
+        if is_shown(prompt):
+            for row, picture in measured.pictures.items():
+                write_png(picture_path(out, row, prompt.split, prompt.number), picture)
+            for row, found in rows.items():
+                if found.frames.shape[1] > 1:
+                    write_video(clip_path(out, row, prompt.split, prompt.number), found.frames[i], found.fps)
+        samples.keep(record(prompt, measured))
+
+
+def _protocol(plan: Plan, questions: Questions, gauge: Gauge, identity: dict[str, Any]) -> dict[str, Any]:
+    """All that the figures follow from, as JSON gives it back."""
+    told = {name: value for name, value in vars(plan).items() if name != "sampling" and value is not None}
+    told["sampling"] = {stage: configs.to_dict(sampling) for stage, sampling in plan.sampling.items()}
+    told |= {"features": [extractor.protocol() for extractor in gauge.extractors], "perceptual": gauge.perceptual_name}
+    told |= {"flow": gauge.flow, "batch": BATCH}
+    return json.loads(json.dumps({"format": 2, **identity, **questions.identity(), **told}))
+
+
+def software() -> dict[str, str]:
+    """Versions of what the figures depend on."""
+    packages = ("videodiff", "torch", "numpy", "imageio-ffmpeg", "opencv-python-headless")
+    return {"python": platform.python_version(), **{name: _version(name) for name in packages}}
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "none"
+
+
+@contextmanager
+def _progress(console: Console, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar on a terminal, a line now and then elsewhere; gives a function that counts finished prompts."""
+    columns = (TextColumn("prompts"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    done, told = 0, time.monotonic()
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("prompts", total=total)
+
+        def advance(count: int) -> None:
+            nonlocal done, told
+            done += count
+            bar.update(task, completed=done)
+            if not console.is_terminal and (time.monotonic() - told > LOG_SECONDS or done == total):
+                console.print(f"{done} of {total} prompts", highlight=False)
+                told = time.monotonic()
+
+        yield advance

@@ -1,0 +1,122 @@
+"""What an evaluation has finished, on disk: a line of JSON for each sample, a file of features for each batch.
+
+A killed evaluation goes on where it stopped, and several ranks share one folder: each writes files of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from stages.evaluation.questions import Prompt
+from videodiff.errors import UserError
+
+NEWLINE = b"\n"
+
+
+class Samples:
+    """The finished prompts of a folder: `samples.jsonl`, the protocol and then a line for each prompt, and beside it
+    `samples-R.jsonl` of each further rank R. A rank writes into its own file alone and reads all of them."""
+
+    def __init__(self, out: Path, protocol: dict[str, Any], rank: int = 0) -> None:
+        self.path = out / ("samples.jsonl" if rank == 0 else f"samples-{rank}.jsonl")
+        self.found: dict[tuple[str, int], dict[str, Any]] = {}
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            self.read(protocol)
+            kept = self._read(self.path, protocol) if self.path.is_file() else b""
+            if not kept:
+                kept = (json.dumps({"protocol": protocol}) + "\n").encode()
+                self.path.write_bytes(kept)
+            elif len(kept) < self.path.stat().st_size:  # a line that a crash tore
+                os.truncate(self.path, len(kept))
+        except OSError as error:
+            raise UserError(f"{out}: can't be written ({error.strerror}); name another folder with --out") from None
+
+    def read(self, protocol: dict[str, Any]) -> None:
+        """Take in what all ranks finished so far."""
+        for path in sorted(self.path.parent.glob("samples*.jsonl")):
+            self._read(path, protocol)
+
+    def _read(self, path: Path, protocol: dict[str, Any]) -> bytes:
+        """The whole lines of a file, taken into `found`; UserError when they were made by another protocol."""
+        kept = b""
+        for line in path.read_bytes().splitlines(keepends=True):
+            if not line.endswith(NEWLINE):
+                break
+            try:
+                value = json.loads(line)
+                if kept:
+                    self.found[(value["split"], value["number"])] = value
+                else:
+                    self._check(path, value["protocol"], protocol)
+            except (ValueError, KeyError, TypeError) as error:
+                if isinstance(error, UserError):
+                    raise
+                what = f"line {kept.count(NEWLINE) + 1} is not one that evaluate wrote"
+                raise UserError(f"{path}: {what}; remove the file or name another folder with --out") from None
+            kept += line
+        return kept
+
+    def _check(self, path: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
+        differing = sorted(name for name in {*old, *new} if old.get(name) != new.get(name))
+        if differing:
+            raise UserError(
+                f"{path}: holds samples of another evaluation (differs in {', '.join(differing)}); "
+                "name another folder with --out, or remove this one"
+            )
+
+    def keep(self, sample: dict[str, Any]) -> None:
+        """Add a finished sample, on disk before this returns."""
+        key = (sample["split"], sample["number"])
+        if key in self.found:
+            return
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(sample) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self.found[key] = sample
+
+
+class FeatureFiles:
+    """`features/batch-NNNNNN.safetensors` of a folder: what the extractors made of a batch of prompts."""
+
+    def __init__(self, out: Path) -> None:
+        self.folder = out / "features"
+
+    def has(self, batch: int) -> bool:
+        return self._path(batch).is_file()
+
+    def keep(self, batch: int, prompts: Sequence[Prompt], features: Mapping[str, Tensor]) -> None:
+        """Written beside and renamed: it is whole, or not there."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        draft = self._path(batch).with_suffix(".tmp")
+        asked = json.dumps([[prompt.split, prompt.number] for prompt in prompts])
+        save_file({name: value.contiguous() for name, value in features.items()}, draft, {"prompts": asked})
+        draft.replace(self._path(batch))
+
+    def of_split(self, split: str) -> dict[str, Tensor]:
+        """Name -> features [N, ...] of a split's samples in their order; a name that not all batches have is left out."""
+        parts: list[dict[str, Tensor]] = []
+        for path in sorted(self.folder.glob("batch-*.safetensors")):
+            try:
+                with safe_open(path, "pt") as file:
+                    asked = json.loads(file.metadata()["prompts"])
+                    chosen = torch.tensor([i for i, (of, _) in enumerate(asked) if of == split], dtype=torch.int64)
+                    if len(chosen):
+                        parts.append({name: file.get_tensor(name)[chosen] for name in file.keys()})  # noqa: SIM118
+            except (SafetensorError, OSError, ValueError, KeyError, TypeError):
+                raise UserError(f"{path}: not readable; remove it and give the same command again") from None
+        names = set.intersection(*map(set, parts)) if parts else set()
+        return {name: torch.cat([part[name] for part in parts]) for name in sorted(names)}
+
+    def _path(self, batch: int) -> Path:
+        return self.folder / f"batch-{batch:06d}.safetensors"

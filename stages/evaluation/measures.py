@@ -1,0 +1,168 @@
+"""What is measured of each clip besides what the reader sees: likeness to real ones, steadiness, motion, features.
+
+Shapes: a clip is uint8 [T,S,S,3]; B clips, T frames, K frames that features are taken of, D features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stages.evaluation.statistics import psnr
+from videodiff.errors import UserError
+from videodiff.metrics.flow import interpolate_by_flow
+from videodiff.metrics.motion import consistency, flicker, is_dynamic, motion_amount, still, unsteadiness
+from videodiff.metrics.pictures import ssim
+from videodiff.metrics.scores import clip_scores
+from videodiff.networks.features import FeatureExtractor
+
+FRAMES = 8  # of a clip, evenly from its first to its last, that networks for pictures look at
+Distance = Callable[[Tensor, Tensor], Tensor]  # pictures [N,3,H,W] in [-1,1], twice -> [N]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """How a measure is told. better: which way; "real": near that of the real clips."""
+
+    label: str
+    better: Literal["more", "less", "real"]
+    scale: float = 1.0
+    digits: int = 2
+
+
+def _likeness(what: str) -> dict[str, Unit]:
+    return {
+        f"{what}_psnr": Unit(f"{what.replace('_', ' ')} PSNR, dB", "more", digits=1),
+        f"{what}_ssim": Unit(f"{what.replace('_', ' ')} SSIM", "more", digits=3),
+        f"{what}_lpips": Unit(f"{what.replace('_', ' ')} LPIPS", "less", digits=3),
+    }
+
+
+MIDDLES = ("middle", "middle_blended", "middle_by_flow", "middle_rebuilt")
+MEASURES: dict[str, Unit] = {
+    **{name: unit for what in ("reconstruction", "first_frame", *MIDDLES) for name, unit in _likeness(what).items()},
+    "text_likeness": Unit("CLIP score", "more", digits=1),
+    "consistency": Unit("frames alike, cosine", "real", digits=3),
+    "flicker": Unit("flicker, grey levels", "real"),
+    "unsteadiness": Unit("unsteadiness, grey levels", "less"),
+    "motion": Unit("motion, % of diagonal a second", "real", 100.0),
+    "dynamic": Unit("clips that move, %", "real", 100.0, 0),
+    "frozen": Unit("frozen steps, %", "real", 100.0, 1),
+    "bound": Unit("bound, nats a latent dimension", "less", digits=3),
+    **{f"loss_{place}": Unit(f"loss at t = {place}/8 N", "less", digits=4) for place in range(1, 9)},
+    **{f"{given}{how}": Unit(f"{given.replace('_', ', ')}{how} PSNR, dB", "more", digits=1)
+       for given in ("", "rebuilt_") for how in ("upscaled", "bilinear", "bicubic")},
+    "controlled": Unit("off the outlines, % of the side", "less", digits=1),
+    "free": Unit("the same without control, % of the side", "real", digits=1),
+}  # fmt: skip
+
+
+class Gauge:
+    """What measures clips. extractors: networks that judge by features. perceptual: LPIPS, where there is one, and what
+    it is called in protocols. flow: whether optical flow can be had (`has_flow`)."""
+
+    def __init__(
+        self,
+        extractors: Sequence[FeatureExtractor] = (),
+        perceptual: Distance | None = None,
+        perceptual_name: str | None = None,
+        flow: bool = False,
+    ) -> None:
+        self.extractors, self.flow = tuple(extractors), flow
+        self.perceptual, self.perceptual_name = perceptual, perceptual_name
+
+    def likeness(self, what: str, made: np.ndarray, real: np.ndarray) -> list[dict[str, float | None]]:
+        """PSNR of each clip, SSIM and LPIPS as means over its frames; uint8 [B,T,S,S,3]."""
+        found: list[dict[str, float | None]] = []
+        for a, b in zip(made, real, strict=True):
+            told: dict[str, float | None] = {f"{what}_psnr": psnr(a, b), f"{what}_ssim": float(ssim(a, b).mean())}
+            if self.perceptual is not None:
+                with torch.inference_mode():
+                    told[f"{what}_lpips"] = float(self.perceptual(_pictures(a), _pictures(b)).mean())
+            found.append(told)
+        return found
+
+    def measures(self, clip: np.ndarray, fps: float) -> dict[str, float | None]:
+        """How a clip moves; nothing of a picture."""
+        if len(clip) < 3:
+            return {}
+        told: dict[str, float | None] = {"flicker": flicker(clip), "frozen": float(still(clip).mean())}
+        if self.flow:
+            told["unsteadiness"] = unsteadiness(clip)
+            told["motion"] = motion_amount(clip, fps)
+            told["dynamic"] = float(is_dynamic(clip, fps))
+        return told
+
+    def by_flow(self, clips: np.ndarray, factor: int) -> np.ndarray | None:
+        """Frames between those of uint8 [B,T,S,S,3] along their optical flow: uint8 [B,(T-1)*factor+1,S,S,3]."""
+        if not self.flow:
+            return None
+        return np.stack([_along_flow(clip, factor) for clip in clips])
+
+    def features(self, rows: Mapping[str, np.ndarray], texts: Sequence[str]) -> dict[str, Tensor]:
+        """By "extractor/row": features float32 [B,K,D] of K frames, or [B,1,D] of clips; "extractor/texts" [B,D].
+
+        rows: uint8 [B,T,S,S,3]. A row that an extractor can't see (a picture, a clip of another length) has none.
+        """
+        found = {}
+        for number, extractor in enumerate(self.extractors):
+            for name, frames in rows.items():
+                if extractor.takes == "pictures":
+                    chosen = frames[:, chosen_frames(frames.shape[1])]
+                    flat = extractor(np.ascontiguousarray(chosen.reshape(-1, *chosen.shape[2:])))
+                    found[f"{number}/{name}"] = flat.unflatten(0, chosen.shape[:2])
+                elif frames.shape[1] > 1 and extractor.frames in (None, frames.shape[1]):
+                    found[f"{number}/{name}"] = extractor(np.ascontiguousarray(frames))[:, None]
+            if extractor.has_texts:
+                found[f"{number}/texts"] = extractor.texts(texts)
+        return found
+
+    def from_features(self, row: str, features: Mapping[str, Tensor], count: int) -> list[dict[str, float | None]]:
+        """What features say of each of `count` clips: how near they are to the text, and frames to one another."""
+        told: list[dict[str, float | None]] = [{} for _ in range(count)]
+        seen = [number for number in range(len(self.extractors)) if f"{number}/{row}" in features]
+        # Of a clip one that sees all of it says more than one that sees its frames: a motion, for one.
+        seen.sort(key=lambda number: self.extractors[number].takes != "clips")
+        reads = next((number for number in seen if self.extractors[number].has_texts), None)
+        if reads is not None:
+            texts, mean = features[f"{reads}/texts"], features[f"{reads}/{row}"].mean(1)
+            for i, value in enumerate(clip_scores(mean, texts).tolist()):
+                told[i]["text_likeness"] = value
+        for number in seen:
+            frames = features[f"{number}/{row}"]
+            if frames.shape[1] > 1:
+                for i in range(count):
+                    told[i]["consistency"] = consistency(frames[i]).both
+                break
+        return told
+
+
+def has_flow() -> bool:
+    """Whether optical flow can be computed here."""
+    blank = np.zeros((16, 16, 3), np.uint8)
+    try:
+        interpolate_by_flow(blank, blank, 0.5)
+    except UserError:
+        return False
+    return True
+
+
+def chosen_frames(count: int) -> list[int]:
+    """Which frames of a clip of `count` networks for pictures look at, the first one among them."""
+    return list(dict.fromkeys(round(i) for i in np.linspace(0, count - 1, min(count, FRAMES))))
+
+
+def _along_flow(clip: np.ndarray, factor: int) -> np.ndarray:
+    frames = [clip[0]]
+    for a, b in zip(clip[:-1], clip[1:], strict=True):
+        frames += [interpolate_by_flow(a, b, step / factor) for step in range(1, factor)] + [b]
+    return np.stack(frames)
+
+
+def _pictures(clip: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(clip)).permute(0, 3, 1, 2).float() / 127.5 - 1

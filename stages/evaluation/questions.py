@@ -1,0 +1,168 @@
+"""What a model is asked: prompts with a real clip each, of the built-in world or of a data set's shards.
+
+The built-in world knows the truth, so that a reader can tell what is right; of other data there are captions and clips.
+S frame side in pixels.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+from data_pipeline.decoders import ClipError
+from data_pipeline.decoding import DecodePool
+from data_pipeline.index import fingerprint, open_shards
+from data_pipeline.samples import RawSample, SampleError, read_texts, try_sample
+from data_pipeline.world import ATTRIBUTES, Combination, combinations, render, rng, sample_scene, split
+from data_pipeline.world_captions import prompts
+from videodiff.errors import UserError
+from videodiff.video_io import encode_video, read_video
+
+DEADLINE_SECONDS = 60.0  # to decode a clip
+Split = Literal["train", "held_out", "held_out_pair", "data"]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Prompt `number` of a split; `turn` counts how often its words came before. combination: what it says, where the
+    built-in world knows it. place: which sample of the data set it is of."""
+
+    split: Split
+    number: int
+    turn: int
+    combination: Combination | None
+    text: str
+    place: int = -1
+
+
+@dataclass(frozen=True)
+class Clips:
+    """The real clips that are wanted: `count` frames of `size` x `size` pixels at `fps`."""
+
+    size: int
+    count: int
+    fps: float
+
+
+class Questions(Protocol):
+    """Prompts, and the real clip of each."""
+
+    prompts: Sequence[Prompt]
+
+    def identity(self) -> dict[str, Any]:
+        """What they follow from, as JSON: figures of unequal questions can't be compared."""
+
+    def clip(self, prompt: Prompt, clips: Clips) -> np.ndarray:
+        """Frames uint8 [count,S,S,3]. Raises ClipError when there are none."""
+
+    def close(self) -> None:
+        """End what reads them."""
+
+
+class WorldQuestions:
+    """Prompts on seen and on held-out combinations of the built-in world; no clip of it is among the training data."""
+
+    def __init__(self, num: int, num_held_out: int, seed: int) -> None:
+        """`num` prompts on seen combinations, `num_held_out` on each held-out split, or one for each it has."""
+        self.num, self.num_held_out, self.seed = num, num_held_out, seed
+        self.prompts = planned_prompts(num, num_held_out, seed)
+
+    def identity(self) -> dict[str, Any]:
+        return {"data": "built-in world", "num_prompts": self.num, "num_held_out": self.num_held_out}
+
+    def clip(self, prompt: Prompt, clips: Clips) -> np.ndarray:
+        """Rendered, stored as mp4 and read back, as the training data are."""
+        assert prompt.combination is not None
+        scene = sample_scene(prompt.combination, "evaluation", self.seed, prompt.split, prompt.number)
+        frames = render(scene, clips.size, clips.count, clips.fps)
+        with tempfile.TemporaryDirectory(prefix="videodiff-") as folder:
+            path = Path(folder) / "clip.mp4"
+            path.write_bytes(encode_video(frames, clips.fps))
+            return read_video(path)[0]
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+class ShardQuestions:
+    """The first captions of `num` samples of shards, drawn by `seed`, and their clips from their beginning on."""
+
+    def __init__(self, location: str, num: int, seed: int) -> None:
+        """Raises UserError for encoded shards, and for fewer samples than asked or none with a caption."""
+        self._pool: DecodePool | None = None
+        self._shards = open_shards(location)
+        if any(shard.encoding for shard in self._shards):
+            raise UserError(f"--data {location}: these shards hold latents; name those of the videos")
+        self._places = [(shard, number) for shard in self._shards for number in range(len(shard.offsets))]
+        if len(self._places) < num:
+            raise UserError(
+                f"--data {location}: holds {len(self._places)} samples, --num-prompts {num} are asked; ask for fewer"
+            )
+        self.problems: list[str] = []  # samples that can't be asked about
+        self.prompts = list(self._planned(num, rng("questions", seed).permutation(len(self._places)).tolist()))
+        if not self.prompts:
+            raise UserError(f"--data {location}: no sample has a caption ({self.problems[0]})")
+
+    def _planned(self, num: int, order: list[int]) -> list[Prompt]:
+        found: list[Prompt] = []
+        turns: dict[str, int] = {}
+        for place in order:
+            if len(found) == num:
+                break
+            try:
+                sample = read_texts(*self._places[place])
+            except SampleError as error:
+                self.problems.append(str(error))
+                continue
+            text = sample.captions[0]
+            turns[text] = turns.get(text, -1) + 1
+            found.append(Prompt("data", len(found), turns[text], _combination(sample), text, place))
+        return found
+
+    def identity(self) -> dict[str, Any]:
+        return {"data": fingerprint(self._shards), "num_prompts": len(self.prompts), "num_held_out": 0}
+
+    def clip(self, prompt: Prompt, clips: Clips) -> np.ndarray:
+        shard, number = self._places[prompt.place]
+        raw = try_sample(shard, number)
+        if isinstance(raw, SampleError):
+            raise ClipError(raw.reason, str(raw))
+        job = {
+            "video": raw.video, "suffix": raw.suffix, "fps": clips.fps, "frames": clips.count, "size": clips.size,
+        }  # fmt: skip
+        if self._pool is None:
+            self._pool = DecodePool(1, DEADLINE_SECONDS)
+        (found,) = self._pool.map([job])
+        if isinstance(found, ClipError):
+            raise found
+        return found.frames
+
+    def close(self) -> None:
+        if self._pool is not None:
+            self._pool.close()
+
+
+def planned_prompts(num: int, num_held_out: int, seed: int) -> list[Prompt]:
+    """`num` prompts on seen combinations, `num_held_out` on each held-out split, or one for each combination it has."""
+    found: list[Prompt] = []
+    which: Literal["train", "held_out", "held_out_pair"]
+    for which in ("train", "held_out", "held_out_pair"):
+        members = sum(split(c) == which for c in combinations())
+        count = num if which == "train" else min(num_held_out, members)
+        for number, (combination, text) in enumerate(prompts(count, seed, which) if count else ()):
+            found.append(Prompt(which, number, number // members, combination, text))
+    return found
+
+
+def _combination(sample: RawSample) -> Combination | None:
+    """What the built-in world wrote into a sample's JSON; None for other samples."""
+    scene = sample.meta.get("scene")
+    try:
+        return Combination(**{name: scene[name] for name in ATTRIBUTES}) if isinstance(scene, dict) else None
+    except (KeyError, UserError):
+        return None
