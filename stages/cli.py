@@ -53,6 +53,14 @@ class StageChoice(str, Enum):
     all = "all"
 
 
+class WeightsChoice(str, Enum):
+    """What `videodiff evaluate --weights` takes."""
+
+    ema = "ema"
+    raw = "raw"
+    both = "both"
+
+
 class SamplerChoice(str, Enum):
     """What `videodiff generate --sampler` takes."""
 
@@ -183,11 +191,24 @@ def invert(
 def evaluate(
     model: Annotated[str, typer.Argument(help="A model folder, a run, a checkpoint, or 'demo'")],
     stage: Annotated[StageChoice, typer.Option(help="Which stage to judge")] = StageChoice.all,
-    num_prompts: Annotated[int, typer.Option(min=1, help="Prompts on seen combinations")] = 200,
+    data: Annotated[
+        str | None, typer.Option(help="Judge on clips and captions of these shards [default: the built-in world]")
+    ] = None,
+    num_prompts: Annotated[int, typer.Option(min=1, help="Prompts on seen combinations, or of the shards")] = 200,
     num_held_out: Annotated[
         int | None, typer.Option(min=0, help="Prompts on each kind of unseen ones [default: as many]")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the prompts and of the noise")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the prompts and of the noise, the same for every checkpoint")] = 0,
+    checkpoints: Annotated[str, typer.Option(help="Of a run: last, all, or every:N steps")] = "last",
+    weights: Annotated[WeightsChoice, typer.Option(help="The averaged weights, the raw ones, or both")] = (
+        WeightsChoice.ema
+    ),
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Follow a run that trains, and judge each checkpoint as it comes")
+    ] = False,
+    judges: Annotated[
+        Path | None, typer.Option(help="YAML of the networks that judge by features [default: the model's text tower]")
+    ] = None,
     classifier_scale: Annotated[
         float | None, typer.Option(min=0, help="How strongly the classifier guides in its rows [default: 1]")
     ] = None,
@@ -195,10 +216,12 @@ def evaluate(
         "outputs/evaluation"
     ),
 ) -> None:
-    """Judge a model stage by stage on the built-in world; the last row tells which stage loses most."""
+    """Judge a model, or the checkpoints of a run, stage by stage; the last line tells which stage loses most."""
+    from stages.evaluation.command import Request
     from stages.evaluation.command import main as run
 
-    run(model, stage.value, num_prompts, seed, out, num_held_out, classifier_scale)
+    given = {"data": data, "checkpoints": checkpoints, "weights": weights.value, "watch": watch, "judges": judges}
+    run(Request(model, stage.value, num_prompts, seed, out, num_held_out, classifier_scale, **given))
 
 
 @app.command()

@@ -153,9 +153,12 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
     columns = [*ATTRIBUTES, "all"]
     lines = [f"| row | prompts | N | {' | '.join(columns)} | PSNR, dB |", "|---" * (len(columns) + 4) + "|"]
     for row in rows:
+        if row["row"].startswith("real"):
+            continue  # what the others are held against
         figures = [percent(row["shares"].get(name)) for name in columns]
         shares = [share + "".join(f" ({limits})" for limits in interval) for share, *interval in figures]
-        near = "; ".join(f"{name.replace('_', ' ')} {value['mean']:.1f}" for name, value in row["psnr"].items())
+        psnr = {name.removesuffix("_psnr"): told for name, told in row["measures"].items() if name.endswith("_psnr")}
+        near = "; ".join(f"{name.replace('_', ' ')} {told['mean']:.1f}" for name, told in psnr.items())
         cells = [ROWS[row["row"]], row["split"].replace("_", " "), str(row["n"]), *shares, near or "-"]
         lines.append(f"| {' | '.join(cells)} |")
     return lines

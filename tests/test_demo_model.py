@@ -30,8 +30,14 @@ def test_the_card_states_recipe_and_figures(runs: Path, toy_model: Path) -> None
     share = {"right": 3, "n": 4, "share": 0.75, "interval": [0.301, 0.954]}
     report = {
         "rows": [
-            {"row": "image", "split": "held_out_pair", "n": 4, "shares": {"shape": share}, "psnr": {}},
-            {"row": "autoencoder", "split": "seen", "n": 4, "shares": {}, "psnr": {"reconstruction": {"mean": 35.25}}},
+            {"row": "image", "split": "held_out_pair", "n": 4, "shares": {"shape": share}, "measures": {}},
+            {
+                "row": "autoencoder",
+                "split": "seen",
+                "n": 4,
+                "shares": {},
+                "measures": {"reconstruction_psnr": {"mean": 35.25}},
+            },
         ],
         "verdict": "The image stage loses most.",
     }

@@ -11,9 +11,13 @@ from rich.console import Console
 
 from data_pipeline.world import COLOURS, Combination, combinations, render, sample_scene, split
 from data_pipeline.world_captions import parse
-from stages.evaluation.command import STAGE_ROWS, Samples, evaluate
+from stages.evaluation.command import STAGE_ROWS
+from stages.evaluation.judging import evaluate
+from stages.evaluation.kept import Samples
+from stages.evaluation.measures import Gauge
+from stages.evaluation.questions import WorldQuestions, planned_prompts
+from stages.evaluation.road import Plan, blend, measure
 from stages.evaluation.sheets import table
-from stages.evaluation.road import Plan, blend, measure, planned_prompts
 from stages.evaluation.statistics import EQUAL_DB
 from videodiff.diffusion.samplers import DDIM
 from videodiff.errors import UserError
@@ -23,8 +27,14 @@ from videodiff.video_io import read_image
 EVERY_ROW = tuple(row for rows in STAGE_ROWS.values() for row in rows)
 IDENTITY = {"model": "oracle", "software": {"torch": torch.__version__}}
 SAMPLING = dict.fromkeys(("image", "video", "interpolation"), Sampling())
-PLAN = Plan(EVERY_ROW, size=64, frames=16, fps=8.0, factor=2, num_prompts=2, num_held_out=2, seed=5, sampling=SAMPLING)
+PLAN = Plan(EVERY_ROW, size=64, frames=16, fps=8.0, factor=2, seed=5, sampling=SAMPLING)
 QUIET = Console(quiet=True)
+
+
+def judge(road: "Oracle", plan: Plan, folder: Path, num: int, num_held_out: int) -> dict:
+    report = evaluate(road, plan, WorldQuestions(num, num_held_out, 5), Gauge(), IDENTITY, folder, QUIET)
+    assert report is not None
+    return report
 
 
 class Oracle:
@@ -98,25 +108,25 @@ def shares(report: dict, row: str) -> dict[str, float]:
 
 
 def test_an_oracle_is_right_and_loses_nothing(tmp_path: Path) -> None:
-    report = evaluate(Oracle(), PLAN, IDENTITY, tmp_path, QUIET)
+    report = judge(Oracle(), PLAN, tmp_path, 2, 2)
     assert [(e["row"], e["split"]) for e in report["rows"]] == [
         (row, name) for row in EVERY_ROW for name in ("seen", "held_out", "held_out_pair")
     ]
     for row in ("autoencoder", "image", "video_real", "video_generated"):
         assert set(shares(report, row).values()) == {1.0}, row
     first = report["rows"][0]
-    assert first["psnr"]["reconstruction"]["mean"] == EQUAL_DB
+    assert first["measures"]["reconstruction_psnr"]["mean"] == EQUAL_DB
     assert first["not_finite"] == 0
     assert ("motion" in first["shares"], "motion" in report["rows"][3]["shares"]) == (True, False)
     generated = next(e for e in report["rows"] if e["row"] == "video_generated")
-    assert generated["psnr"]["first_frame"]["mean"] == EQUAL_DB
+    assert generated["measures"]["first_frame_psnr"]["mean"] == EQUAL_DB
     ignored = next(e for e in report["rows"] if e["row"] == "video_real")  # it starts where it likes
-    assert ignored["psnr"]["first_frame"]["mean"] < 40
+    assert ignored["measures"]["first_frame_psnr"]["mean"] < 40
     # Blending made the frames between: so both rivals have one PSNR, below that of the autoencoder.
     middle = {name: value["mean"] for name, value in next(
         e for e in report["rows"] if e["row"] == "interpolation"
-    )["psnr"].items()}  # fmt: skip
-    assert middle["middle"] == middle["middle_blended"] < middle["middle_reconstructed"] == EQUAL_DB
+    )["measures"].items()}  # fmt: skip
+    assert middle["middle_psnr"] == middle["middle_blended_psnr"] < middle["middle_rebuilt_psnr"] == EQUAL_DB
     for row in EVERY_ROW:
         assert read_image(tmp_path / f"{row}.png").shape[1] > 300
     assert report["losses"]["seen"]["steps"]["video"] == 0
@@ -134,8 +144,8 @@ def test_an_oracle_is_right_and_loses_nothing(tmp_path: Path) -> None:
     ids=lambda value: type(value).__name__ if isinstance(value, Oracle) else None,
 )
 def test_a_stage_that_errs_is_found_out(tmp_path: Path, road: Oracle, row: str, wrong: set, kept: set) -> None:
-    plan = Plan(("image", "video_real", "video_generated"), 64, 16, 8.0, 1, 3, 3, 5, SAMPLING)
-    report = evaluate(road, plan, IDENTITY, tmp_path, QUIET)
+    plan = Plan(("image", "video_real", "video_generated"), 64, 16, 8.0, 1, 5, SAMPLING)
+    report = judge(road, plan, tmp_path, 3, 3)
     got = shares(report, row)
     # Of shuffled frames, a clip that stands still is right all the same.
     limit = 0.35 if isinstance(road, Shuffled) else 0.0
@@ -152,8 +162,8 @@ def test_a_stage_that_errs_is_found_out(tmp_path: Path, road: Oracle, row: str, 
 
 
 def test_a_stopped_run_goes_on_and_gives_the_same(tmp_path: Path) -> None:
-    plan = Plan(("image", "video_generated"), 64, 16, 8.0, 1, 9, 9, 5, SAMPLING)
-    whole = evaluate(Oracle(), plan, IDENTITY, tmp_path / "whole", QUIET)
+    plan = Plan(("image", "video_generated"), 64, 16, 8.0, 1, 5, SAMPLING)
+    whole = judge(Oracle(), plan, tmp_path / "whole", 9, 9)
 
     class Stopped(Oracle):
         def image(self, keys, sampling) -> torch.Tensor:
@@ -163,16 +173,16 @@ def test_a_stopped_run_goes_on_and_gives_the_same(tmp_path: Path) -> None:
 
     folder = tmp_path / "stopped"
     with pytest.raises(KeyboardInterrupt):
-        evaluate(Stopped(), plan, IDENTITY, folder, QUIET)
+        judge(Stopped(), plan, folder, 9, 9)
     lines = (folder / "samples.jsonl").read_bytes()
     assert lines.count(b"\n") == 1 + 16
     (folder / "samples.jsonl").write_bytes(lines[:-25])  # and the last line is torn
     road = Oracle()
-    assert evaluate(road, plan, IDENTITY, folder, QUIET) == whole
+    assert judge(road, plan, folder, 9, 9) == whole
     assert road.prompts == 27 - 8
     assert (folder / "samples.jsonl").read_bytes() == (tmp_path / "whole" / "samples.jsonl").read_bytes()
     again = Oracle()
-    assert evaluate(again, plan, IDENTITY, folder, QUIET) == whole
+    assert judge(again, plan, folder, 9, 9) == whole
     assert again.prompts == 0
 
 
@@ -181,14 +191,16 @@ def test_samples_of_another_protocol_are_refused(tmp_path: Path) -> None:
     Samples(tmp_path, {"model": "a", "seed": 1})
     with pytest.raises(UserError, match=r"samples\.jsonl: holds samples of another evaluation \(differs in model\)"):
         Samples(tmp_path, {"model": "b", "seed": 1})
-    plan = Plan(("image",), 64, 16, 8.0, 1, 1, 1, 5, SAMPLING)
-    evaluate(Oracle(), plan, IDENTITY, tmp_path / "plan", QUIET)
+    plan = Plan(("image",), 64, 16, 8.0, 1, 5, SAMPLING)
+    judge(Oracle(), plan, tmp_path / "plan", 1, 1)
     for change, name in (
-        ({"num_prompts": 2}, "num_prompts"),
+        ({"seed": 6}, "seed"),
         ({"sampling": {"image": Sampling(sampler=DDIM(steps=3))}}, "sampling"),
     ):
         with pytest.raises(UserError, match=f"differs in {name}"):
-            evaluate(Oracle(), Plan(**{**vars(plan), **change}), IDENTITY, tmp_path / "plan", QUIET)
+            judge(Oracle(), Plan(**{**vars(plan), **change}), tmp_path / "plan", 1, 1)
+    with pytest.raises(UserError, match="differs in num_prompts"):
+        judge(Oracle(), plan, tmp_path / "plan", 2, 1)
     (tmp_path / "samples.jsonl").write_text("words\n")
     with pytest.raises(UserError, match="line 1 is not one that evaluate wrote"):
         Samples(tmp_path, {})
@@ -207,8 +219,8 @@ def test_prompts_cover_the_splits_with_distinct_noise() -> None:
 
 
 def test_the_table_has_a_row_for_each_entry(tmp_path: Path) -> None:
-    plan = Plan(("image",), 64, 16, 8.0, 1, 1, 1, 5, SAMPLING)
-    report = evaluate(Oracle(), plan, IDENTITY, tmp_path, QUIET)
+    plan = Plan(("image",), 64, 16, 8.0, 1, 5, SAMPLING)
+    report = judge(Oracle(), plan, tmp_path, 1, 1)
     assert table(report["rows"]).row_count == len(report["rows"]) == 3
     assert report["verdict"] is None
 
@@ -220,7 +232,8 @@ def test_an_unwritable_folder_is_a_plain_message(tmp_path: Path) -> None:
 
 
 def test_measure_keeps_the_order_of_the_batch() -> None:
-    plan = Plan(("image",), 64, 16, 8.0, 1, 4, 0, 5, SAMPLING)
+    plan = Plan(("image",), 64, 16, 8.0, 1, 5, SAMPLING)
     batch = planned_prompts(4, 0, 5)
-    for prompt, measured in zip(batch, measure(Oracle(), plan, batch), strict=True):
+    real = np.zeros((4, 1, 64, 64, 3), np.uint8)
+    for prompt, measured in zip(batch, measure(Oracle(), plan, batch, real, Gauge())[0], strict=True):
         assert measured.rows["image"]["read"]["colour"] == prompt.combination.colour

@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from test_guides import described
 
-from stages.evaluation.command import STAGE_ROWS, plan_for
 from stages.evaluation.classifier import GUIDED, classifier_rows, classifier_scale_for
+from stages.evaluation.command import STAGE_ROWS, plan_for
 from stages.evaluation.extras import EXTRA_STAGES
-from stages.evaluation.road import Measured, planned_prompts
+from stages.evaluation.questions import WorldQuestions
+from stages.evaluation.road import Measured
 from stages.evaluation.statistics import ROWS, right
 from stages.guides import classifier_part
 from stages.pipeline import Pipeline
@@ -23,21 +24,22 @@ from videodiff.model import Model
 def test_a_classifier_is_judged_where_there_is_one(toy_model: Path, toy_classifier: Path, tmp_path: Path) -> None:
     rows = EXTRA_STAGES["classifier"].rows
     assert all(row in ROWS for extra in EXTRA_STAGES.values() for row in extra.rows)
-    every, skipped = plan_for(Model.load(toy_classifier), "all", 1, 0, 0)
-    assert every.rows == (*(row for stage in STAGE_ROWS.values() for row in stage), *rows)
+    every, skipped = plan_for(Model.load(toy_classifier), "all", 0)
+    road = (row for stage in STAGE_ROWS.values() for row in stage)
+    assert every.rows == ("real", "real_smooth", *road, *rows)
     assert not skipped
-    assert plan_for(Model.load(toy_classifier), "classifier", 1, 0, 0)[0].rows == rows
-    plain, skipped = plan_for(Model.load(toy_model), "all", 1, 0, 0)
+    assert plan_for(Model.load(toy_classifier), "classifier", 0)[0].rows == ("real", *rows)
+    plain, skipped = plan_for(Model.load(toy_model), "all", 0)
     assert not set(plain.rows) & set(rows)
     assert not skipped
     with pytest.raises(UserError, match="holds no classifier"):
-        plan_for(Model.load(toy_model), "classifier", 1, 0, 0)
+        plan_for(Model.load(toy_model), "classifier", 0)
     strange = Model.load(described(toy_classifier, tmp_path / "strange", classifier={"attribute": "form"}))
-    plan, skipped = plan_for(strange, "all", 1, 0, 0)
+    plan, skipped = plan_for(strange, "all", 0)
     assert plan.rows == plain.rows
     assert "form" in skipped["classifier"]
     with pytest.raises(UserError, match="form"):
-        plan_for(strange, "classifier", 1, 0, 0)
+        plan_for(strange, "classifier", 0)
     assert classifier_scale_for(plain, None) is None
     assert (classifier_scale_for(every, None), classifier_scale_for(every, 3.0)) == (1.0, 3.0)
     with pytest.raises(UserError, match="--classifier-scale"):
@@ -45,7 +47,8 @@ def test_a_classifier_is_judged_where_there_is_one(toy_model: Path, toy_classifi
 
 
 def test_the_rows_tell_at_which_noise_a_classifier_is_right(toy_classifier: Path) -> None:
-    pipeline, batch = Pipeline(Model.load(toy_classifier)), planned_prompts(3, 0, 0)
+    pipeline, questions = Pipeline(Model.load(toy_classifier)), WorldQuestions(3, 0, 0)
+    batch = questions.prompts
     part = classifier_part(pipeline.model)
     truth = torch.tensor([part.classes.index(prompt.combination.shape) for prompt in batch])
 
@@ -55,9 +58,10 @@ def test_the_rows_tell_at_which_noise_a_classifier_is_right(toy_classifier: Path
         return F.one_hot(answer, 4) + 0 * x.flatten(1).sum(1, keepdim=True)
 
     def rows(scale: float) -> list[Measured]:
-        plan = replace(plan_for(pipeline.model, "classifier", 3, 0, 0)[0], classifier_scale=scale)
+        plan = replace(plan_for(pipeline.model, "classifier", 0)[0], classifier_scale=scale)
         made = [Measured() for _ in batch]
-        classifier_rows(pipeline, plan, batch, made)
+        real = np.stack([questions.clip(prompt, plan.clips) for prompt in batch])
+        classifier_rows(pipeline, plan, batch, real, made)
         return made
 
     def differs(made: list[Measured]) -> list[bool]:

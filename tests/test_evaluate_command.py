@@ -8,7 +8,7 @@ import torch
 
 from data_pipeline.world import combinations, rng
 from data_pipeline.world_captions import caption
-from stages.evaluation.command import STAGE_ROWS, main, plan_for
+from stages.evaluation.command import STAGE_ROWS, Request, main, plan_for
 from stages.evaluation.statistics import ROWS
 from videodiff import config as configs
 from videodiff.diffusion.samplers import DDIM
@@ -91,7 +91,7 @@ def shortened(model: Path, folder: Path, *stages: str) -> Path:
 
 
 def test_the_command_judges_a_whole_model(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    main(str(tiny_model), "all", 1, 3, tmp_path / "a")
+    main(Request(str(tiny_model), "all", 1, 3, tmp_path / "a"))
     shown = capsys.readouterr().out
     assert all(ROWS[row].split(",")[0] in shown for rows in STAGE_ROWS.values() for row in rows)
     assert "loses" in shown
@@ -104,7 +104,7 @@ def test_the_command_judges_a_whole_model(tiny_model: Path, tmp_path: Path, caps
     assert protocol["software"]["torch"] == torch.__version__
     assert {e["n"] for e in told["rows"]} == {1}
     assert told["skipped"] == {}
-    main(str(tiny_model), "all", 1, 3, tmp_path / "b")
+    main(Request(str(tiny_model), "all", 1, 3, tmp_path / "b"))
     for name in ("evaluation.json", "samples.jsonl", "whole.png"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
@@ -112,10 +112,10 @@ def test_the_command_judges_a_whole_model(tiny_model: Path, tmp_path: Path, caps
 def test_a_missing_stage_is_named(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     short = shortened(tiny_model, tmp_path / "short", "autoencoder", "text")
     with pytest.raises(UserError, match="holds no video stage"):
-        main(str(short), "video", 1, 0, tmp_path / "out")
+        main(Request(str(short), "video", 1, 0, tmp_path / "out"))
     assert not (tmp_path / "out").exists()
-    plan, skipped = plan_for(Model.load(short), "all", 1, 1, 0)
-    assert plan.rows == ("autoencoder",)
+    plan, skipped = plan_for(Model.load(short), "all", 0)
+    assert plan.rows == ("real", "autoencoder")
     assert (plan.size, plan.frames, plan.fps, plan.factor) == (64, 16, 8.0, 1)
     assert skipped == {
         "image": "the model has no stage image",
@@ -124,6 +124,6 @@ def test_a_missing_stage_is_named(tiny_model: Path, tmp_path: Path, capsys: pyte
     }
     none = shortened(tiny_model, tmp_path / "none", "text")
     with pytest.raises(UserError, match="holds no stage that can be judged"):
-        plan_for(Model.load(none), "all", 1, 1, 0)
+        plan_for(Model.load(none), "all", 0)
     with pytest.raises(UserError, match="--num-prompts 0"):
-        main(str(short), "autoencoder", 0, 0, tmp_path / "out")
+        main(Request(str(short), "autoencoder", 0, 0, tmp_path / "out"))

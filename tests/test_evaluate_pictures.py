@@ -14,7 +14,10 @@ from tiny_stages import with_extras
 from data_pipeline.world import Scene, render
 from data_pipeline.world_captions import parse
 from data_pipeline.world_reader import read_image
-from stages.evaluation.command import evaluate, main, plan_for
+from stages.evaluation.command import Request, main, plan_for
+from stages.evaluation.judging import evaluate
+from stages.evaluation.measures import Gauge
+from stages.evaluation.questions import WorldQuestions
 from stages.evaluation.sheets import table
 from stages.upscale import enlarge
 from videodiff.errors import UserError
@@ -22,9 +25,7 @@ from videodiff.model import Model, Sampling
 
 QUIET = Console(quiet=True)
 ROWS = ("control", "control_other", "upscale")
-BESIDE = replace(
-    PLAN, rows=ROWS, num_prompts=3, num_held_out=2, enlarged=2, sampling={**PLAN.sampling, "upscale": Sampling()}
-)
+BESIDE = replace(PLAN, rows=ROWS, enlarged=2, sampling={**PLAN.sampling, "upscale": Sampling()})
 
 
 class Follower(Oracle):
@@ -52,28 +53,34 @@ class Deaf(Follower):
         return None
 
 
+def judge(road: Oracle, folder: Path) -> dict:
+    report = evaluate(road, BESIDE, WorldQuestions(3, 2, 5), Gauge(), IDENTITY, folder, QUIET)
+    assert report is not None
+    return report
+
+
 def test_a_follower_is_told_from_one_who_is_deaf(tmp_path: Path) -> None:
-    report = evaluate(Follower(), BESIDE, IDENTITY, tmp_path / "follower", QUIET)
+    report = judge(Follower(), tmp_path / "follower")
     for row in ROWS:
         assert set(shares(report, row).values()) == {1.0}, row
         assert (tmp_path / "follower" / f"{row}.png").is_file()
     assert [e["split"] for e in report["rows"] if e["row"] == "control"] == ["seen", "held_out", "held_out_pair"]
     entry = next(e for e in report["rows"] if e["row"] == "control_other")
-    assert entry["distance"]["controlled"]["mean"] < 1  # percent of the side
-    assert entry["distance"]["free"]["mean"] > 5
-    near = next(e for e in report["rows"] if e["row"] == "upscale")["psnr"]
+    assert entry["measures"]["controlled"]["mean"] < 1  # percent of the side
+    assert entry["measures"]["free"]["mean"] > 5
+    near = next(e for e in report["rows"] if e["row"] == "upscale")["measures"]
     for given in ("", "rebuilt_"):  # the oracle's autoencoder loses nothing
         assert near[f"{given}upscaled"] == near[f"{given}bicubic"]
         assert 20 < near[f"{given}bilinear"]["mean"] < near[f"{given}bicubic"]["mean"]
     assert table(report["rows"]).row_count == len(report["rows"]) == 9
     json.dumps(report, allow_nan=False)
 
-    report = evaluate(Deaf(), BESIDE, IDENTITY, tmp_path / "deaf", QUIET)
+    report = judge(Deaf(), tmp_path / "deaf")
     other = shares(report, "control_other")
     assert other["shape"] == 0  # each prompt's picture showed another one
     assert other["colour"] == 1
     entry = next(e for e in report["rows"] if e["row"] == "control")
-    assert entry["distance"]["controlled"]["mean"] == entry["distance"]["free"]["mean"]
+    assert entry["measures"]["controlled"]["mean"] == entry["measures"]["free"]["mean"]
     assert set(shares(report, "upscale").values()) == {0.0}
     assert next(e for e in report["rows"] if e["row"] == "upscale")["not_finite"] == 3
 
@@ -83,14 +90,14 @@ def test_the_command_judges_what_a_model_has(
 ) -> None:
     folder = with_extras(toy_model, tmp_path / "model")
     for stage, rows in (("control", ROWS[:2]), ("upscale", ROWS[2:])):
-        main(str(folder), stage, 1, 3, tmp_path / stage, 0)
+        main(Request(str(folder), stage, 1, 3, tmp_path / stage, 0))
         told = json.loads((tmp_path / stage / "evaluation.json").read_text())
-        assert tuple(e["row"] for e in told["rows"]) == rows
+        assert tuple(e["row"] for e in told["rows"]) == ("real", *rows)
         assert stage in capsys.readouterr().out
         with pytest.raises(UserError, match=f"holds no {stage} stage"):
-            main(str(toy_model), stage, 1, 3, tmp_path / "none", 0)
-    plan, skipped = plan_for(Model.load(folder), "all", 1, 1, 0)
+            main(Request(str(toy_model), stage, 1, 3, tmp_path / "none", 0))
+    plan, skipped = plan_for(Model.load(folder), "all", 0)
     assert plan.rows[-3:] == ROWS
     assert plan.enlarged == 2
     assert skipped == {}
-    assert not set(ROWS) & set(plan_for(Model.load(toy_model), "all", 1, 1, 0)[0].rows)
+    assert not set(ROWS) & set(plan_for(Model.load(toy_model), "all", 0)[0].rows)

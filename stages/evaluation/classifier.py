@@ -52,9 +52,7 @@ def classifier_scale_for(plan: Plan, asked: float | None) -> float | None:
 
 
 @torch.no_grad()
-def classifier_rows(
-    road: Road, plan: Plan, batch: Sequence[Prompt], real: np.ndarray, made: list[Measured]
-) -> None:
+def classifier_rows(road: Road, plan: Plan, batch: Sequence[Prompt], real: np.ndarray, made: list[Measured]) -> None:
     """What the classifier says of real first frames under more and more noise, and what the reader finds in images
     made without any text, left alone and guided to the class that the prompt would have asked for."""
     assert isinstance(road, Pipeline), "only a model has a classifier"

@@ -86,31 +86,40 @@ def _main(request: Request) -> None:
         if request.watch
         else subjects(request.model, choice, request.weights)
     )
-    done, missed = [], []
+    done, gone = [], []
     try:
         for subject in chosen:
-            try:
-                _judge(request, subject, questions, console)
+            if _judged(request, subject, questions, console, several):
                 done.append(subject)
-            except UserError as error:
-                # A run that goes on removes old checkpoints; one that is gone does not end the others' judging.
-                if not several or (subject.folder / DESCRIPTION).exists():
-                    raise
-                missed.append(f"{subject.name}: {error}")
-                console.print(f"skipped {subject.name}: it is gone", style="yellow", highlight=False)
+            else:
+                gone.append(subject.name)
     finally:
         questions.close()
     if distributed.rank() == 0 and (several or len(done) > 1):
         told = [{"name": subject.name, "step": subject.step, "weights": subject.weights} for subject in done]
-        write_json(request.out / "checkpoints.json", {"checkpoints": told, "gone": missed})
+        write_json(request.out / "checkpoints.json", {"checkpoints": told, "gone": gone})
     if not done:
-        raise UserError(f"{request.model}: no checkpoint could be judged ({missed[0] if missed else 'there was none'})")
+        raise UserError(f"{request.model}: no checkpoint could be judged (gone before: {', '.join(gone) or 'none'})")
+
+
+def _judged(request: Request, subject: Subject, questions: Questions, console: Console, may_go: bool) -> bool:
+    """Judge one model; False where it is gone: a run that goes on removes old checkpoints, which ends no others'."""
+    try:
+        _judge(request, subject, questions, console)
+    except UserError:
+        if not may_go or (subject.folder / DESCRIPTION).exists():
+            raise
+        console.print(f"skipped {subject.name}: it is gone", style="yellow", highlight=False)
+        return False
+    return True
 
 
 def _questions(request: Request) -> Questions:
     if request.data is not None:
         if request.num_held_out is not None:
-            raise UserError("--num-held-out is of the built-in world, --data has no held-out combinations; leave it out")
+            raise UserError(
+                "--num-held-out is of the built-in world, --data has no held-out combinations; leave it out"
+            )
         return ShardQuestions(request.data, request.num_prompts, request.seed)
     held_out = request.num_prompts if request.num_held_out is None else request.num_held_out
     return WorldQuestions(request.num_prompts, held_out, request.seed)

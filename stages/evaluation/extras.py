@@ -16,8 +16,9 @@ from videodiff.model import Model
 
 @dataclass(frozen=True)
 class Extra:
-    """A stage beside the road, which needs autoencoder, text and image stage too. make: (road, plan, batch, real
-    clips, measured) adds the rows to what is measured of each prompt. problem: why a model can't be judged, None where it can."""
+    """A stage beside the road, which needs autoencoder, text and image stage too. make: (road, plan, batch, real clips,
+    measured) adds the rows to what is measured of each prompt. problem: why a model can't be judged, None where it
+    can."""
 
     rows: tuple[str, ...]
     make: Callable[[Road, Plan, Sequence[Prompt], np.ndarray, list[Measured]], None]
@@ -32,9 +33,7 @@ EXTRA_STAGES: dict[str, Extra] = {
 EXTRA_NEEDS = {name: ("autoencoder", "text", "image", name) for name in EXTRA_STAGES}
 
 
-def measure_extras(
-    road: Road, plan: Plan, batch: Sequence[Prompt], real: np.ndarray, made: list[Measured]
-) -> None:
+def measure_extras(road: Road, plan: Plan, batch: Sequence[Prompt], real: np.ndarray, made: list[Measured]) -> None:
     """The rows of the plan that belong to stages beside the road, added to `made`; real: uint8 [B,T,S,S,3]."""
     for extra in EXTRA_STAGES.values():
         if set(extra.rows) & set(plan.rows):

@@ -114,7 +114,9 @@ def _retrieval(pictures: Tensor, texts: Tensor, key: tuple[int | str, ...]) -> d
     sizes = (len(texts),)
 
     def of(name: str, rank: int) -> Callable[..., float]:
-        return lambda i: retrieval_recall(pictures[torch.from_numpy(i)], texts[torch.from_numpy(i)], ranks=(rank,))[name]
+        return lambda i: retrieval_recall(pictures[torch.from_numpy(i)], texts[torch.from_numpy(i)], ranks=(rank,))[
+            name
+        ]
 
     names = {f"{way}_r{rank}": rank for rank in RANKS for way in ("text_to_image", "image_to_text")}
     return {name: _figure(name, of(name, rank), sizes, pictures[:, None], key) for name, rank in names.items()}

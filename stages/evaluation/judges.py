@@ -26,20 +26,20 @@ class Judges(Config):
 
 
 def open_gauge(path: Path | None, model: Model, size: int, device: torch.device) -> tuple[Gauge, dict[str, str]]:
-    """What measures clips, and what is left out for which reason: without a file a model needs no text tower of its own.
+    """What measures clips, and what is left out for which reason: without a file a model needs no text tower.
 
     Raises UserError for a file that can't be read, and networks that it names and that can't be opened.
     """
     judges = Judges() if path is None else configs.load(Judges, path)
     skipped: dict[str, str] = {}
     extractors = []
-    for number, config in enumerate(judges.features):
-        try:
+    try:
+        for number, config in enumerate(judges.features):
             extractors.append(open_features(config, model, device, f"features.{number}"))
-        except UserError as error:
-            if path is not None:
-                raise
-            skipped["features of the model's own text tower"] = str(error)
+    except UserError as error:
+        if path is not None:
+            raise
+        skipped["features of the model's own text tower"] = str(error)
     perceptual, name = None, None
     if judges.perceptual is not None:
         perceptual = load_perceptual(judges.perceptual, size).to(device)

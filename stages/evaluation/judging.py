@@ -93,17 +93,15 @@ def _measure(
     files: FeatureFiles,
 ) -> None:
     """Everything of one batch, kept: first the features, then a line for each prompt, which says that it is done."""
-    good, clips = [], []
-    for prompt in batch:
-        try:
-            clips.append(questions.clip(prompt, plan.clips))
-            good.append(prompt)
-        except ClipError as error:
+    found = {prompt: _clip(questions, prompt, plan) for prompt in batch}
+    for prompt, error in found.items():
+        if isinstance(error, ClipError):
             told = {"split": prompt.split, "number": prompt.number, "prompt": prompt.text}
             samples.keep({**told, "bad": error.reason, "detail": str(error)})
-    if not good:
+    clips = {prompt: clip for prompt, clip in found.items() if not isinstance(clip, ClipError)}
+    if not clips:
         return
-    real = np.stack(clips)
+    good, real = list(clips), np.stack(list(clips.values()))
     made, rows = measure(road, plan, good, real, gauge)
     measure_extras(road, plan, good, real, made)
     features = gauge.features({name: row.frames for name, row in rows.items()}, [prompt.text for prompt in good])
@@ -114,7 +112,9 @@ def _measure(
         for row, stage in (("image", "image"), ("video_real", "video")):
             if row in plan.rows:
                 frames = real[:, :: plan.factor]
-                for measured, more in zip(made, time_losses(road, stage, good, frames, plan.fps, plan.seed), strict=True):
+                for measured, more in zip(
+                    made, time_losses(road, stage, good, frames, plan.fps, plan.seed), strict=True
+                ):
                     measured.rows[row]["measures"] |= more
     if features:
         files.keep(number, good, features)
@@ -126,6 +126,13 @@ def _measure(
                 if found.frames.shape[1] > 1:
                     write_video(clip_path(out, row, prompt.split, prompt.number), found.frames[i], found.fps)
         samples.keep(record(prompt, measured))
+
+
+def _clip(questions: Questions, prompt: Prompt, plan: Plan) -> np.ndarray | ClipError:
+    try:
+        return questions.clip(prompt, plan.clips)
+    except ClipError as error:
+        return error
 
 
 def _protocol(plan: Plan, questions: Questions, gauge: Gauge, identity: dict[str, Any]) -> dict[str, Any]:

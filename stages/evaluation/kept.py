@@ -104,19 +104,21 @@ class FeatureFiles:
         draft.replace(self._path(batch))
 
     def of_split(self, split: str) -> dict[str, Tensor]:
-        """Name -> features [N, ...] of a split's samples in their order; a name that not all batches have is left out."""
-        parts: list[dict[str, Tensor]] = []
-        for path in sorted(self.folder.glob("batch-*.safetensors")):
-            try:
-                with safe_open(path, "pt") as file:
-                    asked = json.loads(file.metadata()["prompts"])
-                    chosen = torch.tensor([i for i, (of, _) in enumerate(asked) if of == split], dtype=torch.int64)
-                    if len(chosen):
-                        parts.append({name: file.get_tensor(name)[chosen] for name in file.keys()})  # noqa: SIM118
-            except (SafetensorError, OSError, ValueError, KeyError, TypeError):
-                raise UserError(f"{path}: not readable; remove it and give the same command again") from None
+        """Name -> features [N, ...] of a split's samples in their order; what not all batches have is left out."""
+        parts = [found for path in sorted(self.folder.glob("batch-*.safetensors")) if (found := _part(path, split))]
         names = set.intersection(*map(set, parts)) if parts else set()
         return {name: torch.cat([part[name] for part in parts]) for name in sorted(names)}
 
     def _path(self, batch: int) -> Path:
         return self.folder / f"batch-{batch:06d}.safetensors"
+
+
+def _part(path: Path, split: str) -> dict[str, Tensor]:
+    """The rows of a batch's features that are of a split; {} when none is."""
+    try:
+        with safe_open(path, "pt") as file:
+            asked = json.loads(file.metadata()["prompts"])
+            chosen = torch.tensor([i for i, (of, _) in enumerate(asked) if of == split], dtype=torch.int64)
+            return {name: file.get_tensor(name)[chosen] for name in file.keys()} if len(chosen) else {}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{path}: not readable; remove it and give the same command again") from None

@@ -1,7 +1,7 @@
 """The diffusion stages' loss on real clips at fixed noise: by eighths of the time, and as a bound of the likelihood.
 
-Training tells the loss of random times and noise; here they are the same for every checkpoint, so that two of them differ
-by what they learned alone.
+Training tells the loss of random times and noise; here they are the same for every checkpoint, so that two of them
+differ by what they learned alone.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ BOUND_STEPS = 24  # of the chain whose bound is told: a model of its own, the sa
 def time_losses(
     road: Pipeline, stage: Literal["image", "video"], batch: Sequence[Prompt], real: np.ndarray, fps: float, seed: int
 ) -> list[dict[str, float | None]]:
-    """ "loss_1" ... "loss_8" of each prompt: mean square error of what the stage's network predicts at t = N k/8 for its
+    """ "loss_1" ... "loss_8" of each prompt: mean square error of what the stage's network predicts at t = N k/8 of its
     real clip, uint8 [B,T,S,S,3] at `fps`, of which the image stage sees the first frame. Of the image stage also the
     "bound" on the negative log likelihood, in nats a latent dimension.
     """

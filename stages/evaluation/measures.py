@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
@@ -159,7 +160,7 @@ def chosen_frames(count: int) -> list[int]:
 
 def _along_flow(clip: np.ndarray, factor: int) -> np.ndarray:
     frames = [clip[0]]
-    for a, b in zip(clip[:-1], clip[1:], strict=True):
+    for a, b in pairwise(clip):
         frames += [interpolate_by_flow(a, b, step / factor) for step in range(1, factor)] + [b]
     return np.stack(frames)
 

@@ -62,8 +62,8 @@ class Plan:
 
 @dataclass
 class Row:
-    """What a row has made of a batch: frames uint8 [B,T,S,S,3] at `fps`, and whether each is finite. near: measures that
-    only this row has, of each. beside: what is shown above it."""
+    """What a row has made of a batch: frames uint8 [B,T,S,S,3] at `fps`, and whether each is finite. near: measures
+    that only this row has, of each. beside: what is shown above it."""
 
     frames: np.ndarray
     finite: list[bool]
