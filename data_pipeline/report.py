@@ -1,4 +1,4 @@
-"""report.html: one file that shows what was kept, what was not, and why. The only importer of jinja2."""
+"""report.html: one file that shows what was kept, what was not, and why."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ from data_pipeline.filters import Limits
 from data_pipeline.journal import Row, read_data
 from data_pipeline.prepare_config import PrepareConfig
 from videodiff.config import to_dict
-from videodiff.errors import UserError
-from videodiff.video_io import atomic_path
+from videodiff.pages import write_page
 
 _SHOWN: tuple[str, ...] = (
     "motion",
@@ -38,16 +37,7 @@ _LISTED = 2000  # files that gave no clip
 
 def write_report(path: Path, clips: Sequence[Row], config: PrepareConfig) -> None:
     """Write the page, whole or not at all. ``clips`` are rows of the table, with where their ``strip`` lies."""
-    try:
-        import jinja2
-    except ImportError as error:
-        raise UserError(f"{path}: needs jinja2 ({error}); install it with pip install 'videodiff[data]'") from None
-    # Captions and names are anybody's: all that is filled in is escaped.
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    template = environment.from_string((Path(__file__).parent / "report.html.jinja").read_text(encoding="utf-8"))
-    text = template.render(**_facts(clips, config))
-    with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+    write_page(path, Path(__file__).parent / "report.html.jinja", **_facts(clips, config))
 
 
 def _facts(clips: Sequence[Row], config: PrepareConfig) -> dict[str, Any]:

@@ -28,10 +28,10 @@ OWNERS = {
     "webdataset": {"data_pipeline/tars.py"},
     "av": {"data_pipeline/readers.py"},
     "scenedetect": {"data_pipeline/scenes.py"},
-    "cv2": {"data_pipeline/measures.py"},
+    "cv2": {"data_pipeline/measures.py", "videodiff/metrics/flow.py"},
     "imagehash": {"data_pipeline/measures.py"},
     "pyarrow": {"data_pipeline/tables.py"},
-    "jinja2": {"data_pipeline/report.py"},
+    "jinja2": {"videodiff/pages.py"},
 }
 
 # What a user may wait for, or may not have installed.

@@ -20,6 +20,7 @@ from stages.evaluation.extras import EXTRA_NEEDS, EXTRA_STAGES
 from stages.evaluation.judges import open_gauge
 from stages.evaluation.judging import evaluate, software
 from stages.evaluation.questions import Questions, ShardQuestions, WorldQuestions
+from stages.evaluation.report import write_report
 from stages.evaluation.road import Plan
 from stages.evaluation.sheets import figure_table, table
 from stages.pipeline import Pipeline
@@ -91,15 +92,26 @@ def _main(request: Request) -> None:
         for subject in chosen:
             if _judged(request, subject, questions, console, several):
                 done.append(subject)
+                _publish(request.out, done, gone)
             else:
                 gone.append(subject.name)
     finally:
         questions.close()
-    if distributed.rank() == 0 and (several or len(done) > 1):
-        told = [{"name": subject.name, "step": subject.step, "weights": subject.weights} for subject in done]
-        write_json(request.out / "checkpoints.json", {"checkpoints": told, "gone": gone})
     if not done:
         raise UserError(f"{request.model}: no checkpoint could be judged (gone before: {', '.join(gone) or 'none'})")
+
+
+def _publish(out: Path, done: Sequence[Subject], gone: Sequence[str]) -> None:
+    """What is known so far, for people: the page, and which checkpoints it is of."""
+    if distributed.rank() > 0:
+        return
+    if any(subject.name for subject in done):
+        told = [{"name": subject.name, "step": subject.step, "weights": subject.weights} for subject in done]
+        write_json(out / "checkpoints.json", {"checkpoints": told, "gone": list(gone)})
+    try:
+        print(write_report(out))
+    except UserError as error:  # without jinja2 there is all but the page
+        print(f"no page: {error}")
 
 
 def _judged(request: Request, subject: Subject, questions: Questions, console: Console, may_go: bool) -> bool:
