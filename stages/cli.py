@@ -209,6 +209,9 @@ def evaluate(
     judges: Annotated[
         Path | None, typer.Option(help="YAML of the networks that judge by features [default: the model's text tower]")
     ] = None,
+    training: Annotated[
+        str | None, typer.Option(help="Training shards: are generated clips near copies of some of them?")
+    ] = None,
     classifier_scale: Annotated[
         float | None, typer.Option(min=0, help="How strongly the classifier guides in its rows [default: 1]")
     ] = None,
@@ -220,8 +223,23 @@ def evaluate(
     from stages.evaluation.command import Request
     from stages.evaluation.command import main as run
 
-    given = {"data": data, "checkpoints": checkpoints, "weights": weights.value, "watch": watch, "judges": judges}
+    given = {
+        "data": data, "checkpoints": checkpoints, "weights": weights.value, "watch": watch, "judges": judges,
+        "training": training,
+    }  # fmt: skip
     run(Request(model, stage.value, num_prompts, seed, out, num_held_out, classifier_scale, **given))
+
+
+@app.command()
+def compare(
+    first: Annotated[Path, typer.Argument(help="The folder of an evaluation (`evaluate --out`)")],
+    second: Annotated[Path, typer.Argument(help="Another one, on the same prompts and seeds")],
+    out: Annotated[Path | None, typer.Option(help="A JSON file of it")] = None,
+) -> None:
+    """Is the second better than the first? Paired on prompts and seeds, each figure with an interval and a verdict."""
+    from stages.evaluation.compare import main as run
+
+    run(first, second, out)
 
 
 @app.command()

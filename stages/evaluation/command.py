@@ -19,10 +19,11 @@ from stages.evaluation.classifier import classifier_scale_for
 from stages.evaluation.extras import EXTRA_NEEDS, EXTRA_STAGES
 from stages.evaluation.judges import open_gauge
 from stages.evaluation.judging import evaluate, software
+from stages.evaluation.neighbours import nearest_training_clips
 from stages.evaluation.questions import Questions, ShardQuestions, WorldQuestions
 from stages.evaluation.report import write_report
 from stages.evaluation.road import Plan
-from stages.evaluation.sheets import figure_table, table
+from stages.evaluation.sheets import measure_table, table
 from stages.pipeline import Pipeline
 from videodiff.errors import UserError
 from videodiff.model import DESCRIPTION, DiffusionStage, Model, Sampling, sha256
@@ -61,6 +62,7 @@ class Request:
     weights: Chosen = "ema"
     judges: Path | None = None
     watch: bool = False
+    training: str | None = None
 
 
 def main(request: Request) -> None:
@@ -158,7 +160,13 @@ def _judge(request: Request, subject: Subject, questions: Questions, console: Co
     report = evaluate(road, plan, questions, gauge, identity, out, console)
     if report is None:
         return
-    write_json(out / "evaluation.json", {"skipped": skipped, **report})
+    memorized = None
+    if request.training is not None:
+        split = questions.prompts[0].split
+        memorized = nearest_training_clips(out, plan, gauge, request.training, split, request.out)
+        if memorized is None:
+            skipped["nearest training clips"] = "no generated videos, or no network that sees them"
+    write_json(out / "evaluation.json", {"skipped": skipped, **report, "memorized": memorized})
     # Apart from the figures, which are the same when they are made again.
     write_json(out / "timings.json", {"seconds": time.perf_counter() - began, "ranks": distributed.world()})
     _show(subject, report, skipped)
@@ -172,8 +180,7 @@ def _show(subject: Subject, report: dict[str, Any], skipped: dict[str, str]) -> 
     if subject.name:
         show.rule(subject.name)
     show.print(table(report["rows"]))
-    if report["figures"]:
-        show.print(figure_table(report["figures"]))
+    show.print(measure_table(report["rows"], report["figures"]))
     if report["verdict"] is not None:
         show.print(report["verdict"], highlight=False)
     for reason, count in report["bad"].items():

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -87,14 +88,21 @@ def _distances(
         # All frames of the chosen samples: those of one clip are much alike, so clips are drawn, not frames.
         return lambda i, j: function(real[torch.from_numpy(i)].flatten(0, 1), made[torch.from_numpy(j)].flatten(0, 1))
 
-    functions: dict[str, Callable[[Tensor, Tensor], float]] = {
-        "frechet": frechet_distance, "kernel": polynomial_mmd, **({"cmmd": cmmd} if extractor.has_texts else {}),
-        **{name: (lambda a, b, name=name: getattr(support(a, b), name))
-           for name in ("precision", "recall", "density", "coverage")},
+    sizes, source = (len(real), len(made)), (extractor.kind, extractor.takes)
+    return {name: _figure(name, of(function), sizes, made, (*key, row, *source, name))
+            for name, function in distances(extractor.has_texts).items()}  # fmt: skip
+
+
+def distances(of_clip: bool) -> dict[str, Callable[[Tensor, Tensor], float]]:
+    """Every figure of (real, made) features [N,D], by name. of_clip: the features are embeddings of a CLIP."""
+    return {
+        "frechet": frechet_distance, "kernel": polynomial_mmd, **({"cmmd": cmmd} if of_clip else {}),
+        **{name: partial(_support, name) for name in ("precision", "recall", "density", "coverage")},
     }  # fmt: skip
-    sizes = (len(real), len(made))
-    return {name: _figure(name, of(function), sizes, made, (*key, row, extractor.kind, extractor.takes, name))
-            for name, function in functions.items()}  # fmt: skip
+
+
+def _support(name: str, real: Tensor, made: Tensor) -> float:
+    return float(getattr(support(real, made), name))
 
 
 def _figure(

@@ -86,6 +86,22 @@ class Samples:
         self.found[key] = sample
 
 
+def read_samples(out: Path) -> tuple[dict[str, Any], dict[tuple[str, int], dict[str, Any]]]:
+    """The protocol of an evaluation's folder and its samples by (split, number); UserError where there is none."""
+    protocol: dict[str, Any] = {}
+    found: dict[tuple[str, int], dict[str, Any]] = {}
+    try:
+        for path in sorted(out.glob("samples*.jsonl")):
+            first, *lines = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
+            protocol = first["protocol"]
+            found |= {(line["split"], line["number"]): line for line in lines}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{out}: its samples can't be read ({error}); evaluate again into another folder") from None
+    if not found:
+        raise UserError(f"{out}: holds no samples of an evaluation; name the folder of `videodiff evaluate --out`")
+    return protocol, dict(sorted(found.items()))
+
+
 class FeatureFiles:
     """`features/batch-NNNNNN.safetensors` of a folder: what the extractors made of a batch of prompts."""
 

@@ -92,14 +92,14 @@ class WorldQuestions:
 class ShardQuestions:
     """The first captions of `num` samples of shards, drawn by `seed`, and their clips from their beginning on."""
 
-    def __init__(self, location: str, num: int, seed: int) -> None:
-        """Raises UserError for encoded shards, and for fewer samples than asked or none with a caption."""
+    def __init__(self, location: str, num: int, seed: int, at_most: bool = False) -> None:
+        """at_most: fewer will do. Raises UserError for encoded shards, too few samples, and none with a caption."""
         self._pool: DecodePool | None = None
         self._shards = open_shards(location)
         if any(shard.encoding for shard in self._shards):
             raise UserError(f"--data {location}: these shards hold latents; name those of the videos")
         self._places = [(shard, number) for shard in self._shards for number in range(len(shard.offsets))]
-        if len(self._places) < num:
+        if len(self._places) < num and not at_most:
             raise UserError(
                 f"--data {location}: holds {len(self._places)} samples, --num-prompts {num} are asked; ask for fewer"
             )

@@ -10,7 +10,7 @@ from typing import Any
 from data_pipeline.world import ATTRIBUTES
 from stages.evaluation.figures import FIGURES
 from stages.evaluation.measures import MEASURES
-from stages.evaluation.sheets import clip_path, percent, picture_path
+from stages.evaluation.sheets import clip_path, figure_in_words, in_words, percent, picture_path
 from stages.evaluation.statistics import ROWS, SPLITS
 from videodiff.errors import UserError
 from videodiff.pages import data_url, write_page
@@ -41,6 +41,8 @@ def write_report(out: Path) -> Path:
         videos=_videos(out, [name for name, _ in shown]),
         confusions=_confusions(newest["rows"]),
         attributes=[*ATTRIBUTES, "all"],
+        memorized=newest["memorized"],
+        neighbours=[data_url(p, "image/png") for p in sorted((out / found[-1][0] / "neighbours").glob("*.png"))],
         protocol=json.dumps(newest["protocol"], indent=1),
         skipped=newest["skipped"],
         bad=newest["bad"],
@@ -72,27 +74,12 @@ def _table(told: Entry) -> list[dict[str, Any]]:
                 "prompts": entry["split"].replace("_", " "),
                 "n": entry["n"],
                 "shares": [percent(entry["shares"].get(name)) for name in (*ATTRIBUTES, "all")],
-                "measures": [_measured(name, value) for name, value in entry["measures"].items()],
-                "figures": [_figured(figure) for figure in figures],
+                "measures": [in_words(name, value) for name, value in entry["measures"].items()],
+                "figures": [figure_in_words(figure) for figure in figures],
                 "not_finite": entry["not_finite"],
             }
         )
     return lines
-
-
-def _measured(name: str, value: Entry) -> tuple[str, str, str]:
-    unit = MEASURES[name]
-    mean, low, high = (f"{unit.scale * x:.{unit.digits}f}" for x in (value["mean"], *value["interval"]))
-    return unit.label, mean, f"{low} - {high}"
-
-
-def _figured(told: Entry) -> dict[str, str]:
-    figure = FIGURES[told["figure"]]
-    line = {"label": figure.label, "by": told["features"], "beware": told.get("caution", told.get("refused", ""))}
-    if "refused" in told:
-        return {**line, "value": "-", "interval": ""}
-    value, low, high = (f"{x:.{figure.digits}f}" for x in (told["value"], *told["interval"]))
-    return {**line, "value": value, "interval": f"{low} - {high}"}
 
 
 def _curves(found: Sequence[tuple[str, Entry]]) -> list[dict[str, Any]]:
@@ -149,9 +136,9 @@ def _videos(out: Path, names: Sequence[str]) -> list[dict[str, Any]]:
 
 def _seen(folder: Path, row: str, split: str, number: int) -> dict[str, str] | None:
     if (clip := clip_path(folder, row, split, number)).is_file():
-        return {"video": data_url(clip, "video/mp4")}
+        return {"kind": "video", "url": data_url(clip, "video/mp4")}
     if (picture := picture_path(folder, row, split, number)).is_file():
-        return {"image": data_url(picture, "image/png")}
+        return {"kind": "image", "url": data_url(picture, "image/png")}
     return None
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from rich.table import Table
 
 from data_pipeline.world import ATTRIBUTES
-from stages.evaluation.figures import FIGURES
+from stages.evaluation.figures import FIGURES, Figure
 from stages.evaluation.measures import MEASURES
 from stages.evaluation.questions import Prompt
 from stages.evaluation.statistics import ROWS, SPLITS, right, truth_of
@@ -20,41 +20,60 @@ from videodiff.video_io import read_image, save_sheet
 SHOWN = {"train": 6, "held_out": 3, "held_out_pair": 3, "data": 12}
 
 
+# What the terminal shows of measures and figures; the page has all of them, on every kind of prompts.
+TOLD_MEASURES = ("psnr", "text_likeness", "unsteadiness", "motion", "bound", "controlled", "free")
+TOLD_FIGURES = ("frechet", "text_to_image_r1")
+
+
 def table(entries: Sequence[dict[str, Any]]) -> Table:
-    """Shares in percent and measures, each with its 95 % interval."""
-    drawn = Table(title="Read right, % (95 % interval below), and measures", show_lines=True)
-    for column in ("stage", "prompts", "N", *ATTRIBUTES, "all", "measures"):
-        drawn.add_column(column, justify="left" if column in ("stage", "prompts", "measures") else "right")
+    """Shares read right in percent, each with its 95 % interval below it."""
+    drawn = Table(title="Read right, % (95 % interval below)", show_lines=True)
+    for column in ("stage", "prompts", "N", *ATTRIBUTES, "all"):
+        drawn.add_column(column, justify="left" if column in ("stage", "prompts") else "right")
     for entry in entries:
         shares = ["\n".join(percent(entry["shares"].get(name))) for name in (*ATTRIBUTES, "all")]
-        near = "\n".join(map(in_a_line, entry["measures"].items()))
-        split = entry["split"].replace("_", " ")
-        drawn.add_row(ROWS[entry["row"]], split, str(entry["n"]), *shares, near or "-")
+        drawn.add_row(ROWS[entry["row"]], entry["split"].replace("_", " "), str(entry["n"]), *shares)
     return drawn
 
 
-def figure_table(figures: Sequence[dict[str, Any]]) -> Table:
-    """What only sets have, each with its interval, its network and what to beware of."""
-    drawn = Table(title="Figures of sets (95 % interval)", show_lines=False)
-    for column in ("stage", "prompts", "N", "figure", "value", "interval", "by", "beware"):
-        drawn.add_column(column, justify="right" if column in ("N", "value", "interval") else "left")
-    for told in figures:
-        figure = FIGURES[told["figure"]]
-        start = (ROWS[told["row"]], told["split"].replace("_", " "), str(told["n"]), figure.label)
-        if "refused" in told:
-            drawn.add_row(*start, "-", "-", told["features"], told["refused"])
+def measure_table(entries: Sequence[dict[str, Any]], figures: Sequence[dict[str, Any]]) -> Table:
+    """The chief measures and figures of sets, on seen prompts or the data set, with their 95 % intervals."""
+    drawn = Table(title="Measures (all of them: report.html)")
+    for column in ("stage", "measure", "value", "interval", "beware"):
+        drawn.add_column(column, justify="right" if column in ("value", "interval") else "left")
+    for entry in entries:
+        if entry["split"] not in ("seen", "data"):
             continue
-        value, low, high = (f"{x:.{figure.digits}f}" for x in (told["value"], *told["interval"]))
-        drawn.add_row(*start, value, f"{low} - {high}", told["features"], told.get("caution", "").partition(":")[0])
+        for name, value in entry["measures"].items():
+            if name.endswith(TOLD_MEASURES):
+                drawn.add_row(ROWS[entry["row"]], *in_words(name, value))
+        for told in figures:
+            if (told["row"], told["split"]) == (entry["row"], entry["split"]) and told["figure"] in TOLD_FIGURES:
+                figure = FIGURES[told["figure"]]
+                cells = _cells(figure, told) if "value" in told else ("-", "-")
+                beware = told.get("caution", told.get("refused", "")).partition(":")[0]
+                drawn.add_row(ROWS[entry["row"]], f"{figure.label}, {told['features']}", *cells, beware)
     return drawn
 
 
-def in_a_line(measure: tuple[str, dict[str, Any]]) -> str:
-    """A measure, its mean and its interval in words."""
-    name, value = measure
+def in_words(name: str, value: dict[str, Any]) -> tuple[str, str, str]:
+    """A measure's label, its mean and its interval."""
     unit = MEASURES[name]
     mean, low, high = (f"{unit.scale * x:.{unit.digits}f}" for x in (value["mean"], *value["interval"]))
-    return f"{unit.label} {mean} ({low} - {high})"
+    return unit.label, mean, f"{low} - {high}"
+
+
+def figure_in_words(told: dict[str, Any]) -> dict[str, str]:
+    """A figure's label, value, interval, by what network, and what to beware of."""
+    figure = FIGURES[told["figure"]]
+    value, interval = _cells(figure, told) if "value" in told else ("-", "")
+    beware = told.get("caution", told.get("refused", ""))
+    return {"label": figure.label, "by": told["features"], "beware": beware, "value": value, "interval": interval}
+
+
+def _cells(figure: Figure, told: dict[str, Any]) -> tuple[str, str]:
+    value, low, high = (f"{x:.{figure.digits}f}" for x in (told["value"], *told["interval"]))
+    return value, f"{low} - {high}"
 
 
 def is_shown(prompt: Prompt) -> bool:

@@ -1,0 +1,179 @@
+"""`videodiff compare A B`: is B better than A? Paired on prompts and seeds, an interval and a verdict for each figure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from stages.evaluation.figures import FIGURES, LEAST, LIKE, WIDE, distances
+from stages.evaluation.kept import FeatureFiles, read_samples
+from stages.evaluation.measures import MEASURES
+from stages.evaluation.report import evaluations
+from stages.evaluation.statistics import ROWS, SPLITS, right, truth_of
+from videodiff.errors import UserError
+from videodiff.metrics.intervals import compare, set_interval
+from videodiff.video_io import write_json
+
+# What may differ between two evaluations that are compared: the model, and nothing that it is judged by.
+MODEL_KEYS = ("model", "weights", "rows")
+Sample = dict[str, Any]
+
+
+def main(first: Path, second: Path, out: Path | None) -> None:
+    """Print how the second evaluation differs from the first, and write it as JSON."""
+    told = compared(first, second)
+    show = Console()
+    if not show.is_terminal:
+        show = Console(width=150)
+    show.print(_table(told, first, second))
+    decided = [line for line in told if line["verdict"] != "can't tell"]
+    better = sum(line["verdict"] == "better" for line in decided)
+    show.print(
+        f"{len(told)} figures: the second is better in {better}, worse in {len(decided) - better}; of "
+        f"{len(told) - len(decided)} these samples can't tell. At 95 %, about one in twenty of equal models differs by "
+        "chance.",
+        highlight=False,
+    )
+    if out is not None:
+        write_json(out, told)
+        print(out)
+
+
+def compared(first: Path, second: Path) -> list[dict[str, Any]]:
+    """Of every share, measure and figure that both have: both values, the difference, its interval and the verdict.
+
+    Raises UserError for evaluations of unequal protocol, with the difference.
+    """
+    a, b = _newest(first), _newest(second)
+    (old_protocol, old), (new_protocol, new) = read_samples(a), read_samples(b)
+    differing = [name for name in sorted({*old_protocol, *new_protocol} - {*MODEL_KEYS})
+                 if old_protocol.get(name) != new_protocol.get(name)]  # fmt: skip
+    if differing:
+        each = "; ".join(f"{n}: {_short(old_protocol.get(n))} and {_short(new_protocol.get(n))}" for n in differing)
+        raise UserError(f"{first} and {second}: judged by unequal protocols ({each}); evaluate both alike")
+    rows = [row for row in old_protocol["rows"] if row in new_protocol["rows"] and not row.startswith("real")]
+    told: list[dict[str, Any]] = []
+    for split, name in SPLITS.items():
+        keys = [key for key in old if key[0] == split and key in new and "rows" in old[key] and "rows" in new[key]]
+        for row in rows:
+            if len(keys) > 1:
+                told += [{"row": row, "split": name, **line} for line in _samples(keys, old, new, row)]
+        told += [{"split": name, **line} for line in _sets(FeatureFiles(a), FeatureFiles(b), split, rows, old_protocol)]
+    if not told:
+        raise UserError(f"{first} and {second}: have no row with two samples in common; evaluate both on more prompts")
+    return told
+
+
+def _samples(
+    keys: list[tuple[str, int]], old: Mapping[tuple[str, int], Sample], new: Mapping[tuple[str, int], Sample], row: str
+) -> list[dict[str, Any]]:
+    """Shares and measures of one row, by differences of the same prompts."""
+    told = []
+    pairs = [(old[key], new[key]) for key in keys]
+    verdicts = [[_right(sample, row) for sample in pair] for pair in pairs]
+    for name in verdicts[0][0]:
+        values = [np.array([float(pair[side][name]) for pair in verdicts]) for side in (0, 1)]
+        told.append(_line(f"{name} right, %", "share", values, 100.0, True, row))
+    for name in MEASURES:
+        measured = [[sample["rows"][row]["measures"].get(name) for sample in pair] for pair in pairs]
+        known = [pair for pair in measured if None not in pair]
+        if len(known) > 1 and MEASURES[name].better != "real":
+            values = [np.array([pair[side] for pair in known], np.float64) for side in (0, 1)]
+            unit = MEASURES[name]
+            told.append(_line(unit.label, name, values, unit.scale, unit.better == "more", row))
+    return told
+
+
+def _right(sample: Sample, row: str) -> dict[str, bool]:
+    truth = truth_of(sample, row)
+    return {} if truth is None else right(sample["rows"][row], truth)
+
+
+def _line(
+    label: str, name: str, values: list[np.ndarray], scale: float, more_is_better: bool, row: str
+) -> dict[str, Any]:
+    first, second = (scale * value for value in values)
+    found = compare(second, first, row, name, label, higher_is_better=more_is_better)
+    return {
+        "figure": label, "n": found.n, "first": float(first.mean()), "second": float(second.mean()),
+        "difference": found.mean, "interval": [found.low, found.high], "verdict": found.verdict, "more": found.more,
+    }  # fmt: skip
+
+
+def _sets(
+    a: FeatureFiles, b: FeatureFiles, split: str, rows: list[str], protocol: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """Distances from the same real clips, by halves of the same prompts of both models."""
+    old, new = a.of_split(split), b.of_split(split)
+    told = []
+    for number, extractor in enumerate(protocol["features"]):
+        for row in rows:
+            names = (f"{number}/{row}", f"{number}/{LIKE.get(row, '')}")
+            if any(name not in features for name in names for features in (old, new)) or len(old[names[0]]) < LEAST:
+                continue
+            real = old[names[1]][:, : old[names[0]].shape[1]]
+            for name, function in distances(f"{number}/texts" in old).items():
+                figure, made = FIGURES[name], (old[names[0]], new[names[0]])
+                line = _set_line(function, real, *made, figure.better == "more", name, row)
+                told.append({"row": row, "figure": f"{figure.label}, {extractor['name']}", **line})
+    return told
+
+
+def _set_line(
+    function: Callable[[Tensor, Tensor], float],
+    real: Tensor,
+    old: Tensor,
+    new: Tensor,
+    more_is_better: bool,
+    name: str,
+    row: str,
+) -> dict[str, Any]:
+    def value(made: Tensor, i: np.ndarray, j: np.ndarray) -> float:
+        return function(real[torch.from_numpy(i)].flatten(0, 1), made[torch.from_numpy(j)].flatten(0, 1))
+
+    sizes, every = (len(real), len(old)), (np.arange(len(real)), np.arange(len(old)))
+    resamples = 100 if old.shape[2] <= WIDE else 20
+    found = set_interval(lambda i, j: value(new, i, j) - value(old, i, j), sizes, row, name, resamples=resamples)
+    verdict = "can't tell"
+    if not found.low <= 0 <= found.high:
+        verdict = "better" if (found.value > 0) == more_is_better else "worse"
+    # Its deviation falls as the root of N: so many more samples as bring the interval's half below the difference.
+    half = (found.high - found.low) / 2
+    more = None if not found.value else max(1, round(len(old) * ((1.43 * half / abs(found.value)) ** 2 - 1)))
+    return {
+        "n": len(old), "first": value(old, *every), "second": value(new, *every),
+        "difference": found.value, "interval": [found.low, found.high], "verdict": verdict,
+        "more": 0 if verdict != "can't tell" else more,
+    }  # fmt: skip
+
+
+def _newest(folder: Path) -> Path:
+    """Where the evaluation lies, of several checkpoints that of the last one."""
+    return folder / evaluations(folder)[-1][0]
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _table(told: list[dict[str, Any]], first: Path, second: Path) -> Table:
+    drawn = Table(title=f"{second} against {first}")
+    for column in ("stage", "prompts", "figure", "N", "first", "second", "difference", "95 % interval", "verdict"):
+        drawn.add_column(column, justify="left" if column in ("stage", "prompts", "figure", "verdict") else "right")
+    for line in told:
+        low, high = line["interval"]
+        verdict = line["verdict"]
+        if verdict == "can't tell":
+            verdict += ", equal so far" if line["more"] is None else f", {line['more']} more samples would"
+        numbers = [f"{line[key]:.4g}" for key in ("first", "second", "difference")]
+        where = (ROWS[line["row"]], line["split"].replace("_", " "), line["figure"], str(line["n"]))
+        drawn.add_row(*where, *numbers, f"{low:.4g} - {high:.4g}", verdict)
+    return drawn
