@@ -61,6 +61,13 @@ class WeightsChoice(str, Enum):
     both = "both"
 
 
+class SuiteChoice(str, Enum):
+    """What `videodiff suite` takes."""
+
+    vbench = "vbench"
+    comp_bench = "t2v-compbench"
+
+
 class SamplerChoice(str, Enum):
     """What `videodiff generate --sampler` takes."""
 
@@ -240,6 +247,22 @@ def compare(
     from stages.evaluation.compare import main as run
 
     run(first, second, out)
+
+
+@app.command()
+def suite(
+    name: Annotated[SuiteChoice, typer.Argument(help="Which benchmark")],
+    source: Annotated[Path, typer.Argument(help="Your VBench_full_info.json, or T2V-CompBench's folder meta_data")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to fill; the same command goes on there")],
+    model: Annotated[str, typer.Option(help="A model folder, a run, a checkpoint, or 'demo'")] = "demo",
+    seed: Annotated[int, typer.Option(help="Seed of the videos")] = 0,
+    num_samples: Annotated[int | None, typer.Option(min=1, help="Of each prompt [default: as VBench has it]")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Videos computed together")] = 4,
+) -> None:
+    """Videos for the prompts of a public benchmark, laid out as its own tools look for them."""
+    from stages.suites import main as run
+
+    run(name.value, source, out, model, seed, batch_size, num_samples)
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""`videodiff compare A B`: is B better than A? Paired on prompts and seeds, an interval and a verdict for each figure."""
+"""`videodiff compare A B`: is B better than A? Paired on prompts and seeds, a verdict for each figure."""
 
 from __future__ import annotations
 
