@@ -28,6 +28,7 @@ from stages.evaluation.sheets import clip_path, is_shown, picture_path, write_sh
 from stages.evaluation.statistics import SPLITS, in_words, losses, summary
 from stages.pipeline import Pipeline
 from videodiff import config as configs
+from videodiff.errors import UserError
 from videodiff.training import distributed
 from videodiff.video_io import write_png, write_video
 
@@ -66,6 +67,8 @@ def evaluate(
     samples.read(protocol)
     told = [samples.found[(p.split, p.number)] for p in prompts]
     finished = [sample for sample in told if "bad" not in sample]
+    if not finished:
+        raise UserError(f"{out}: none of {len(told)} samples could be judged (the first: {told[0]['detail']})")
     entries = summary(finished, plan.rows)
     figures = [
         {"split": name, **figure}

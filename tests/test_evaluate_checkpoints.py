@@ -1,0 +1,181 @@
+"""`videodiff evaluate` over the checkpoints of a run: which, twice the same, followed as they come, compared, on shards."""
+
+import json
+import shutil
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from data_pipeline.shards import write_world_shards
+from stages.evaluation import checkpoints
+from stages.evaluation.checkpoints import Choice, subjects
+from stages.evaluation.command import Request, main
+from stages.evaluation.compare import compared
+from stages.evaluation.report import write_report
+from videodiff import config as configs
+from videodiff.errors import UserError
+from videodiff.model import File, ModelConfig, sha256
+from videodiff.training.status import Status
+
+
+def add_checkpoint(run: Path, model: Path, step: int, noise: float = 0.0, name: str = "step") -> Path:
+    """A checkpoint of a run: the model, its video stage's weights disturbed, the same again as the raw ones."""
+    folder = run / "checkpoints" / f"{name}-{step:08d}"
+    draft = folder.with_name("draft.tmp")
+    shutil.copytree(model, draft)
+    state = load_file(draft / "video.safetensors")
+    generator = torch.Generator().manual_seed(step)
+    state = {key: value + noise * torch.randn(value.shape, generator=generator) for key, value in state.items()}
+    save_file(state, draft / "video.safetensors")
+    file = File(name="video.safetensors", sha256=sha256(draft / "video.safetensors"))
+    told = configs.load(ModelConfig, draft / "model.yaml")
+    assert told.video is not None
+    video = told.video.model_copy(update={"weights": file, "raw": file})
+    configs.save(told.model_copy(update={"video": video}), draft / "model.yaml")
+    draft.rename(folder)
+    return folder
+
+
+@pytest.fixture
+def run(toy_model: Path, tmp_path: Path) -> Path:
+    """Three checkpoints, and a model of averaged weights that was kept of a fourth."""
+    folder = tmp_path / "run"
+    for step, noise in ((20, 0.3), (30, 0.1), (40, 0.0)):
+        add_checkpoint(folder, toy_model, step, noise)
+    add_checkpoint(folder, toy_model, 10, 0.5, "average")
+    return folder
+
+
+def names(run: Path, choice: str, weights: Any = "ema") -> list[str]:
+    return [subject.name for subject in subjects(str(run), Choice.parse(choice), weights)]
+
+
+def test_which_checkpoints_are_judged(run: Path, toy_model: Path) -> None:
+    assert names(run, "all") == [f"step-{step:08d}-ema" for step in (10, 20, 30, 40)]
+    assert names(run, "every:20", "both") == [f"step-{step:08d}-{kind}" for step in (20, 40) for kind in ("ema", "raw")]
+    assert names(run, "every 30", "raw") == ["step-00000030-raw"]
+    assert names(run, "all", "raw")[0] == "step-00000020-raw"  # of step 10 the averaged weights alone were kept
+    assert names(run, "last") == [""]
+    assert subjects(str(run), Choice.parse("last"), "ema")[0].step == 40
+    assert names(toy_model, "last", "both") == ["ema", "raw"]
+    for choice, message in (
+        ("each", "say last, all, or every:N"),
+        ("every:0", "say last"),
+        ("every:7", "multiple of 7"),
+    ):
+        with pytest.raises(UserError, match=message):
+            subjects(str(run), Choice.parse(choice), "ema")
+    with pytest.raises(UserError, match="not a run with checkpoints"):
+        subjects(str(toy_model), Choice.parse("all"), "ema")
+
+
+def test_every_checkpoint_on_equal_prompts(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def judge(out: Path) -> None:
+        main(Request(str(run), "video", 2, 3, out, 0, checkpoints="every:20", weights="ema"))
+
+    judge(tmp_path / "a")
+    shown = capsys.readouterr()
+    assert "step-00000020-ema" in shown.out
+    assert str(tmp_path / "a/report.html") in shown.out
+    judge(tmp_path / "b")
+    told = {}
+    for step in (20, 40):
+        name = f"step-{step:08d}-ema/evaluation.json"
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+        told[step] = json.loads((tmp_path / "a" / name).read_text())
+        assert str(tmp_path) not in (tmp_path / "a" / name).read_text()
+    first, last = (told[step]["protocol"] for step in (20, 40))
+    assert {key for key in first if first[key] != last[key]} == {"model"}
+    real = [{e["row"]: e["measures"] for e in told[step]["rows"]}["real"] for step in (20, 40)]
+    assert real[0] == real[1]  # the same prompts and clips
+    page = (tmp_path / "a/report.html").read_text()
+    assert page.count("<polyline") > 5
+    assert page.count('<video src="data:video/mp4;base64,') == 2 * 2 * 3  # prompts, checkpoints, rows
+    assert "http" not in page
+
+
+def test_a_run_is_followed_until_it_is_complete(
+    toy_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(checkpoints, "POLL_SECONDS", 0.2)
+    run, out = tmp_path / "run", tmp_path / "out"
+    add_checkpoint(run, toy_model, 10)
+    status = Status(step=10, steps=20)
+    status.write(run)
+
+    def trained_on() -> None:
+        while not (out / "step-00000010-ema/evaluation.json").is_file():
+            time.sleep(0.1)
+        add_checkpoint(run, toy_model, 20)
+        shutil.rmtree(run / "checkpoints/step-00000010")  # by retention
+        status.state, status.step = "complete", 20
+        status.write(run)
+
+    thread = threading.Thread(target=trained_on)
+    thread.start()
+    main(Request(str(run), "image", 1, 0, out, 0, checkpoints="all", watch=True))
+    thread.join()
+    told = json.loads((out / "checkpoints.json").read_text())
+    assert [entry["step"] for entry in told["checkpoints"]] == [10, 20]
+    assert "complete at step 20" in capsys.readouterr().err
+
+
+def test_a_better_checkpoint_is_told_from_a_worse_one(run: Path, tmp_path: Path) -> None:
+    for step in (20, 40):
+        request = Request(str(run / f"checkpoints/step-{step:08d}"), "video", 6, 3, tmp_path / str(step), 0)
+        main(request)
+    told = compared(tmp_path / "20", tmp_path / "40")
+    assert {line["row"] for line in told} == {"video_real", "video_generated"}
+    losses = [line for line in told if line["figure"].startswith("loss")]
+    assert len(losses) == 8  # of the video stage, from real first images
+    assert all(line["n"] == 6 for line in losses)
+    same = compared(tmp_path / "40", tmp_path / "40")
+    assert {line["verdict"] for line in same} == {"can't tell"}
+    assert {line["difference"] for line in same} == {0.0}
+    main(Request(str(run), "video", 6, 4, tmp_path / "other", 0))
+    with pytest.raises(UserError, match=r"unequal protocols \(seed: 3 and 4\)"):
+        compared(tmp_path / "40", tmp_path / "other")
+    with pytest.raises(UserError, match="holds no finished evaluation"):
+        compared(tmp_path / "40", tmp_path)
+
+
+def test_shards_are_judged_too(toy_model: Path, tmp_path: Path) -> None:
+    shards = tmp_path / "shards"
+    write_world_shards(shards, num_clips=20, size=32, frames=8, fps=16, seed=1)
+    request = Request(str(toy_model), "all", 18, 0, tmp_path / "out", data=str(shards), training=str(shards))
+    main(request)
+    told = json.loads((tmp_path / "out/evaluation.json").read_text())
+    assert {entry["split"] for entry in told["rows"]} == {"data"}
+    assert told["bad"] == {}
+    real = next(entry for entry in told["rows"] if entry["row"] == "real")
+    assert real["n"] == 18
+    assert real["shares"]["colour"]["share"] > 0.9  # these shards say what they show
+    found = {(f["row"], f["figure"]) for f in told["figures"]}
+    assert {("autoencoder", "frechet"), ("whole", "recall"), ("real", "text_to_image_r1")} <= found
+    assert all(f["n"] == 18 for f in told["figures"])
+    # The clips that are judged are the training clips themselves: the nearest one is at no distance.
+    assert told["memorized"]["unseen"]["mean"] < 1e-3
+    assert "Learned by heart?" in (tmp_path / "out/report.html").read_text()
+    main(request)
+    assert json.loads((tmp_path / "out/evaluation.json").read_text()) == told
+    with pytest.raises(UserError, match="holds 20 samples, --num-prompts 21"):
+        main(Request(str(toy_model), "all", 21, 0, tmp_path / "more", data=str(shards)))
+    with pytest.raises(UserError, match="leave it out"):
+        main(Request(str(toy_model), "all", 2, 0, tmp_path / "more", 2, data=str(shards)))
+
+
+def test_clips_that_can_not_be_read_are_counted(toy_model: Path, tmp_path: Path) -> None:
+    shards = tmp_path / "shards"
+    write_world_shards(shards, num_clips=4, size=32, frames=2, fps=16, seed=1)  # shorter than the model's
+    with pytest.raises(UserError, match="too short"):
+        main(Request(str(toy_model), "video", 4, 0, tmp_path / "out", data=str(shards)))
+
+
+def test_a_page_of_nothing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds no finished evaluation"):
+        write_report(tmp_path)
