@@ -1,4 +1,4 @@
-"""`videodiff evaluate` over the checkpoints of a run: which, twice the same, followed as they come, compared, on shards."""
+"""`videodiff evaluate` over the checkpoints of a run: which, twice the same, as they come, compared, on shards."""
 
 import json
 import shutil
