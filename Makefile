@@ -7,6 +7,7 @@
 # make bench-digits train and measure the diffusion core on handwritten digits; writes docs/core-results.md
 # make bench-network our U-Net against those of diffusers, paired in one run; writes docs/network-speed.md
 # make bench-train  our training loop against plain PyTorch and accelerate; writes docs/training-speed.md
+# make bench-metrics our metrics of feature sets against torchmetrics; writes docs/metrics-speed.md
 # make bench-data   measure the loader against bare decoders and plain webdataset; writes docs/data-speed.md
 # make demo-model   train the bundled model again by its recorded recipe (hours on a CPU; run it again to go on);
 #                   INSTALL=1 puts the result in the place of the bundled one
@@ -21,7 +22,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # torch goes first and by its exact version: an unpinned one may bring gigabytes of CUDA packages that a CPU can't use.
 TORCH := $(shell sed -n 's/^\(torch==[^; ]*\).*/\1/p' constraints.txt)
 
-.PHONY: demo install demo-model bench-digits bench-network bench-train bench-data test test-slow test-crash test-slurm lint clean
+.PHONY: demo install demo-model bench-digits bench-network bench-train bench-data bench-metrics test test-slow test-crash test-slurm lint clean
 
 demo: $(VENV)/.demo
 	@mkdir -p outputs
@@ -44,6 +45,9 @@ bench-train: $(VENV)/.all $(VENV)/.bench
 
 bench-data: $(VENV)/.all $(VENV)/.bench
 	$(BIN)/python -m benchmarks.data --out docs/data-speed.md
+
+bench-metrics: $(VENV)/.all $(VENV)/.bench
+	$(BIN)/python -m benchmarks.metrics --out docs/metrics-speed.md
 
 test: $(VENV)/.all
 	$(BIN)/python -m pytest -q

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from stages import cli_data, cli_prepare, cli_run
+from stages import cli_data, cli_prepare, cli_run, cli_study
 from videodiff.errors import UserError
 
 app = typer.Typer(
@@ -29,6 +29,10 @@ for name, command in {
     data.command(name)(command)
 
 
+study = typer.Typer(help="Let people compare two systems' videos.")
+app.add_typer(study, name="study")
+study.command("build")(cli_study.build)
+study.command("score")(cli_study.score)
 app.command()(cli_run.status)
 app.command()(cli_run.plan)
 app.command()(cli_run.doctor)

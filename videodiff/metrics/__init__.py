@@ -1,0 +1,1 @@
+"""How good samples are: mathematics on features and frames, without data sets, networks or model folders."""
