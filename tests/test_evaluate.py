@@ -18,9 +18,9 @@ from stages.evaluation.measures import Gauge
 from stages.evaluation.questions import WorldQuestions, planned_prompts
 from stages.evaluation.road import Plan, blend, measure
 from stages.evaluation.sheets import table
-from stages.evaluation.statistics import EQUAL_DB
 from videodiff.diffusion.samplers import DDIM
 from videodiff.errors import UserError
+from videodiff.metrics.pictures import EQUAL_DB
 from videodiff.model import Sampling
 from videodiff.video_io import read_image
 

@@ -4,17 +4,15 @@ import numpy as np
 import pytest
 
 from stages.evaluation.road import blend
-from stages.evaluation.statistics import EQUAL_DB, in_words, losses, mean_interval, psnr, right, wilson
+from stages.evaluation.statistics import in_words, losses, mean_interval, psnr, right, share
+from videodiff.metrics.pictures import EQUAL_DB
 
 
-# Wilson's limits at 95 %: the two textbook ends, and numbers of Newcombe (1998), table I.
-@pytest.mark.parametrize(
-    ("hits", "n", "low", "high"),
-    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
-)
-def test_wilson_against_published_limits(hits: int, n: int, low: float, high: float) -> None:
-    assert wilson(hits, n) == pytest.approx((low, high), abs=5e-5)
-    assert wilson(n - hits, n) == pytest.approx((1 - high, 1 - low), abs=5e-5)
+def test_a_share_and_a_mean_of_one_have_intervals() -> None:
+    told = share([True] * 15 + [False] * 133)  # Newcombe (1998), table I
+    assert (told["right"], told["n"]) == (15, 148)
+    assert told["interval"] == pytest.approx([0.0624, 0.1605], abs=5e-5)
+    assert mean_interval([3.0], "a") == {"n": 1, "mean": 3.0, "interval": [3.0, 3.0]}
 
 
 def test_the_mean_and_its_interval_follow_statistics() -> None:

@@ -9,11 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.world import ATTRIBUTES, rng
+from data_pipeline.world import ATTRIBUTES
+from videodiff.metrics import intervals
+from videodiff.metrics.pictures import EQUAL_DB
 
-Z95 = 1.959963984540054  # the normal distribution's 97.5 % point
-RESAMPLES = 2000
-EQUAL_DB = 99.0  # PSNR of equal pictures, so that means stay finite
 # The world's word -> the report's; "data" is any other data set.
 SPLITS = {"train": "seen", "held_out": "held_out", "held_out_pair": "held_out_pair", "data": "data"}
 
@@ -45,21 +44,12 @@ STEPS: tuple[tuple[str, str | None, str], ...] = (
 )
 
 
-def wilson(right: int, n: int) -> tuple[float, float]:
-    """The 95 % score interval of a share (Wilson, 1927): honest also near 0 and 1, where the normal one is not."""
-    share, z2 = right / n, Z95**2
-    middle = (share + z2 / (2 * n)) / (1 + z2 / n)
-    half = Z95 / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
-    low, high = max(0.0, middle - half), min(1.0, middle + half)
-    return (0.0 if right == 0 else low), (1.0 if right == n else high)
-
-
 def mean_interval(values: Sequence[float], *key: str) -> dict[str, Any]:
-    """Mean and 95 % percentile bootstrap interval (Efron, 1979); the resamples follow from `key`."""
-    sample = np.asarray(values, np.float64)
-    means = sample[rng("bootstrap", *key).integers(len(sample), size=(RESAMPLES, len(sample)))].mean(1)
-    low, high = np.percentile(means, (2.5, 97.5))
-    return {"n": len(sample), "mean": float(sample.mean()), "interval": [float(low), float(high)]}
+    """Mean and 95 % bootstrap interval as JSON; of one value the value itself."""
+    if len(values) == 1:
+        return {"n": 1, "mean": float(values[0]), "interval": [float(values[0])] * 2}
+    found = intervals.mean_interval(values, *key)
+    return {"n": found.n, "mean": found.value, "interval": [found.low, found.high]}
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:
@@ -84,7 +74,8 @@ def share(hits: Iterable[bool]) -> dict[str, Any]:
     """How many of the hits are true, with its interval."""
     given = list(hits)
     count = sum(given)
-    return {"right": count, "n": len(given), "share": count / len(given), "interval": list(wilson(count, len(given)))}
+    found = intervals.wilson(count, len(given))
+    return {"right": count, "n": len(given), "share": found.value, "interval": [found.low, found.high]}
 
 
 def summary(samples: Sequence[dict[str, Any]], rows: Sequence[str]) -> list[dict[str, Any]]:
