@@ -111,7 +111,7 @@ def cluster(folder: Path) -> Iterator[Cluster]:
 
 def test_two_nodes_share_one_run(cluster: Cluster) -> None:
     log = cluster.log("1")
-    assert "batch 4 = 2 processes x 1 x 2 samples; ZeRO 2" in log
+    assert "batch 8 = 2 processes x 1 x 4 samples; ZeRO 2" in log
     assert len(list((cluster.folder / f"straight/checkpoints/step-{STEPS:08d}/engine").iterdir())) == 2
     assert len(cluster.records("straight")) == STEPS
     command = [sys.prefix + "/bin/videodiff", "status", str(cluster.folder / "straight")]
@@ -125,7 +125,7 @@ def test_a_warned_job_saves_and_comes_back_by_itself(cluster: Cluster) -> None:
         cluster.reach("warned", step)
         cluster.lab.run("scancel", "--batch", "--signal=USR1", job)
         cluster.lab.wait(lambda round_=round_: int(cluster.lab.job(job)["Restarts"]) == round_, 120)
-        assert cluster.log(job).count("stopped by SIGUSR1") == round_
+        assert cluster.log(job).count("stopped by SIGUSR1, saved") == round_
     cluster.assert_as_if_nothing_happened("warned", job)
     assert cluster.log(job).count("resumed after step") == 2
 
@@ -143,7 +143,7 @@ def test_a_job_of_limited_time_finishes_over_several_requeues(cluster: Cluster) 
     job = cluster.train("limited", options=("--nodes=2", "--time=1", "--signal=B:USR1@30"))
     cluster.assert_as_if_nothing_happened("limited", job)
     assert int(cluster.lab.job(job)["Restarts"]) >= 2, cluster.log(job)
-    assert cluster.log(job).count("stopped by SIGUSR1") >= 2
+    assert cluster.log(job).count("stopped by SIGUSR1, saved") >= 2
 
 
 def test_a_job_that_can_not_succeed_stops_with_its_reason(cluster: Cluster) -> None:
@@ -172,7 +172,9 @@ def test_videos_are_prepared_in_an_array_and_merged(cluster: Cluster) -> None:
     out = cluster.folder / "prepared"
     settings = ["clip={frames: 4, fps: 8, size: 64}", "scenes=null", "workers=0", "filters.duplicate_bits=null"]
     log = f"--output={cluster.folder}/array-%A-%a.log"
-    array = cluster.submit("data.sbatch", str(videos), "--out", str(out), *settings, options=("--array=1-2", log))
+    array = cluster.submit(
+        "data.sbatch", str(videos), "--out", str(out), *settings, options=("--array=1-2", "--cpus-per-task=1", log)
+    )
     merge = f"cd {ROOT}; . slurm/env.sh; videodiff data merge {out}"
     command = [
         "sbatch",
