@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from stages.cli import main
-from stages.plan import communication, host, plan, states
+from stages.plan import SIZE, communication, host, plan, states
 from videodiff.batch import Condition
 from videodiff.errors import UserError
 from videodiff.networks.unet import TemporalConfig, UNet, UNetConfig, is_temporal
@@ -21,6 +21,7 @@ from videodiff.networks.work import count
 from videodiff.training import distributed
 from videodiff.training.ema import EMA
 from videodiff.training.engine import Engine, EngineConfig
+from videodiff.training.engine_config import bucket
 from videodiff.training.gpus import GPUS, by_device_name
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -111,7 +112,7 @@ def held_bytes() -> int:
 
 
 def measure(stage: int, precision: str) -> None:
-    """One rank: what the engine and the average hold when a step is about to be taken, in bytes a trained parameter."""
+    """One rank: the most that the engine and the average hold between two backward passes of a step, in bytes."""
     distributed.start()
     config = EngineConfig(zero_stage=stage, precision=precision, micro_batch=2)
     layers = nn.Sequential(*[nn.Linear(512, 512) for _ in range(9)])
@@ -120,13 +121,16 @@ def measure(stage: int, precision: str) -> None:
     average = EMA(engine.masters())
     inputs = torch.randn(2, 512).to(config.dtype)
     for step in range(2):
+        held = 0
         for _ in range(engine.accumulation):
             engine.backward(engine(inputs).float().square().mean())
-        held = held_bytes()
-        if step == 0:
+            held = max(held, held_bytes())
+        if step == 0:  # the moments are made by it
             engine.step(1e-4)
     layer = 512 * 513
     wanted = states(9 * layer, 8 * layer, distributed.world(), config, stage)
+    if stage == 3:  # of its buffers one is made once and stays
+        wanted += SIZE[config.communication_dtype] * bucket(8 * layer)
     if distributed.rank() == 0:
         print(json.dumps({"held": held, "wanted": wanted, "average": len(average.values)}), flush=True)
     distributed.cleanup()

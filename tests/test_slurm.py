@@ -22,7 +22,7 @@ from tiny_training import PACE
 from data_pipeline.shards import write_world_shards
 
 ROOT = Path(__file__).resolve().parents[1]
-STEPS = 40
+STEPS = 90
 # Steps of about a second on a core: what happens to a job must happen in the middle.
 IMAGE = [
     str(ROOT / "configs/demo/image.yaml"),
@@ -111,7 +111,7 @@ def cluster(folder: Path) -> Iterator[Cluster]:
 
 def test_two_nodes_share_one_run(cluster: Cluster) -> None:
     log = cluster.log("1")
-    assert "batch 4 = 2 processes x 1 x 2 samples; ZeRO 2" in log
+    assert "batch 8 = 2 processes x 1 x 4 samples; ZeRO 2" in log
     assert len(list((cluster.folder / f"straight/checkpoints/step-{STEPS:08d}/engine").iterdir())) == 2
     assert len(cluster.records("straight")) == STEPS
     command = [sys.prefix + "/bin/videodiff", "status", str(cluster.folder / "straight")]
@@ -125,7 +125,7 @@ def test_a_warned_job_saves_and_comes_back_by_itself(cluster: Cluster) -> None:
         cluster.reach("warned", step)
         cluster.lab.run("scancel", "--batch", "--signal=USR1", job)
         cluster.lab.wait(lambda round_=round_: int(cluster.lab.job(job)["Restarts"]) == round_, 120)
-        assert cluster.log(job).count("stopped by SIGUSR1") == round_
+        assert cluster.log(job).count("stopped by SIGUSR1, saved") == round_
     cluster.assert_as_if_nothing_happened("warned", job)
     assert cluster.log(job).count("resumed after step") == 2
 
@@ -139,11 +139,11 @@ def test_a_requeued_job_goes_on(cluster: Cluster) -> None:
 
 
 def test_a_job_of_limited_time_finishes_over_several_requeues(cluster: Cluster) -> None:
-    """A minute's limit and the warning half a minute before it: the ranks have begun by then, and are not done."""
-    job = cluster.train("limited", options=("--nodes=2", "--time=1", "--signal=B:USR1@30"))
+    """A minute's limit, and the warning early in it (Slurm is not exact to the half minute): the ranks are not done."""
+    job = cluster.train("limited", options=("--nodes=2", "--time=1", "--signal=B:USR1@45"))
     cluster.assert_as_if_nothing_happened("limited", job)
     assert int(cluster.lab.job(job)["Restarts"]) >= 2, cluster.log(job)
-    assert cluster.log(job).count("stopped by SIGUSR1") >= 2
+    assert cluster.log(job).count("stopped by SIGUSR1, saved") >= 2
 
 
 def test_a_job_that_can_not_succeed_stops_with_its_reason(cluster: Cluster) -> None:
@@ -172,8 +172,10 @@ def test_videos_are_prepared_in_an_array_and_merged(cluster: Cluster) -> None:
     out = cluster.folder / "prepared"
     settings = ["clip={frames: 4, fps: 8, size: 64}", "scenes=null", "workers=0", "filters.duplicate_bits=null"]
     log = f"--output={cluster.folder}/array-%A-%a.log"
-    array = cluster.submit("data.sbatch", str(videos), "--out", str(out), *settings, options=("--array=1-2", log))
-    merge = f"cd {ROOT}; . slurm/env.sh; videodiff data merge {out}"
+    array = cluster.submit(
+        "data.sbatch", str(videos), "--out", str(out), *settings, options=("--array=1-2", "--cpus-per-task=1", log)
+    )
+    merge = f"bash -c '. slurm/env.sh; videodiff data merge {out}'"  # --wrap is run by sh, which may be another shell
     command = [
         "sbatch",
         "--parsable",
@@ -247,6 +249,8 @@ def test_all_stages_as_one_chain_end_in_a_video(cluster: Cluster) -> None:
         tree["data"]["fps"] = 16 if stage == "interpolation" else 8
         if before is not None:
             tree["model"] = str(chain / "runs" / before)
+        if stage == "text":
+            tree["network"]["image_size"] = 32
         before = stage
         (chain / f"{stage}.yaml").write_text(yaml.safe_dump(tree))
     write_world_shards(cluster.folder / "clips", num_clips=8, size=32, frames=8, fps=16, seed=1)

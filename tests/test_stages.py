@@ -1,5 +1,6 @@
 """The training tasks of the stages: what each is told, what trains, and what must stay as it was."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -32,7 +33,7 @@ from videodiff.errors import UserError
 from videodiff.model import DESCRIPTION, VOCABULARY, WORDS, Model, export, write_weights
 from videodiff.networks.text import build_vocabulary
 from videodiff.networks.unet import is_temporal
-from videodiff.training.trainer import RunConfig
+from videodiff.training.trainer import RunConfig, train
 
 
 @pytest.fixture(autouse=True)
@@ -156,6 +157,27 @@ def _check_video_stage(toy_model: Path, tmp_path: Path, steps: int) -> None:
     with torch.no_grad():
         made = [unet(noise[:, :, :1], time, condition) for unet in (network, image_network)]
     assert torch.equal(*made)
+
+
+def test_a_run_is_a_function_of_its_seed(toy_model: Path, tmp_path: Path) -> None:
+    """Wherever torch's own generator stands, as it does elsewhere in every process."""
+    losses, weights = [], []
+    network = configs.to_dict(Model.load(toy_model).diffusion("image").network)
+    for number, seed in enumerate((3, 3, 4)):
+        torch.manual_seed(number)
+        told = {"dir": str(tmp_path / str(number)), "steps": 3, "save_every": 3, "sample_every": 0, "seed": seed}
+        config = stage_config(ImageStage, tmp_path, 1, network=network, run=told)
+
+        def prepare(config: ImageStage = config) -> tuple[Any, Clips]:
+            return image.task(config, Model.load(toy_model)), Clips(1, 8.0)
+
+        train(config.run, config.engine, config.data.batch_size, prepare, config)
+        lines = (tmp_path / str(number) / "metrics.jsonl").read_text().splitlines()
+        losses.append([(record["loss"], record["grad_norm"]) for record in map(json.loads, lines)])
+        weights.append(Model.load(tmp_path / str(number)).unet("image").state_dict())
+    assert losses[0] == losses[1] != losses[2]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert not all(torch.equal(weights[0][name], weights[2][name]) for name in weights[0])
 
 
 def test_the_image_stage_learns(toy_model: Path, tmp_path: Path) -> None:

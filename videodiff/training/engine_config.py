@@ -123,7 +123,7 @@ def deepspeed_settings(
 
 def bucket(trained: int) -> int:
     """Values that travel between ranks at once, with `trained` parameters in all."""
-    return min(trained, 500_000_000)
+    return min(trained + trained % 2, 500_000_000)  # DeepSpeed wants an even one
 
 
 def check_compiler(config: EngineConfig, on_cuda: bool) -> None:

@@ -98,6 +98,8 @@ def train(
     distributed.start()
     devices = [device()] if device().type == "cuda" else []
     with Attempt(Path(run.dir), config, run.steps) as attempt, torch.random.fork_rng(devices):
+        # Torch's own generator begins elsewhere in every process: without this no two runs began with equal weights.
+        torch.manual_seed(generator(run.seed, "initialization").initial_seed())
         trainer = _Trainer(run, engine, batch_size, *prepare(), attempt)
         try:
             trainer.train()

@@ -54,14 +54,14 @@ class Watch:
         self.patience, self.on_end = patience, on_end
         self._step, self._phase = 0, 0
         self._problem, self._mistake = "", False
-        self._moved = self._exchanged = time.monotonic()
+        self._began = self._moved = self._exchanged = time.monotonic()
         self._over = threading.Event()
         self._threads: list[threading.Thread] = []
         self._signs: dict[int, Sign] = {}
         self._lost_store = ""
 
     def __enter__(self) -> "Watch":
-        self._moved = self._exchanged = time.monotonic()
+        self._began = self._moved = self._exchanged = time.monotonic()
         if world() > 1:
             store: Any = dist.distributed_c10d._get_default_store()  # torch's stubs know no clone
             self._store = dist.PrefixStore("watch", store.clone())
@@ -100,7 +100,7 @@ class Watch:
     def _talk(self) -> None:
         beat = 0
         where = f"process {os.getpid()} on {socket.gethostname()}"
-        while not self._over.wait(BEAT_SECONDS):
+        while not self._over.wait(BEAT_SECONDS if beat else 0):  # the first at once: who dies young has a name too
             beat += 1
             told = [where, beat, self._step, self._phase, self._problem, self._mistake]
             try:
@@ -130,7 +130,7 @@ class Watch:
                 if not self._over.wait(5 * BEAT_SECONDS):
                     self._end(f"rank 0 is gone ({self._lost_store or 'it does not answer'})")
                 return
-            if silent := self._silent(DEAD_SECONDS):
+            if silent := self._silent(DEAD_SECONDS, or_never=False):  # who comes late is no dead one
                 self._end(f"step {self._step + 1}: no sign of life from {silent} for {DEAD_SECONDS:.0f} s")
             told = [sign for sign in self._signs.values() if sign.problem and sign.rank != rank()]
             problem_since = (problem_since or now) if told else None
@@ -153,10 +153,14 @@ class Watch:
         names = ", ".join(behind) if len(behind) < world() else "every rank"
         return f"{moved}; {PHASES[last[1]]}: {names}"
 
-    def _silent(self, seconds: float) -> str:
-        """The other ranks that have told nothing for so long."""
-        now = time.monotonic()
-        return ", ".join(str(s) for s in self._signs.values() if s.rank != rank() and now - s.came > seconds)
+    def _silent(self, seconds: float, or_never: bool = True) -> str:
+        """The other ranks that have told nothing for so long, those among them that never did."""
+        now, found = time.monotonic(), []
+        for other in range(world()):
+            sign = self._signs.get(other)
+            if other != rank() and (sign or or_never) and now - (self._began if sign is None else sign.came) > seconds:
+                found.append(str(sign or f"rank {other}"))
+        return ", ".join(found)
 
     def _who_is_gone(self) -> tuple[str, bool] | None:
         """After a collective failed: who told of a problem, else who does not tell anything any more."""
