@@ -201,6 +201,21 @@ def test_an_evaluation_follows_a_training(cluster: Cluster) -> None:
     assert {"samples.jsonl", "samples-1.jsonl"} <= {path.name for path in (cluster.folder / "judgement").iterdir()}
 
 
+def test_an_evaluation_judges_each_checkpoint_of_a_run_that_trains(cluster: Cluster) -> None:
+    job = cluster.train("followed", "run.steps=20", "run.keep_last=10", options=("--nodes=1", "--ntasks-per-node=2"))
+    out = cluster.folder / "following"
+    judge = cluster.submit(
+        "evaluate.sbatch", str(cluster.folder / "followed"), "--stage", "image", "--num-prompts", "2",
+        "--num-held-out", "0", "--checkpoints", "all", "--watch", "--out", str(out), options=("--nodes=1",),
+    )  # fmt: skip
+    assert cluster.end(job) == "COMPLETED", cluster.log(job)
+    assert cluster.end(judge) == "COMPLETED", cluster.log(judge)
+    told = json.loads((out / "checkpoints.json").read_text())
+    assert [entry["step"] for entry in told["checkpoints"]] == [5, 10, 15, 20]
+    assert "complete at step 20" in cluster.log(judge)
+    assert (out / "report.html").is_file()
+
+
 @pytest.mark.parametrize("fault", ["power", "cable"])
 def test_a_lost_node_with_a_spare(folder: Path, cluster: Cluster, fault: str) -> None:
     """The node of rank 0 or of rank 1 goes, and the run goes on on the spare one; the old attempt publishes nothing."""
