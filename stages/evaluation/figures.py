@@ -19,7 +19,7 @@ from videodiff.metrics.intervals import Interval, set_interval
 from videodiff.metrics.kernels import cmmd, polynomial_mmd
 from videodiff.metrics.manifold import support
 from videodiff.metrics.samples import Metric, caution
-from videodiff.metrics.scores import retrieval_recall
+from videodiff.metrics.scores import inception_score, retrieval_recall
 from videodiff.networks.features import FeatureExtractor
 
 LEAST = 16  # samples: of fewer no set is judged
@@ -45,6 +45,7 @@ FIGURES: dict[str, Figure] = {
     "recall": Figure("recall", "more", "precision_recall"),
     "density": Figure("density", "more", "density_coverage"),
     "coverage": Figure("coverage", "more", "density_coverage"),
+    "inception": Figure("inception score, first frames", "more", "inception", 2),
     **{f"{way}_r{rank}": Figure(f"{words}, R@{rank}", "more", "retrieval")
        for way, words in (("text_to_image", "clips found by their texts"), ("image_to_text", "texts by their clips"))
        for rank in RANKS},
@@ -75,6 +76,11 @@ def set_figures(
                 real = real[:, : made.shape[1]]  # of a picture the first frame
                 for name, value in _distances(real, made, extractor, key, row).items():
                     found.append({**told, "figure": name, **value})
+            if (classes := features.get(f"{number}/{row}/classes")) is not None:
+                value = _figure(
+                    "inception", partial(_inception, classes), (len(classes),), classes.shape[1], (*key, row)
+                )
+                found.append({**told, "figure": "inception", **value})
             if row == "real" and extractor.has_texts:
                 for name, value in _retrieval(made.mean(1), features[f"{number}/texts"], (*key, row)).items():
                     found.append({**told, "figure": name, **value})
@@ -89,7 +95,7 @@ def _distances(
         return lambda i, j: function(real[torch.from_numpy(i)].flatten(0, 1), made[torch.from_numpy(j)].flatten(0, 1))
 
     sizes, source = (len(real), len(made)), (extractor.kind, extractor.takes)
-    return {name: _figure(name, of(function), sizes, made, (*key, row, *source, name))
+    return {name: _figure(name, of(function), sizes, made.shape[2], (*key, row, *source, name))
             for name, function in distances(extractor.has_texts).items()}  # fmt: skip
 
 
@@ -101,14 +107,17 @@ def distances(of_clip: bool) -> dict[str, Callable[[Tensor, Tensor], float]]:
     }  # fmt: skip
 
 
+def _inception(classes: Tensor, chosen: Any) -> float:
+    return inception_score(classes[torch.from_numpy(chosen)], splits=1)[0]
+
+
 def _support(name: str, real: Tensor, made: Tensor) -> float:
     return float(getattr(support(real, made), name))
 
 
 def _figure(
-    name: str, figure: Callable[..., float], sizes: Sequence[int], made: Tensor, key: tuple[int | str, ...]
+    name: str, figure: Callable[..., float], sizes: Sequence[int], dimension: int, key: tuple[int | str, ...]
 ) -> dict[str, Any]:
-    dimension = made.shape[2]
     try:
         interval = set_interval(figure, sizes, *key, resamples=100 if dimension <= WIDE else 20)
     except UserError as error:
@@ -127,7 +136,7 @@ def _retrieval(pictures: Tensor, texts: Tensor, key: tuple[int | str, ...]) -> d
         ]
 
     names = {f"{way}_r{rank}": rank for rank in RANKS for way in ("text_to_image", "image_to_text")}
-    return {name: _figure(name, of(name, rank), sizes, pictures[:, None], key) for name, rank in names.items()}
+    return {name: _figure(name, of(name, rank), sizes, pictures.shape[1], key) for name, rank in names.items()}
 
 
 def as_json(interval: Interval) -> dict[str, Any]:

@@ -111,14 +111,9 @@ def _measure(
     for name in rows:
         for measured, more in zip(made, gauge.from_features(name, features, len(good)), strict=True):
             measured.rows[name]["measures"] |= more
-    if isinstance(road, Pipeline):
-        for row, stage in (("image", "image"), ("video_real", "video")):
-            if row in plan.rows:
-                frames = real[:, :: plan.factor]
-                for measured, more in zip(
-                    made, time_losses(road, stage, good, frames, plan.fps, plan.seed), strict=True
-                ):
-                    measured.rows[row]["measures"] |= more
+    for name, told in _by_the_model(road, plan, good, real):
+        for measured, more in zip(made, told, strict=True):
+            measured.rows[name]["measures"] |= more
     if features:
         files.keep(number, good, features)
     for i, (prompt, measured) in enumerate(zip(good, made, strict=True)):
@@ -129,6 +124,22 @@ def _measure(
                 if found.frames.shape[1] > 1:
                     write_video(clip_path(out, row, prompt.split, prompt.number), found.frames[i], found.fps)
         samples.keep(record(prompt, measured))
+
+
+def _by_the_model(
+    road: Road, plan: Plan, good: Sequence[Prompt], real: np.ndarray
+) -> Iterator[tuple[str, list[dict[str, float | None]]]]:
+    """What only a model's own networks can say of the real clips: cut captions, losses at fixed noise; by rows."""
+    if not isinstance(road, Pipeline):
+        return
+    if "text" in road.model.config.stages() and "real" in plan.rows:
+        tower = road.model.text
+        yield "real", [{"captions_cut": float(bool(tower.lost_words(prompt.text)))} for prompt in good]
+    frames = real[:, :: plan.factor]
+    if "image" in plan.rows:
+        yield "image", time_losses(road, "image", good, frames, plan.fps, plan.seed)
+    if "video_real" in plan.rows:
+        yield "video_real", time_losses(road, "video", good, frames, plan.fps, plan.seed)
 
 
 def _clip(questions: Questions, prompt: Prompt, plan: Plan) -> np.ndarray | ClipError:

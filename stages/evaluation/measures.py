@@ -47,6 +47,9 @@ def _likeness(what: str) -> dict[str, Unit]:
 MIDDLES = ("middle", "middle_blended", "middle_by_flow", "middle_rebuilt")
 MEASURES: dict[str, Unit] = {
     **{name: unit for what in ("reconstruction", "first_frame", *MIDDLES) for name, unit in _likeness(what).items()},
+    "captions_cut": Unit("captions that the text tower cuts, %", "less", 100.0, 1),
+    "latent_mean": Unit("mean of the latents", "real", digits=3),
+    "latent_deviation": Unit("deviation of the latents", "real", digits=3),
     "text_likeness": Unit("CLIP score", "more", digits=1),
     "consistency": Unit("frames alike, cosine", "real", digits=3),
     "flicker": Unit("flicker, grey levels", "real"),
@@ -106,7 +109,8 @@ class Gauge:
         return np.stack([_along_flow(clip, factor) for clip in clips])
 
     def features(self, rows: Mapping[str, np.ndarray], texts: Sequence[str]) -> dict[str, Tensor]:
-        """By "extractor/row": features float32 [B,K,D] of K frames, or [B,1,D] of clips; "extractor/texts" [B,D].
+        """By "extractor/row": features float32 [B,K,D] of K frames, or [B,1,D] of clips; "extractor/texts" [B,D];
+        "extractor/row/classes": probabilities of the first frame, where the network tells them.
 
         rows: uint8 [B,T,S,S,3]. A row that an extractor can't see (a picture, a clip of another length) has none.
         """
@@ -117,6 +121,9 @@ class Gauge:
                     chosen = frames[:, chosen_frames(frames.shape[1])]
                     flat = extractor(np.ascontiguousarray(chosen.reshape(-1, *chosen.shape[2:])))
                     found[f"{number}/{name}"] = flat.unflatten(0, chosen.shape[:2])
+                    if extractor.classes is not None:
+                        classes = extractor.probabilities(np.ascontiguousarray(frames[:, 0]))
+                        found[f"{number}/{name}/classes"] = classes
                 elif frames.shape[1] > 1 and extractor.frames in (None, frames.shape[1]):
                     found[f"{number}/{name}"] = extractor(np.ascontiguousarray(frames))[:, None]
             if extractor.has_texts:

@@ -112,8 +112,12 @@ def _rows(
     if "real_smooth" in wanted:
         yield "real_smooth", Row(smooth_real, [True] * len(batch), smooth_fps, nothing)
     if "autoencoder" in wanted:
-        frames, finite = decoded(road, road.encode(real))
-        yield "autoencoder", Row(frames, finite, plan.fps, gauge.likeness("reconstruction", frames, real), real)
+        latents = road.encode(real)
+        frames, finite = decoded(road, latents)
+        near = gauge.likeness("reconstruction", frames, real)
+        for told, latent in zip(near, latents, strict=True):  # what the next stages see: 0 and 1, were it perfect
+            told |= {"latent_mean": float(latent.mean()), "latent_deviation": float(latent.std())}
+        yield "autoencoder", Row(frames, finite, plan.fps, near, real)
     if "video_real" in wanted:
         first = road.encode(real[:, :1])
         clip = road.video(keys, first, plan.fps, plan.sampling["video"])
