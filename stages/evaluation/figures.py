@@ -5,7 +5,8 @@ N samples, K frames of each (1 for networks that see whole clips), D features.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -17,7 +18,7 @@ from videodiff.errors import UserError
 from videodiff.metrics.gaussian import frechet_distance
 from videodiff.metrics.intervals import Interval, set_interval
 from videodiff.metrics.kernels import cmmd, polynomial_mmd
-from videodiff.metrics.manifold import support
+from videodiff.metrics.manifold import Support, support
 from videodiff.metrics.samples import Metric, caution
 from videodiff.metrics.scores import inception_score, retrieval_recall
 from videodiff.networks.features import FeatureExtractor
@@ -25,6 +26,8 @@ from videodiff.networks.features import FeatureExtractor
 LEAST = 16  # samples: of fewer no set is judged
 WIDE = 512  # features beyond which resampling is dear
 RANKS = (1, 5, 10)
+SUPPORT = ("precision", "recall", "density", "coverage")
+Figures = Callable[[Tensor, Tensor], float]
 
 
 @dataclass(frozen=True)
@@ -60,83 +63,110 @@ LIKE = {
 def set_figures(
     rows: Sequence[str], features: Mapping[str, Tensor], extractors: Sequence[FeatureExtractor], *key: int | str
 ) -> list[dict[str, Any]]:
-    """Every figure of every row by every extractor that saw it, as JSON; [] for fewer than LEAST samples.
+    """Every figure of every row by every extractor that saw it, as JSON.
 
-    features: by "extractor/row" [N,K,D] and "extractor/texts" [N,D], as `Gauge.features` gives them, of one split. key:
-    what the resamples follow from. A figure that can't be had is told with the reason as its "refused".
+    features: by "extractor/row" [N,K,D], "extractor/texts" [N,D] and "finite/row" [N], as they are kept, of one split.
+    key: what the resamples follow from. Samples that are not finite are left out and counted. A figure that can't be
+    had is told with the reason as its "refused".
     """
     found: list[dict[str, Any]] = []
     for number, extractor in enumerate(extractors):
         for row in rows:
-            made, real = features.get(f"{number}/{row}"), features.get(f"{number}/{LIKE.get(row, '')}")
-            if made is None or len(made) < LEAST:
+            if (every := features.get(f"{number}/{row}")) is None:
                 continue
-            told = {"row": row, "features": extractor.name, "n": len(made)}
+            finite = features[f"finite/{row}"].bool()
+            made = every[finite]
+            told = {"row": row, "features": extractor.name, "n": len(made), "not_finite": int((~finite).sum())}
+            if len(made) < LEAST:
+                reason = f"{len(made)} samples, fewer than {LEAST}; ask for more prompts"
+                found.append({**told, "figure": "frechet", "refused": reason})
+                continue
+            real = features.get(f"{number}/{LIKE.get(row, '')}")
             if real is not None:
-                real = real[:, : made.shape[1]]  # of a picture the first frame
-                for name, value in _distances(real, made, extractor, key, row).items():
+                near = real[finite][:, : made.shape[1]]  # of a picture the first frame
+                source = (*key, row, extractor.kind, extractor.takes)
+                for name, value in _distances(near, made, extractor, source):
                     found.append({**told, "figure": name, **value})
             if (classes := features.get(f"{number}/{row}/classes")) is not None:
-                value = _figure(
-                    "inception", partial(_inception, classes), (len(classes),), classes.shape[1], (*key, row)
-                )
+                score = partial(_inception, classes[finite])
+                value = _figure("inception", score, len(made), classes.shape[1], (*key, row))
                 found.append({**told, "figure": "inception", **value})
             if row == "real" and extractor.has_texts:
-                for name, value in _retrieval(made.mean(1), features[f"{number}/texts"], (*key, row)).items():
+                for name, value in _retrieval(made.mean(1), features[f"{number}/texts"], (*key, row)):
                     found.append({**told, "figure": name, **value})
     return found
 
 
 def _distances(
-    real: Tensor, made: Tensor, extractor: FeatureExtractor, key: tuple[int | str, ...], row: str
-) -> dict[str, dict[str, Any]]:
-    def of(function: Callable[[Tensor, Tensor], float]) -> Callable[..., float]:
-        # All frames of the chosen samples: those of one clip are much alike, so clips are drawn, not frames.
-        return lambda i, j: function(real[torch.from_numpy(i)].flatten(0, 1), made[torch.from_numpy(j)].flatten(0, 1))
-
-    sizes, source = (len(real), len(made)), (extractor.kind, extractor.takes)
-    return {name: _figure(name, of(function), sizes, made.shape[2], (*key, row, *source, name))
-            for name, function in distances(extractor.has_texts).items()}  # fmt: skip
+    real: Tensor, made: Tensor, extractor: FeatureExtractor, key: tuple[int | str, ...]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    for name, function in distances(extractor.has_texts).items():
+        # The four figures of support are drawn alike: each of their tables of neighbours is made once.
+        source = (*key, "support" if name in SUPPORT else name)
+        yield name, _figure(name, of_samples(function, real, made), len(made), made.shape[2], source)
 
 
-def distances(of_clip: bool) -> dict[str, Callable[[Tensor, Tensor], float]]:
+def of_samples(function: Figures, real: Tensor, made: Tensor) -> Callable[..., float]:
+    """The figure of chosen samples: all frames of theirs, as those of one clip are much alike; and the made ones with
+    the real ones of the same prompts, since each was made like one of them."""
+
+    def figure(i: Any) -> float:
+        chosen = torch.from_numpy(i)
+        return function(real[chosen].flatten(0, 1), made[chosen].flatten(0, 1))
+
+    return figure
+
+
+def distances(of_clip: bool) -> dict[str, Figures]:
     """Every figure of (real, made) features [N,D], by name. of_clip: the features are embeddings of a CLIP."""
+    once = _Once()
     return {
         "frechet": frechet_distance, "kernel": polynomial_mmd, **({"cmmd": cmmd} if of_clip else {}),
-        **{name: partial(_support, name) for name in ("precision", "recall", "density", "coverage")},
+        **{name: partial(once.support, name) for name in SUPPORT},
     }  # fmt: skip
+
+
+class _Once:
+    """Precision, recall, density and coverage of the same sets come from one table."""
+
+    def __init__(self) -> None:
+        self._known: dict[bytes, Support] = {}
+
+    def support(self, name: str, real: Tensor, made: Tensor) -> float:
+        key = hashlib.sha256(real.numpy().tobytes() + made.numpy().tobytes()).digest()
+        if key not in self._known:
+            self._known[key] = support(real, made)
+        return float(getattr(self._known[key], name))
 
 
 def _inception(classes: Tensor, chosen: Any) -> float:
     return inception_score(classes[torch.from_numpy(chosen)], splits=1)[0]
 
 
-def _support(name: str, real: Tensor, made: Tensor) -> float:
-    return float(getattr(support(real, made), name))
-
-
 def _figure(
-    name: str, figure: Callable[..., float], sizes: Sequence[int], dimension: int, key: tuple[int | str, ...]
+    name: str, figure: Callable[..., float], count: int, dimension: int, key: tuple[int | str, ...]
 ) -> dict[str, Any]:
     try:
-        interval = set_interval(figure, sizes, *key, resamples=100 if dimension <= WIDE else 20)
+        interval = set_interval(figure, (count,), *key, resamples=100 if dimension <= WIDE else 20)
     except UserError as error:
         return {"refused": str(error)}
-    warned = caution(FIGURES[name].metric, min(sizes), dimension, None if name != "kernel" else 2)
+    warned = caution(FIGURES[name].metric, count, dimension, None if name != "kernel" else 2)
     return {**as_json(interval), **({"caution": warned} if warned else {})}
 
 
-def _retrieval(pictures: Tensor, texts: Tensor, key: tuple[int | str, ...]) -> dict[str, dict[str, Any]]:
+def _retrieval(pictures: Tensor, texts: Tensor, key: tuple[int | str, ...]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Recalls of the real clips and their captions, both ways: what the text tower knows."""
-    sizes = (len(texts),)
 
     def of(name: str, rank: int) -> Callable[..., float]:
-        return lambda i: retrieval_recall(pictures[torch.from_numpy(i)], texts[torch.from_numpy(i)], ranks=(rank,))[
-            name
-        ]
+        def recall(i: Any) -> float:
+            chosen = torch.from_numpy(i)
+            return retrieval_recall(pictures[chosen], texts[chosen], ranks=(rank,))[name]
 
-    names = {f"{way}_r{rank}": rank for rank in RANKS for way in ("text_to_image", "image_to_text")}
-    return {name: _figure(name, of(name, rank), sizes, pictures.shape[1], key) for name, rank in names.items()}
+        return recall
+
+    for rank in RANKS:
+        for name in (f"text_to_image_r{rank}", f"image_to_text_r{rank}"):
+            yield name, _figure(name, of(name, rank), len(texts), pictures.shape[1], key)
 
 
 def as_json(interval: Interval) -> dict[str, Any]:

@@ -39,12 +39,18 @@ def open_gauge(path: Path | None, model: Model, size: int, device: torch.device)
     except UserError as error:
         if path is not None:
             raise
-        skipped["features of the model's own text tower"] = str(error)
+        skipped["features of the model's own text tower"] = without(model, str(error))
     perceptual, name = None, None
     if judges.perceptual is not None:
         perceptual = load_perceptual(judges.perceptual, size).to(device)
-        name = f"LPIPS, sha256 {sha256(Path(judges.perceptual.path))}"
+        files = filter(None, (judges.perceptual.path, judges.perceptual.linear))
+        name = f"LPIPS, sha256 {' and '.join(sha256(Path(file)) for file in files)}"
     flow = has_flow()
     if not flow:
         skipped["motion"] = "optical flow needs OpenCV; pip install 'videodiff[eval]'"
-    return Gauge(extractors, perceptual, name, flow), skipped
+    return Gauge(extractors, perceptual, name, flow, device), skipped
+
+
+def without(model: Model, text: str) -> str:
+    """What is said of a model without the place where it lies: results hold no paths."""
+    return text.replace(str(model.folder), "the model")

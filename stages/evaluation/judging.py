@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -32,8 +33,8 @@ from videodiff.errors import UserError
 from videodiff.training import distributed
 from videodiff.video_io import write_png, write_video
 
-BATCH = 8  # prompts at a time; part of the protocol, as batches change results by rounding
 LOG_SECONDS = 60.0
+PASSING = ("deadline", "crash")  # what is wrong with a clip's decoder and not with the clip
 
 
 def evaluate(
@@ -51,21 +52,45 @@ def evaluate(
     `identity` says what is judged, and with which software: samples of another identity or plan are never mixed in.
     """
     protocol = _protocol(plan, questions, gauge, identity)
-    samples, files = Samples(out, protocol, distributed.rank()), FeatureFiles(out)
+    samples, files = Samples(out, protocol, distributed.rank()), FeatureFiles(out, protocol)
     distributed.barrier()  # every rank has read what is finished before any adds to it
-    prompts = questions.prompts
-    batches = list(enumerate(prompts[i : i + BATCH] for i in range(0, len(prompts), BATCH)))
+    prompts, size = questions.prompts, plan.batch
+    batches = list(enumerate(prompts[i : i + size] for i in range(0, len(prompts), size)))
     own = batches[distributed.rank() :: distributed.world()]
     with _progress(console, sum(len(batch) for _, batch in own)) as advance:
         for number, batch in own:
-            if not all((p.split, p.number) in samples.found for p in batch):
+            if not _finished(batch, number, samples, files, gauge):
                 _measure(road, plan, questions, gauge, out, number, batch, samples, files)
             advance(len(batch))
     distributed.barrier()
-    if distributed.rank() > 0:
-        return None
-    samples.read(protocol)
-    told = [samples.found[(p.split, p.number)] for p in prompts]
+    report, problem = None, None
+    if distributed.rank() == 0:
+        samples.read(protocol)
+        try:
+            report = _report(plan, questions, gauge, protocol, out, samples, files)
+        except UserError as error:  # the others wait: they must hear of it
+            problem = str(error)
+    distributed.raise_from_first(problem)
+    return report
+
+
+def _finished(batch: Sequence[Prompt], number: int, samples: Samples, files: FeatureFiles, gauge: Gauge) -> bool:
+    told = [samples.found.get((prompt.split, prompt.number)) for prompt in batch]
+    if any(sample is None for sample in told):
+        return False
+    return not gauge.extractors or all("bad" in sample for sample in told if sample) or files.has(number)
+
+
+def _report(
+    plan: Plan,
+    questions: Questions,
+    gauge: Gauge,
+    protocol: dict[str, Any],
+    out: Path,
+    samples: Samples,
+    files: FeatureFiles,
+) -> dict[str, Any]:
+    told = [samples.found[(p.split, p.number)] for p in questions.prompts]
     finished = [sample for sample in told if "bad" not in sample]
     if not finished:
         raise UserError(f"{out}: none of {len(told)} samples could be judged (the first: {told[0]['detail']})")
@@ -73,11 +98,11 @@ def evaluate(
     figures = [
         {"split": name, **figure}
         for split, name in SPLITS.items()
-        for figure in set_figures(plan.rows, files.of_split(split), gauge.extractors, plan.seed, split)
+        for figure in set_figures(plan.rows, files.of_split(split)[1], gauge.extractors, plan.seed, split)
     ]
     write_sheets(out, finished, plan.rows)
     lost = {name: losses(entries, name) for name in SPLITS.values()}
-    bad = Counter(sample["bad"] for sample in told if "bad" in sample)
+    bad = Counter([*(sample["bad"] for sample in told if "bad" in sample), *questions.problems])
     return {
         "protocol": protocol, "rows": entries, "figures": figures, "losses": lost, "verdict": in_words(lost["seen"]),
         "bad": dict(sorted(bad.items())),
@@ -96,12 +121,14 @@ def _measure(
     files: FeatureFiles,
 ) -> None:
     """Everything of one batch, kept: first the features, then a line for each prompt, which says that it is done."""
-    found = {prompt: _clip(questions, prompt, plan) for prompt in batch}
-    for prompt, error in found.items():
+    read = {prompt: _clip(questions, prompt, plan) for prompt in batch}
+    for prompt, error in read.items():
+        if isinstance(error, ClipError) and error.reason in PASSING:
+            raise UserError(f"{error} (this machine is busy, or out of memory); give the same command again")
         if isinstance(error, ClipError):
             told = {"split": prompt.split, "number": prompt.number, "prompt": prompt.text}
             samples.keep({**told, "bad": error.reason, "detail": str(error)})
-    clips = {prompt: clip for prompt, clip in found.items() if not isinstance(clip, ClipError)}
+    clips = {prompt: clip for prompt, clip in read.items() if not isinstance(clip, ClipError)}
     if not clips:
         return
     good, real = list(clips), np.stack(list(clips.values()))
@@ -115,7 +142,8 @@ def _measure(
         for measured, more in zip(made, told, strict=True):
             measured.rows[name]["measures"] |= more
     if features:
-        files.keep(number, good, features)
+        finite = {f"finite/{name}": torch.tensor(row.finite) for name, row in rows.items()}
+        files.keep(number, good, {**features, **finite})
     for i, (prompt, measured) in enumerate(zip(good, made, strict=True)):
         if is_shown(prompt):
             for row, picture in measured.pictures.items():
@@ -154,13 +182,13 @@ def _protocol(plan: Plan, questions: Questions, gauge: Gauge, identity: dict[str
     told = {name: value for name, value in vars(plan).items() if name != "sampling" and value is not None}
     told["sampling"] = {stage: configs.to_dict(sampling) for stage, sampling in plan.sampling.items()}
     told |= {"features": [extractor.protocol() for extractor in gauge.extractors], "perceptual": gauge.perceptual_name}
-    told |= {"flow": gauge.flow, "batch": BATCH}
+    told |= {"flow": gauge.flow}
     return json.loads(json.dumps({"format": 2, **identity, **questions.identity(), **told}))
 
 
 def software() -> dict[str, str]:
     """Versions of what the figures depend on."""
-    packages = ("videodiff", "torch", "numpy", "imageio-ffmpeg", "opencv-python-headless")
+    packages = ("videodiff", "torch", "numpy", "imageio-ffmpeg", "opencv-python-headless", "av", "decord", "pillow")
     return {"python": platform.python_version(), **{name: _version(name) for name in packages}}
 
 

@@ -5,6 +5,8 @@ A killed evaluation goes on where it stopped, and several ranks share one folder
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -13,11 +15,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from stages.evaluation.questions import Prompt
 from videodiff.errors import UserError
+from videodiff.video_io import atomic_path
 
 NEWLINE = b"\n"
 
@@ -92,7 +95,8 @@ def read_samples(out: Path) -> tuple[dict[str, Any], dict[tuple[str, int], dict[
     found: dict[tuple[str, int], dict[str, Any]] = {}
     try:
         for path in sorted(out.glob("samples*.jsonl")):
-            first, *lines = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
+            whole = (line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(NEWLINE))
+            first, *lines = map(json.loads, whole)
             protocol = first["protocol"]
             found |= {(line["split"], line["number"]): line for line in lines}
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -102,39 +106,71 @@ def read_samples(out: Path) -> tuple[dict[str, Any], dict[tuple[str, int], dict[
     return protocol, dict(sorted(found.items()))
 
 
-class FeatureFiles:
-    """`features/batch-NNNNNN.safetensors` of a folder: what the extractors made of a batch of prompts."""
+def digest_of(protocol: dict[str, Any]) -> str:
+    """A short name of a protocol."""
+    return hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()[:16]
 
-    def __init__(self, out: Path) -> None:
-        self.folder = out / "features"
+
+class FeatureFiles:
+    """`features/batch-NNNNNN.safetensors` of a folder: what the extractors made of a batch of prompts, and by which
+    protocol. Files of another one count as not there."""
+
+    def __init__(self, out: Path, protocol: dict[str, Any]) -> None:
+        self.folder, self.digest = out / "features", digest_of(protocol)
 
     def has(self, batch: int) -> bool:
-        return self._path(batch).is_file()
+        return self._told(self._path(batch)) is not None
 
     def keep(self, batch: int, prompts: Sequence[Prompt], features: Mapping[str, Tensor]) -> None:
-        """Written beside and renamed: it is whole, or not there."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        draft = self._path(batch).with_suffix(".tmp")
+        """Written beside, seen to the disk and renamed: it is whole, or not there. OSError names a full disk."""
+        path = self._path(batch)
         asked = json.dumps([[prompt.split, prompt.number] for prompt in prompts])
-        save_file({name: value.contiguous() for name, value in features.items()}, draft, {"prompts": asked})
-        draft.replace(self._path(batch))
+        write_tensors(path, features, {"prompts": asked, "protocol": self.digest})
 
-    def of_split(self, split: str) -> dict[str, Tensor]:
-        """Name -> features [N, ...] of a split's samples in their order; what not all batches have is left out."""
-        parts = [found for path in sorted(self.folder.glob("batch-*.safetensors")) if (found := _part(path, split))]
+    def of_split(self, split: str) -> tuple[list[int], dict[str, Tensor]]:
+        """The numbers of a split's samples, and name -> their features [N, ...]; what not all batches have is left out.
+
+        Raises UserError for a file that can't be read.
+        """
+        numbers: list[int] = []
+        parts: list[dict[str, Tensor]] = []
+        for path in sorted(self.folder.glob("batch-*.safetensors")):
+            asked = self._told(path) or []
+            chosen = [i for i, (of, _) in enumerate(asked) if of == split]
+            if chosen:
+                numbers += [int(asked[i][1]) for i in chosen]
+                parts.append({name: value[chosen] for name, value in read_tensors(path).items()})
         names = set.intersection(*map(set, parts)) if parts else set()
-        return {name: torch.cat([part[name] for part in parts]) for name in sorted(names)}
+        return numbers, {name: torch.cat([part[name] for part in parts]) for name in sorted(names)}
 
     def _path(self, batch: int) -> Path:
         return self.folder / f"batch-{batch:06d}.safetensors"
 
+    def _told(self, path: Path) -> list[list[Any]] | None:
+        """[split, number] of each of its samples; None for a file that is not there, torn, or of another protocol."""
+        try:
+            with safe_open(path, "pt") as file:
+                told = file.metadata()
+            return json.loads(told["prompts"]) if told["protocol"] == self.digest else None
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError):
+            return None
 
-def _part(path: Path, split: str) -> dict[str, Tensor]:
-    """The rows of a batch's features that are of a split; {} when none is."""
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file; UserError where it can't be read."""
     try:
-        with safe_open(path, "pt") as file:
-            asked = json.loads(file.metadata()["prompts"])
-            chosen = torch.tensor([i for i, (of, _) in enumerate(asked) if of == split], dtype=torch.int64)
-            return {name: file.get_tensor(name)[chosen] for name in file.keys()} if len(chosen) else {}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError):
+        return load_file(path)
+    except (SafetensorError, OSError):
         raise UserError(f"{path}: not readable; remove it and give the same command again") from None
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], told: dict[str, str]) -> None:
+    """Write tensors with words about them, whole or not at all; OSError where the disk is full."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(path) as draft:
+        try:
+            save_file({name: value.contiguous() for name, value in tensors.items()}, draft, told)
+        except SafetensorError as error:
+            raise OSError(errno.EIO, str(error), str(path)) from None
+        with open(draft, "rb") as file:
+            os.fsync(file.fileno())

@@ -22,6 +22,7 @@ from videodiff.metrics.pictures import ssim
 from videodiff.metrics.scores import clip_scores
 from videodiff.networks.features import FeatureExtractor
 
+AT_ONCE = 8  # frames that LPIPS looks at together
 FRAMES = 8  # of a clip, evenly from its first to its last, that networks for pictures look at
 Distance = Callable[[Tensor, Tensor], Tensor]  # pictures [N,3,H,W] in [-1,1], twice -> [N]
 
@@ -76,8 +77,9 @@ class Gauge:
         perceptual: Distance | None = None,
         perceptual_name: str | None = None,
         flow: bool = False,
+        device: torch.device | str = "cpu",
     ) -> None:
-        self.extractors, self.flow = tuple(extractors), flow
+        self.extractors, self.flow, self.device = tuple(extractors), flow, torch.device(device)
         self.perceptual, self.perceptual_name = perceptual, perceptual_name
 
     def likeness(self, what: str, made: np.ndarray, real: np.ndarray) -> list[dict[str, float | None]]:
@@ -86,10 +88,15 @@ class Gauge:
         for a, b in zip(made, real, strict=True):
             told: dict[str, float | None] = {f"{what}_psnr": psnr(a, b), f"{what}_ssim": float(ssim(a, b).mean())}
             if self.perceptual is not None:
-                with torch.inference_mode():
-                    told[f"{what}_lpips"] = float(self.perceptual(_pictures(a), _pictures(b)).mean())
+                told[f"{what}_lpips"] = self._perceived(self.perceptual, a, b)
             found.append(told)
         return found
+
+    @torch.inference_mode()
+    def _perceived(self, distance: Distance, a: np.ndarray, b: np.ndarray) -> float:
+        """The mean over frames, a few at a time: the network's own layers are large."""
+        parts = zip(_pictures(a).split(AT_ONCE), _pictures(b).split(AT_ONCE), strict=True)
+        return float(torch.cat([distance(x.to(self.device), y.to(self.device)) for x, y in parts]).mean())
 
     def measures(self, clip: np.ndarray, fps: float) -> dict[str, float | None]:
         """How a clip moves; nothing of a picture."""
@@ -139,13 +146,14 @@ class Gauge:
         reads = next((number for number in seen if self.extractors[number].has_texts), None)
         if reads is not None:
             texts, mean = features[f"{reads}/texts"], features[f"{reads}/{row}"].mean(1)
-            for i, value in enumerate(clip_scores(mean, texts).tolist()):
+            good = [i for i in range(count) if bool(mean[i].any()) and bool(texts[i].any())]  # zeros have no direction
+            for i, value in zip(good, clip_scores(mean[good], texts[good]).tolist() if good else [], strict=True):
                 told[i]["text_likeness"] = value
         for number in seen:
             frames = features[f"{number}/{row}"]
             if frames.shape[1] > 1:
                 for i in range(count):
-                    told[i]["consistency"] = consistency(frames[i]).both
+                    told[i]["consistency"] = consistency(frames[i]).both if bool(frames[i].any(1).all()) else None
                 break
         return told
 

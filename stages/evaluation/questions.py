@@ -53,6 +53,7 @@ class Questions(Protocol):
     """Prompts, and the real clip of each."""
 
     prompts: Sequence[Prompt]
+    problems: Sequence[str]  # why samples can't be asked about, a reason for each
 
     def identity(self) -> dict[str, Any]:
         """What they follow from, as JSON: figures of unequal questions can't be compared."""
@@ -71,6 +72,7 @@ class WorldQuestions:
         """`num` prompts on seen combinations, `num_held_out` on each held-out split, or one for each it has."""
         self.num, self.num_held_out, self.seed = num, num_held_out, seed
         self.prompts = planned_prompts(num, num_held_out, seed)
+        self.problems: list[str] = []
 
     def identity(self) -> dict[str, Any]:
         return {"data": "built-in world", "num_prompts": self.num, "num_held_out": self.num_held_out}
@@ -103,10 +105,15 @@ class ShardQuestions:
             raise UserError(
                 f"--data {location}: holds {len(self._places)} samples, --num-prompts {num} are asked; ask for fewer"
             )
-        self.problems: list[str] = []  # samples that can't be asked about
+        self.problems: list[str] = []
         self.prompts = list(self._planned(num, rng("questions", seed).permutation(len(self._places)).tolist()))
         if not self.prompts:
-            raise UserError(f"--data {location}: no sample has a caption ({self.problems[0]})")
+            raise UserError(f"--data {location}: no sample can be asked about ({self.problems[0]}); see data check")
+        if len(self.prompts) < num and not at_most:
+            raise UserError(
+                f"--data {location}: {len(self.prompts)} samples can be asked about, --num-prompts {num} are asked "
+                f"({len(self.problems)} others can't, the first: {self.problems[0]}); ask for fewer"
+            )
 
     def _planned(self, num: int, order: list[int]) -> list[Prompt]:
         found: list[Prompt] = []
@@ -117,7 +124,7 @@ class ShardQuestions:
             try:
                 sample = read_texts(*self._places[place])
             except SampleError as error:
-                self.problems.append(str(error))
+                self.problems.append(error.reason)
                 continue
             text = sample.captions[0]
             turns[text] = turns.get(text, -1) + 1

@@ -5,6 +5,7 @@ B prompts, C latent channels, T frames, S frame side in pixels.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
@@ -52,6 +53,7 @@ class Plan:
     sampling: dict[str, Sampling]
     enlarged: int = 1  # gain in height and width of the upscale stage
     classifier_scale: float | None = None  # of the rows of a classifier, where there are any
+    batch: int = 8  # prompts at a time: batches change results by rounding
 
     @property
     def clips(self) -> Clips:
@@ -92,9 +94,10 @@ def measure(
     for name, row in rows.items():
         for i, (measured, prompt, clip) in enumerate(zip(made, batch, row.frames, strict=True)):
             seen, consistent = _reading(prompt, clip, row.finite[i])
+            # What is not finite was decoded from zeros: it shows nothing, and is like nothing.
+            measures = {**row.near[i], **gauge.measures(clip, row.fps)} if row.finite[i] else {}
             measured.rows[name] = {
-                "read": seen, "consistent": consistent, "finite": row.finite[i],
-                "measures": {**row.near[i], **gauge.measures(clip, row.fps)},
+                "read": seen, "consistent": consistent, "finite": row.finite[i], "measures": measures,
             }  # fmt: skip
             strips = [strip(clip)] if row.beside is None else [strip(row.beside[i]), strip(clip)]
             measured.pictures[name] = np.concatenate(strips)
@@ -196,7 +199,11 @@ def strip(clip: np.ndarray) -> np.ndarray:
 
 
 def record(prompt: Prompt, measured: Measured) -> dict[str, Any]:
-    """A finished sample as JSON."""
+    """A finished sample as JSON; a measure that is not finite is none."""
+    for told in measured.rows.values():
+        told["measures"] = {
+            name: value if value is None or math.isfinite(value) else None for name, value in told["measures"].items()
+        }
     told = {"split": prompt.split, "number": prompt.number, "prompt": prompt.text}
     truth = None if prompt.combination is None else asdict(prompt.combination)
     return {**told, "truth": truth, "rows": measured.rows}
