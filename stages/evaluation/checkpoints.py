@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -13,7 +14,9 @@ from videodiff.errors import UserError
 from videodiff.model import DESCRIPTION, Weights, find
 from videodiff.training import distributed, status
 from videodiff.training.run_folder import CHECKPOINTS
+from videodiff.video_io import write_json
 
+INDEX = "checkpoints.json"
 POLL_SECONDS = 5.0
 TOLD_SECONDS = 300.0  # between two lines that say what is waited for
 Chosen = Literal["ema", "raw", "both"]
@@ -46,9 +49,23 @@ class Choice:
         raise UserError(f"--checkpoints {text!r}: say last, all, or every:N (those whose step is a multiple of N)")
 
 
-def subjects(model: str, choice: Choice, weights: Chosen) -> list[Subject]:
-    """What is to be judged of a model, a checkpoint or a run, by step. Raises UserError when there is nothing."""
-    kinds: tuple[Weights, ...] = ("ema", "raw") if weights == "both" else (weights,)
+def subjects(model: str, choice: Choice, weights: Chosen, known: Sequence[Subject] = ()) -> list[Subject]:
+    """What is to be judged of a model, a checkpoint or a run, by step. Collective: rank 0 looks, all are given the same.
+
+    known: what was judged before, see `judged_before`. Raises UserError on all ranks when there is nothing.
+    """
+    found, problem = None, None
+    if distributed.rank() == 0:
+        try:
+            found = _subjects(model, choice, weights, known)
+        except UserError as error:
+            problem = str(error)
+    distributed.raise_from_first(problem)
+    return distributed.from_first(found) or []
+
+
+def _subjects(model: str, choice: Choice, weights: Chosen, known: Sequence[Subject]) -> list[Subject]:
+    kinds = _kinds(weights)
     if choice.last:
         folder = find(model)
         return [Subject(folder, kind, kind if len(kinds) > 1 else "", _step(folder)) for kind in kinds]
@@ -58,23 +75,27 @@ def subjects(model: str, choice: Choice, weights: Chosen) -> list[Subject]:
     found = _found(run, choice, kinds)
     if not found:
         raise UserError(f"{model}: holds no checkpoint with a step that is a multiple of {choice.every}; say all")
-    return found
+    return [subject for subject in found if not _is_kept_of(subject, known)]
 
 
-def follow(model: str, choice: Choice, weights: Chosen, say: Callable[[str], None]) -> Iterator[Subject]:
+def follow(
+    model: str, choice: Choice, weights: Chosen, known: Sequence[Subject], say: Callable[[str], None]
+) -> Iterator[Subject]:
     """The checkpoints of a run that trains, each as soon as it is there, until the run is complete or has failed.
 
-    Collective: rank 0 looks, and all ranks are given the same.
+    Collective: rank 0 looks, and all ranks are given the same. Raises UserError for what can't become a run.
     """
+    run = Path(model)
     if choice.last:
         raise UserError("--watch judges each new checkpoint; say --checkpoints all or every:N")
-    run, kinds = Path(model), (("ema", "raw") if weights == "both" else (weights,))
+    if (run / DESCRIPTION).is_file() or not run.absolute().parent.is_dir():
+        raise UserError(f"{model}: not the folder of a run; name the one that run.dir names in its YAML")
     done: set[str] = set()
     told = -TOLD_SECONDS
     while True:
-        state, step = distributed.from_first(_state(run) if distributed.rank() == 0 else ("", 0))
-        # Looked at after the state: the last checkpoint is there when a run is complete.
-        new = distributed.from_first([s for s in _found(run, choice, kinds) if s.name not in done])
+        look = _look(run, choice, _kinds(weights), known) if distributed.rank() == 0 else None
+        state, step, found = distributed.from_first(look) or ("", 0, [])
+        new = [subject for subject in found if subject.name not in done]
         yield from new
         done |= {subject.name for subject in new}
         if state in ("complete", "failed") and not new:
@@ -85,6 +106,49 @@ def follow(model: str, choice: Choice, weights: Chosen, say: Callable[[str], Non
                 say(f"{run}: waiting for the next checkpoint (step {step}, {state or 'not begun'})")
                 told = time.monotonic()
             time.sleep(POLL_SECONDS)
+
+
+def judged_before(out: Path) -> list[Subject]:
+    """What an earlier call judged in `out`: checkpoints may be gone since, what is known of them is not. Collective."""
+    return distributed.from_first(_judged_before(out) if distributed.rank() == 0 else [])
+
+
+def _judged_before(out: Path) -> list[Subject]:
+    try:
+        told = json.loads((out / INDEX).read_text(encoding="utf-8"))["checkpoints"]
+        found = [Subject(Path(), entry["weights"], entry["name"], entry["step"]) for entry in told]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+    return [subject for subject in found if (out / subject.name / "evaluation.json").is_file()]
+
+
+def write_index(out: Path, done: Sequence[Subject]) -> None:
+    """Say which evaluations lie in folders of `out`; of a single one, which lies in `out` itself, nothing."""
+    if not any(subject.name for subject in done):
+        (out / INDEX).unlink(missing_ok=True)
+        return
+    ordered = sorted(done, key=lambda subject: (subject.step or 0, subject.weights))
+    told = [{"name": subject.name, "step": subject.step, "weights": subject.weights} for subject in ordered]
+    write_json(out / INDEX, {"checkpoints": told})
+
+
+def _kinds(weights: Chosen) -> tuple[Weights, ...]:
+    return ("ema", "raw") if weights == "both" else (weights,)
+
+
+def _look(
+    run: Path, choice: Choice, kinds: tuple[Weights, ...], known: Sequence[Subject]
+) -> tuple[str, int, list[Subject]]:
+    """State, step and checkpoints; these after the state, so that the last one is there when a run is complete."""
+    told = status.read(run)
+    found = [subject for subject in _found(run, choice, kinds) if not _is_kept_of(subject, known)]
+    return ("", 0, found) if told is None else (told.state, told.step, found)
+
+
+def _is_kept_of(subject: Subject, known: Sequence[Subject]) -> bool:
+    """Whether this is the averaged weights that were kept of a checkpoint which was judged when it was whole: another
+    file of equal weights."""
+    return subject.folder.name.startswith("average-") and subject.name in {before.name for before in known}
 
 
 def _found(run: Path, choice: Choice, kinds: tuple[Weights, ...]) -> list[Subject]:
@@ -104,8 +168,3 @@ def _found(run: Path, choice: Choice, kinds: tuple[Weights, ...]) -> list[Subjec
 def _step(folder: Path) -> int | None:
     found = re.fullmatch(r"(?:step|average)-([0-9]+)", folder.name)
     return int(found[1]) if found else None
-
-
-def _state(run: Path) -> tuple[str, int]:
-    told = status.read(run)
-    return ("", 0) if told is None else (told.state, told.step)

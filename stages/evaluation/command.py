@@ -7,18 +7,21 @@ motion and losses. Equal seeds for every checkpoint; the same command goes on wh
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from stages.evaluation.checkpoints import Choice, Chosen, Subject, follow, subjects
+from data_pipeline.index import open_shards
+from stages.evaluation.checkpoints import Choice, Chosen, Subject, follow, judged_before, subjects, write_index
 from stages.evaluation.classifier import classifier_scale_for
 from stages.evaluation.extras import EXTRA_NEEDS, EXTRA_STAGES
-from stages.evaluation.judges import open_gauge
+from stages.evaluation.judges import open_gauge, without
 from stages.evaluation.judging import evaluate, software
+from stages.evaluation.kept import FeatureFiles
+from stages.evaluation.measures import Gauge
 from stages.evaluation.neighbours import nearest_training_clips
 from stages.evaluation.questions import Questions, ShardQuestions, WorldQuestions
 from stages.evaluation.report import write_report
@@ -63,6 +66,7 @@ class Request:
     judges: Path | None = None
     watch: bool = False
     training: str | None = None
+    batch_size: int = 8
 
 
 def main(request: Request) -> None:
@@ -80,52 +84,42 @@ def main(request: Request) -> None:
 def _main(request: Request) -> None:
     if request.num_prompts < 1:
         raise UserError(f"--num-prompts {request.num_prompts}: there is nothing to judge; ask for at least 1")
+    if request.training is not None:
+        open_shards(request.training)  # a mistake is told before anything is computed
     console = Console(stderr=True, quiet=distributed.rank() > 0)
-    questions = _questions(request)
     choice = Choice.parse(request.checkpoints)
-    several = request.watch or not choice.last
-    chosen = (
-        follow(request.model, choice, request.weights, lambda line: console.print(line, highlight=False))
-        if request.watch
-        else subjects(request.model, choice, request.weights)
-    )
-    done, gone = [], []
+    many = request.watch or not choice.last
+    known = judged_before(request.out) if many else []
+    if request.watch:
+        chosen: Iterable[Subject] = follow(
+            request.model, choice, request.weights, known, lambda line: console.print(line, markup=False)
+        )
+    else:
+        chosen = subjects(request.model, choice, request.weights, known)
+    questions = _questions(request)
+    done = list(known)
     try:
         for subject in chosen:
-            if _judged(request, subject, questions, console, several):
-                done.append(subject)
-                _publish(request.out, done, gone)
-            else:
-                gone.append(subject.name)
+            opened = _opened(request, subject, questions, console, may_go=many)
+            if opened is not None:
+                _judge(request, opened, questions, console)
+                done = [*(before for before in done if before.name != subject.name), subject]
+                _publish(request.out, done)
     finally:
         questions.close()
     if not done:
-        raise UserError(f"{request.model}: no checkpoint could be judged (gone before: {', '.join(gone) or 'none'})")
+        raise UserError(f"{request.model}: no checkpoint could be judged; the run has none that is still there")
 
 
-def _publish(out: Path, done: Sequence[Subject], gone: Sequence[str]) -> None:
+def _publish(out: Path, done: Sequence[Subject]) -> None:
     """What is known so far, for people: the page, and which checkpoints it is of."""
     if distributed.rank() > 0:
         return
-    if any(subject.name for subject in done):
-        told = [{"name": subject.name, "step": subject.step, "weights": subject.weights} for subject in done]
-        write_json(out / "checkpoints.json", {"checkpoints": told, "gone": list(gone)})
+    write_index(out, done)
     try:
         print(write_report(out))
     except UserError as error:  # without jinja2 there is all but the page
         print(f"no page: {error}")
-
-
-def _judged(request: Request, subject: Subject, questions: Questions, console: Console, may_go: bool) -> bool:
-    """Judge one model; False where it is gone: a run that goes on removes old checkpoints, which ends no others'."""
-    try:
-        _judge(request, subject, questions, console)
-    except UserError:
-        if not may_go or (subject.folder / DESCRIPTION).exists():
-            raise
-        console.print(f"skipped {subject.name}: it is gone", style="yellow", highlight=False)
-        return False
-    return True
 
 
 def _questions(request: Request) -> Questions:
@@ -139,38 +133,85 @@ def _questions(request: Request) -> Questions:
     return WorldQuestions(request.num_prompts, held_out, request.seed)
 
 
-def _judge(request: Request, subject: Subject, questions: Questions, console: Console) -> None:
-    """One model; what is said of it goes to `out`, or of several to a folder there."""
-    out = request.out / subject.name
+@dataclass(frozen=True)
+class Opened:
+    """A model with all its networks in memory: its files may go while it is judged."""
+
+    subject: Subject
+    road: Pipeline
+    plan: Plan
+    gauge: Gauge
+    identity: dict[str, Any]
+    skipped: dict[str, str]
+
+
+def _opened(request: Request, subject: Subject, questions: Questions, console: Console, may_go: bool) -> Opened | None:
+    """The model on every rank, or on none: a run that goes on removes old checkpoints, perhaps under one rank's hands.
+
+    Raises UserError on all of them; None for one that is gone, where `may_go`.
+    """
+    opened, problem = None, None
+    try:
+        opened = _open(request, subject, questions)
+    except UserError as error:
+        problem = str(error)
+    except OSError as error:
+        problem = f"{subject.folder}: can't be read ({error.strerror or error}); copy it again"
+    problems = distributed.gather_to_first(problem)
+    first = next(filter(None, problems), None) if problems is not None else None
+    first, is_gone = distributed.from_first((first, not (subject.folder / DESCRIPTION).exists()))
+    if first is not None and not (may_go and is_gone):
+        raise UserError(first)
+    if first is not None:
+        console.print(f"skipped {subject.name}: it is gone", style="yellow", markup=False)
+        return None
+    assert opened is not None
+    for name, reason in opened.skipped.items():
+        console.print(f"skipped {name}: {reason}", style="yellow", markup=False, highlight=False)
+    return opened
+
+
+def _open(request: Request, subject: Subject, questions: Questions) -> Opened:
     model = Model.load(subject.folder, subject.weights)
     plan, skipped = plan_for(model, request.stage, request.seed, of_the_world(questions))
-    plan = replace(plan, classifier_scale=classifier_scale_for(plan, request.classifier_scale))
+    scale = classifier_scale_for(plan, request.classifier_scale)
+    plan = replace(plan, classifier_scale=scale, batch=request.batch_size)
     device = distributed.device()
     gauge, left_out = open_gauge(request.judges, model, plan.size, device)
-    skipped |= left_out
-    for name, reason in skipped.items():
-        console.print(f"skipped {name}: {reason}", style="yellow", highlight=False)
-    road = Pipeline(model, device)
-    road.load()  # a run that goes on may remove the checkpoint while it is judged
     identity = {
         "model": sha256(model.folder / DESCRIPTION), "weights": subject.weights,
         "software": {**software(), "device": device.type},
     }  # fmt: skip
+    road = Pipeline(model, device)
+    road.load()
+    return Opened(subject, road, plan, gauge, identity, {**skipped, **left_out})
+
+
+def _judge(request: Request, opened: Opened, questions: Questions, console: Console) -> None:
+    """One model; what is said of it goes to `out`, or of several to a folder there."""
+    out, skipped = request.out / opened.subject.name, dict(opened.skipped)
     began = time.perf_counter()
-    report = evaluate(road, plan, questions, gauge, identity, out, console)
-    if report is None:
-        return
-    memorized = None
-    if request.training is not None:
-        split = questions.prompts[0].split
-        memorized = nearest_training_clips(out, plan, gauge, request.training, split, request.out)
-        if memorized is None:
-            skipped["nearest training clips"] = "no generated videos, or no network that sees them"
-    write_json(out / "evaluation.json", {"skipped": skipped, **report, "memorized": memorized})
-    # Apart from the figures, which are the same when they are made again.
-    write_json(out / "timings.json", {"seconds": time.perf_counter() - began, "ranks": distributed.world()})
-    _show(subject, report, skipped)
-    print(out / "evaluation.json")
+    report = evaluate(opened.road, opened.plan, questions, opened.gauge, opened.identity, out, console)
+    problem = None
+    if report is not None:
+        try:
+            memorized = None
+            if request.training is not None:
+                files = FeatureFiles(out, report["protocol"])
+                split = questions.prompts[0].split
+                memorized = nearest_training_clips(
+                    out, files, opened.plan, opened.gauge, request.training, split, request.out
+                )
+                if memorized is None:
+                    skipped["nearest training clips"] = "no generated videos, or no network that sees them"
+            write_json(out / "evaluation.json", {"skipped": skipped, **report, "memorized": memorized})
+            # Apart from the figures, which are the same when they are made again.
+            write_json(out / "timings.json", {"seconds": time.perf_counter() - began, "ranks": distributed.world()})
+            _show(opened.subject, report, skipped)
+            print(out / "evaluation.json")
+        except UserError as error:  # the others wait: they must hear of it
+            problem = str(error)
+    distributed.raise_from_first(problem)
 
 
 def _show(subject: Subject, report: dict[str, Any], skipped: dict[str, str]) -> None:
@@ -184,9 +225,9 @@ def _show(subject: Subject, report: dict[str, Any], skipped: dict[str, str]) -> 
     if report["verdict"] is not None:
         show.print(report["verdict"], highlight=False)
     for reason, count in report["bad"].items():
-        show.print(f"Left out: {count} samples ({reason}).", highlight=False)
+        show.print(f"Left out: {count} samples ({reason}).", highlight=False, markup=False)
     for name, reason in skipped.items():
-        show.print(f"Not judged: {name} ({reason}).", highlight=False)
+        show.print(f"Not judged: {name} ({reason}).", highlight=False, markup=False)
 
 
 def of_the_world(questions: Questions) -> bool:
@@ -203,23 +244,27 @@ def plan_for(model: Model, stage: str, seed: int, of_world: bool = True) -> tupl
     has = model.config.stages()
     skipped: dict[str, str] = {}
     rows: list[str] = []
+    judged: list[str] = []
     # What stands beside the road is judged where there is any, and nobody misses it elsewhere.
     every = [*STAGE_ROWS, *(name for name in EXTRA_STAGES if name in has)]
     for name in every if stage == "all" else (stage,):
         if (problem := _problem(model, name, stage, has, of_world)) is not None:
-            skipped[name] = problem
+            skipped[name] = without(model, problem)
         else:
+            judged.append(name)
             rows += STAGE_ROWS[name] if name in STAGE_ROWS else EXTRA_STAGES[name].rows
     if not rows:
         raise UserError(f"{model.folder}: holds no stage that can be judged (it has: {', '.join(has) or 'none'})")
-    used: list[DiffusionStage] = [name for name in ("image", "video", "interpolation", "upscale") if name in has]
-    size = model.diffusion(used[0]).size if used else PLAIN_SIZE
+    wanted = {part for name in judged for part in {**NEEDS, **EXTRA_NEEDS}[name]}
+    used: list[DiffusionStage] = [n for n in ("image", "video", "interpolation", "upscale") if n in has and n in wanted]
+    sized: list[DiffusionStage] = [name for name in ("image", "video", "interpolation", "upscale") if name in has]
+    size = model.diffusion(sized[0]).size if sized else PLAIN_SIZE
     frames, fps = PLAIN_FRAMES, PLAIN_FPS
     if "video" in has:
         frames, fps = model.diffusion("video").frames, model.diffusion("video").fps
-    factor = model.diffusion("interpolation").factor if "interpolation" in has else 1
+    factor = model.diffusion("interpolation").factor if "interpolation" in used else 1
     sampling: dict[str, Sampling] = {name: model.diffusion(name).sampling for name in used}
-    enlarged = model.diffusion("upscale").factor if "upscale" in has else 1
+    enlarged = model.diffusion("upscale").factor if "upscale" in used else 1
     smooth = ["real_smooth"] if {"interpolation", "whole"} & set(rows) else []
     return Plan(("real", *smooth, *rows), size, frames, fps, factor, seed, sampling, enlarged), skipped
 
