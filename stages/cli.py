@@ -226,6 +226,7 @@ def evaluate(
     classifier_scale: Annotated[
         float | None, typer.Option(min=0, help="How strongly the classifier guides in its rows [default: 1]")
     ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts at a time; less takes less memory")] = 8,
     out: Annotated[Path, typer.Option(help="Folder of the table, the JSON and the pictures")] = Path(
         "outputs/evaluation"
     ),
@@ -236,7 +237,7 @@ def evaluate(
 
     given = {
         "data": data, "checkpoints": checkpoints, "weights": weights.value, "watch": watch, "judges": judges,
-        "training": training,
+        "training": training, "batch_size": batch_size,
     }  # fmt: skip
     run(Request(model, stage.value, num_prompts, seed, out, num_held_out, classifier_scale, **given))
 

@@ -18,7 +18,7 @@ from typing import Any
 from stages.generate import main as generate
 from stages.requests import slug
 from videodiff.errors import UserError
-from videodiff.video_io import write_json
+from videodiff.video_io import atomic_path, write_json
 
 SAMPLES = 5  # VBench's number of videos of a prompt ...
 FLICKER, FLICKER_SAMPLES = "temporal_flickering", 25  # ... and of this dimension, most of whose videos are thrown away
@@ -39,17 +39,22 @@ def main(suite: str, source: Path, out: Path, model: str, seed: int, batch_size:
     Videos, first images and side-cars of `videodiff generate` lie in `out`/generated, `out`/videos holds what the
     benchmark reads, metadata.json says which video is of which prompt. Raises UserError for a source that is none.
     """
+    if suite != "vbench" and samples is not None:
+        raise UserError(f"--num-samples {samples}: {suite} has one video of each prompt; leave it out")
     wanted = vbench(source, samples) if suite == "vbench" else comp_bench(source)
     prompts = list(dict.fromkeys(video.prompt for video in wanted))
     most = {prompt: 1 + max(v.sample for v in wanted if v.prompt == prompt) for prompt in prompts}
     out.mkdir(parents=True, exist_ok=True)
     lines = out / "prompts.jsonl"
-    lines.write_text(
-        "".join(json.dumps({"prompt": prompt, "num_samples": most[prompt]}) + "\n" for prompt in prompts),
-        encoding="utf-8",
-    )
+    with atomic_path(lines) as draft:  # every rank writes the same
+        told = (json.dumps({"prompt": prompt, "num_samples": most[prompt]}) + "\n" for prompt in prompts)
+        draft.write_text("".join(told), encoding="utf-8")
     made = out / "generated"
-    generate(None, made, lines, None, {"model": model, "seed": seed}, batch_size)
+    problem = None
+    try:
+        generate(None, made, lines, None, {"model": model, "seed": seed}, batch_size)
+    except UserError as error:  # what was made goes to its place all the same
+        problem = error
     if int(os.environ.get("RANK", "0")) > 0:
         return
     missing = []
@@ -63,6 +68,8 @@ def main(suite: str, source: Path, out: Path, model: str, seed: int, batch_size:
     write_json(out / "metadata.json", [vars(video) for video in wanted if video.file not in missing])
     where = f"{out / 'videos'}: {len(wanted) - len(missing)} of {len(wanted)} videos for {suite}"
     print(where + ("; other ranks make the rest: run it again when they are done" if missing else ""))
+    if problem is not None:
+        raise problem
 
 
 def vbench(path: Path, samples: int | None = None) -> list[Wanted]:
@@ -98,7 +105,7 @@ def comp_bench(folder: Path) -> list[Wanted]:
 
 
 def _of_category(category: str, number: int, told: Sequence[dict[str, Any]]) -> Wanted:
-    # The same prompt in two categories, or twice in one, is made twice, of other noise.
+    # The same prompt twice in a category is made twice, of other noise; two categories share a video.
     prompt = told[number]["prompt"].strip()
     before = sum(entry["prompt"].strip() == prompt for entry in told[:number])
     return Wanted(f"{category}/{number + 1:04d}.mp4", prompt, before)

@@ -50,7 +50,7 @@ class Choice:
 
 
 def subjects(model: str, choice: Choice, weights: Chosen, known: Sequence[Subject] = ()) -> list[Subject]:
-    """What is to be judged of a model, a checkpoint or a run, by step. Collective: rank 0 looks, all are given the same.
+    """What is to be judged of a model, a checkpoint or a run, by step. Collective: rank 0 looks for all.
 
     known: what was judged before, see `judged_before`. Raises UserError on all ranks when there is nothing.
     """
@@ -109,7 +109,7 @@ def follow(
 
 
 def judged_before(out: Path) -> list[Subject]:
-    """What an earlier call judged in `out`: checkpoints may be gone since, what is known of them is not. Collective."""
+    """What an earlier call judged in `out`: the checkpoints may be gone, what is known of them is not. Collective."""
     return distributed.from_first(_judged_before(out) if distributed.rank() == 0 else [])
 
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
-from stages.evaluation.figures import FIGURES, LEAST, LIKE, WIDE, distances
+from stages.evaluation.figures import FIGURES, LEAST, LIKE, WIDE, Figures, distances, of_samples
 from stages.evaluation.kept import FeatureFiles, read_samples
 from stages.evaluation.measures import MEASURES
 from stages.evaluation.report import evaluations
@@ -53,11 +53,12 @@ def compared(first: Path, second: Path) -> list[dict[str, Any]]:
     """
     a, b = _newest(first), _newest(second)
     (old_protocol, old), (new_protocol, new) = read_samples(a), read_samples(b)
-    differing = [name for name in sorted({*old_protocol, *new_protocol} - {*MODEL_KEYS})
-                 if old_protocol.get(name) != new_protocol.get(name)]  # fmt: skip
-    if differing:
-        each = "; ".join(f"{n}: {_short(old_protocol.get(n))} and {_short(new_protocol.get(n))}" for n in differing)
-        raise UserError(f"{first} and {second}: judged by unequal protocols ({each}); evaluate both alike")
+    told_apart = [key for key in MODEL_KEYS if key in old_protocol]
+    one, other = ({k: v for k, v in p.items() if k not in told_apart} for p in (old_protocol, new_protocol))
+    if differing := list(differences(one, other)):
+        raise UserError(
+            f"{first} and {second}: judged by unequal protocols ({'; '.join(differing)}); evaluate both alike"
+        )
     rows = [row for row in old_protocol["rows"] if row in new_protocol["rows"] and not row.startswith("real")]
     told: list[dict[str, Any]] = []
     for split, name in SPLITS.items():
@@ -65,7 +66,8 @@ def compared(first: Path, second: Path) -> list[dict[str, Any]]:
         for row in rows:
             if len(keys) > 1:
                 told += [{"row": row, "split": name, **line} for line in _samples(keys, old, new, row)]
-        told += [{"split": name, **line} for line in _sets(FeatureFiles(a), FeatureFiles(b), split, rows, old_protocol)]
+        files = FeatureFiles(a, old_protocol), FeatureFiles(b, new_protocol)
+        told += [{"split": name, **line} for line in _sets(*files, split, rows, old_protocol)]
     if not told:
         raise UserError(f"{first} and {second}: have no row with two samples in common; evaluate both on more prompts")
     return told
@@ -111,52 +113,58 @@ def _sets(
     a: FeatureFiles, b: FeatureFiles, split: str, rows: list[str], protocol: dict[str, Any]
 ) -> list[dict[str, Any]]:
     """Distances from the same real clips, by halves of the same prompts of both models."""
-    old, new = a.of_split(split), b.of_split(split)
+    (old_numbers, old), (new_numbers, new) = a.of_split(split), b.of_split(split)
+    both = [(i, new_numbers.index(number)) for i, number in enumerate(old_numbers) if number in set(new_numbers)]
     told = []
     for number, extractor in enumerate(protocol["features"]):
         for row in rows:
-            names = (f"{number}/{row}", f"{number}/{LIKE.get(row, '')}")
-            if any(name not in features for name in names for features in (old, new)) or len(old[names[0]]) < LEAST:
+            names = (f"{number}/{row}", f"{number}/{LIKE.get(row, '')}", f"finite/{row}")
+            if any(name not in features for name in names for features in (old, new)):
                 continue
-            real = old[names[1]][:, : old[names[0]].shape[1]]
+            pairs = [(i, j) for i, j in both if bool(old[names[2]][i]) and bool(new[names[2]][j])]
+            if len(pairs) < LEAST:
+                continue
+            first, second = (list(places) for places in zip(*pairs, strict=True))
+            made = old[names[0]][first], new[names[0]][second]
+            real = old[names[1]][first][:, : made[0].shape[1]]
             for name, function in distances(f"{number}/texts" in old).items():
-                figure, made = FIGURES[name], (old[names[0]], new[names[0]])
-                line = _set_line(function, real, *made, figure.better == "more", name, row)
-                told.append({"row": row, "figure": f"{figure.label}, {extractor['name']}", **line})
+                line = _set_line(function, real, *made, FIGURES[name].better == "more", name, row)
+                told.append({"row": row, "figure": f"{FIGURES[name].label}, {extractor['name']}", **line})
     return told
 
 
 def _set_line(
-    function: Callable[[Tensor, Tensor], float],
-    real: Tensor,
-    old: Tensor,
-    new: Tensor,
-    more_is_better: bool,
-    name: str,
-    row: str,
+    function: Figures, real: Tensor, old: Tensor, new: Tensor, more_is_better: bool, name: str, row: str
 ) -> dict[str, Any]:
-    def value(made: Tensor, i: np.ndarray, j: np.ndarray) -> float:
-        return function(real[torch.from_numpy(i)].flatten(0, 1), made[torch.from_numpy(j)].flatten(0, 1))
-
-    sizes, every = (len(real), len(old)), (np.arange(len(real)), np.arange(len(old)))
-    resamples = 100 if old.shape[2] <= WIDE else 20
-    found = set_interval(lambda i, j: value(new, i, j) - value(old, i, j), sizes, row, name, resamples=resamples)
+    before, after = of_samples(function, real, old), of_samples(function, real, new)
+    every, resamples = np.arange(len(old)), 100 if old.shape[2] <= WIDE else 20
+    told = {"n": len(old), "first": before(every), "second": after(every)}
+    found = set_interval(lambda i: after(i) - before(i), (len(old),), row, name, resamples=resamples)
     verdict = "can't tell"
     if not found.low <= 0 <= found.high:
         verdict = "better" if (found.value > 0) == more_is_better else "worse"
     # Its deviation falls as the root of N: so many more samples as bring the interval's half below the difference.
     half = (found.high - found.low) / 2
     more = None if not found.value else max(1, round(len(old) * ((1.43 * half / abs(found.value)) ** 2 - 1)))
-    return {
-        "n": len(old), "first": value(old, *every), "second": value(new, *every),
-        "difference": found.value, "interval": [found.low, found.high], "verdict": verdict,
-        "more": 0 if verdict != "can't tell" else more,
-    }  # fmt: skip
+    told |= {"difference": found.value, "interval": [found.low, found.high], "verdict": verdict}
+    return {**told, "more": 0 if verdict != "can't tell" else more}
+
+
+def differences(one: Any, other: Any, where: str = "") -> Iterator[str]:
+    """Every place at which two trees of JSON differ, with both values."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        for key in sorted({*one, *other}):
+            yield from differences(one.get(key), other.get(key), f"{where}.{key}" if where else key)
+    elif isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
+        for i, (a, b) in enumerate(zip(one, other, strict=True)):
+            yield from differences(a, b, f"{where}.{i}")
+    elif one != other:
+        yield f"{where}: {_short(one)} and {_short(other)}"
 
 
 def _newest(folder: Path) -> Path:
     """Where the evaluation lies, of several checkpoints that of the last one."""
-    return folder / evaluations(folder)[-1][0]
+    return folder / evaluations(folder)[-1].name
 
 
 def _short(value: object) -> str:
@@ -175,5 +183,5 @@ def _table(told: list[dict[str, Any]], first: Path, second: Path) -> Table:
             verdict += ", equal so far" if line["more"] is None else f", {line['more']} more samples would"
         numbers = [f"{line[key]:.4g}" for key in ("first", "second", "difference")]
         where = (ROWS[line["row"]], line["split"].replace("_", " "), line["figure"], str(line["n"]))
-        drawn.add_row(*where, *numbers, f"{low:.4g} - {high:.4g}", verdict)
+        drawn.add_row(*map(escape, where), *numbers, f"{low:.4g} - {high:.4g}", verdict)
     return drawn

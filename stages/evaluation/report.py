@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.world import ATTRIBUTES
+from stages.evaluation.checkpoints import INDEX
 from stages.evaluation.figures import FIGURES
+from stages.evaluation.kept import read_samples
 from stages.evaluation.measures import MEASURES
 from stages.evaluation.sheets import clip_path, figure_in_words, in_words, percent, picture_path
-from stages.evaluation.statistics import ROWS, SPLITS
+from stages.evaluation.statistics import ROWS, STEPS
 from videodiff.errors import UserError
 from videodiff.pages import data_url, write_page
 
@@ -21,46 +24,64 @@ MOST_COLUMNS = 8  # checkpoints whose videos stand side by side: the newest, and
 Entry = dict[str, Any]
 
 
+@dataclass(frozen=True)
+class Judged:
+    """One finished evaluation of a folder: its name there ("" alone), of which step and weights, and what was told."""
+
+    name: str
+    step: int | None
+    weights: str
+    told: Entry
+
+
 def write_report(out: Path) -> Path:
     """Write the page of a folder that `videodiff evaluate` filled, of one model or of several checkpoints.
 
     Raises UserError for another folder, and where jinja2 is not installed.
     """
     path, found = out / "report.html", evaluations(out)
-    newest = found[-1][1]
-    shown = found if len(found) <= MOST_COLUMNS else [*found[: -1 : -(-len(found) // (MOST_COLUMNS - 1))], found[-1]]
+    newest = found[-1]
+    step = -(-len(found) // (MOST_COLUMNS - 1))
+    shown = found if len(found) <= MOST_COLUMNS else [*found[:-1:step], newest]
+    told = newest.told
+    lost = told["losses"].get("seen") or {}
     write_page(
         path,
         PAGE,
-        name=newest["protocol"]["model"][:12],
-        verdict=newest["verdict"],
-        weakest=(newest["losses"].get("seen") or {}).get("most"),
+        name=f"{told['protocol']['model'][:12]}{f', {newest.name}' if newest.name else ''}",
+        verdict=told["verdict"],
+        weakest=next((after for stage, _, after in STEPS if stage == lost.get("most")), None),
         curves=_curves(found) if len(found) > 1 else [],
-        tables=[(name or "this model", _table(told)) for name, told in found[::-1]],
-        columns=[name for name, _ in shown],
-        videos=_videos(out, [name for name, _ in shown]),
-        confusions=_confusions(newest["rows"]),
+        tables=[(judged.name or "this model", _table(judged.told)) for judged in found[::-1]],
+        columns=[judged.name for judged in shown],
+        videos=_videos(out, [judged.name for judged in shown]),
+        confusions=_confusions(told["rows"]),
         attributes=[*ATTRIBUTES, "all"],
-        memorized=newest["memorized"],
-        neighbours=[data_url(p, "image/png") for p in sorted((out / found[-1][0] / "neighbours").glob("*.png"))],
-        protocol=json.dumps(newest["protocol"], indent=1),
-        skipped=newest["skipped"],
-        bad=newest["bad"],
+        memorized=told["memorized"],
+        neighbours=[data_url(p, "image/png") for p in sorted((out / newest.name / "neighbours").glob("*.png"))],
+        protocol=json.dumps(told["protocol"], indent=1),
+        skipped=told["skipped"],
+        bad=told["bad"],
     )
     return path
 
 
-def evaluations(out: Path) -> list[tuple[str, Entry]]:
-    """The evaluations of a folder, by name ("" alone), in the order of steps. UserError where there is none."""
+def evaluations(out: Path) -> list[Judged]:
+    """The evaluations of a folder by step, of each step the averaged weights last. UserError where there is none."""
     try:
-        if (out / "checkpoints.json").is_file():
-            told = json.loads((out / "checkpoints.json").read_text(encoding="utf-8"))
-            names = [entry["name"] for entry in told["checkpoints"]]
-        else:
-            names = [""]
-        return [(name, json.loads((out / name / "evaluation.json").read_text(encoding="utf-8"))) for name in names]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        entries = [{"name": "", "step": None, "weights": "ema"}]
+        if (out / INDEX).is_file():
+            entries = json.loads((out / INDEX).read_text(encoding="utf-8"))["checkpoints"]
+        entries.sort(key=lambda entry: (entry["step"] or 0, entry["weights"] == "ema"))
+        files = [out / entry["name"] / "evaluation.json" for entry in entries]
+        return [Judged(e["name"], e["step"], e["weights"], json.loads(file.read_text(encoding="utf-8")))
+                for e, file in zip(entries, files, strict=True)]  # fmt: skip
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
         raise UserError(f"{out}: holds no finished evaluation ({error}); give `evaluate --out` this folder") from None
+
+
+# A checkpoint, and its figure with its interval.
+Point = tuple[Judged, tuple[float, ...]]
 
 
 def _table(told: Entry) -> list[dict[str, Any]]:
@@ -70,6 +91,7 @@ def _table(told: Entry) -> list[dict[str, Any]]:
         figures = [f for f in told["figures"] if (f["row"], f["split"]) == (entry["row"], entry["split"])]
         lines.append(
             {
+                "row": entry["row"],
                 "stage": ROWS[entry["row"]],
                 "prompts": entry["split"].replace("_", " "),
                 "n": entry["n"],
@@ -82,54 +104,57 @@ def _table(told: Entry) -> list[dict[str, Any]]:
     return lines
 
 
-def _curves(found: Sequence[tuple[str, Entry]]) -> list[dict[str, Any]]:
+def _curves(found: Sequence[Judged]) -> list[dict[str, Any]]:
     """A chart for everything that is known of several checkpoints on seen prompts or data: points with bands."""
-    series: dict[tuple[str, str], list[tuple[str, float, float, float]]] = {}
-    for name, told in found:
+    series: dict[tuple[str, str], list[Point]] = {}
+    for judged in found:
+        told = judged.told
         for entry in told["rows"]:
             if entry["split"] not in ("seen", "data"):
                 continue
-            row = ROWS[entry["row"]]
+            row = f"{ROWS[entry['row']]}, {judged.weights}"
             for attribute, value in entry["shares"].items():
-                point = (name, 100 * value["share"], *(100 * x for x in value["interval"]))
-                series.setdefault((row, f"{attribute} right, %"), []).append(point)
+                figures = (100 * value["share"], *(100 * x for x in value["interval"]))
+                series.setdefault((row, f"{attribute} right, %"), []).append((judged, figures))
             for measure, value in entry["measures"].items():
                 unit = MEASURES[measure]
-                point = (name, *(unit.scale * x for x in (value["mean"], *value["interval"])))
-                series.setdefault((row, unit.label), []).append(point)
+                figures = tuple(unit.scale * x for x in (value["mean"], *value["interval"]))
+                series.setdefault((row, unit.label), []).append((judged, figures))
         for figure in told["figures"]:
             if figure["split"] in ("seen", "data") and "value" in figure:
                 label = f"{FIGURES[figure['figure']].label} ({figure['features']})"
-                point = (name, figure["value"], *figure["interval"])
-                series.setdefault((ROWS[figure["row"]], label), []).append(point)
+                row = f"{ROWS[figure['row']]}, {judged.weights}"
+                series.setdefault((row, label), []).append((judged, (figure["value"], *figure["interval"])))
     return [_chart(row, label, points) for (row, label), points in series.items() if len(points) > 1]
 
 
-def _chart(row: str, label: str, points: Sequence[tuple[str, float, float, float]]) -> dict[str, Any]:
-    low, high = min(p[2] for p in points), max(p[3] for p in points)
+def _chart(row: str, label: str, points: Sequence[Point]) -> dict[str, Any]:
+    low, high = min(f[1] for _, f in points), max(f[2] for _, f in points)
     spread = high - low or 1.0
-    places = [100 * i / (len(points) - 1) for i in range(len(points))]
-    heights = [[100 - 100 * (value - low) / spread for value in point[1:]] for point in points]
+    steps = [judged.step or 0 for judged, _ in points]
+    places = [100 * (step - steps[0]) / ((steps[-1] - steps[0]) or 1) for step in steps]
+    heights = [[100 - 100 * (value - low) / spread for value in figures] for _, figures in points]
     line = " ".join(f"{x:.2f},{y[0]:.2f}" for x, y in zip(places, heights, strict=True))
     upper = [f"{x:.2f},{y[2]:.2f}" for x, y in zip(places, heights, strict=True)]
     lower = [f"{x:.2f},{y[1]:.2f}" for x, y in zip(places, heights, strict=True)]
-    told = [f"{name}: {value:.4g} ({a:.4g} - {b:.4g})" for name, value, a, b in points]
+    told = [f"step {judged.step}: {value:.4g} ({a:.4g} - {b:.4g})" for judged, (value, a, b) in points]
     return {
         "row": row, "label": label, "line": line, "band": " ".join([*upper, *lower[::-1]]), "low": f"{low:.4g}",
         "high": f"{high:.4g}", "points": list(zip(places, [y[0] for y in heights], told, strict=True)),
-        "first": points[0][0], "last": points[-1][0],
+        "first": f"step {steps[0]}", "last": f"step {steps[-1]}",
     }  # fmt: skip
 
 
 def _videos(out: Path, names: Sequence[str]) -> list[dict[str, Any]]:
     """Of each row and prompt what each checkpoint made of it, a clip or a picture, the same prompts side by side."""
     lines = []
+    _, samples = read_samples(out / names[-1])
     for row in ROWS:
-        for split in SPLITS:
-            for number in range(SHOWN_CLIPS if split in ("train", "data") else 0):
+        for split in ("train", "data"):
+            for number in range(SHOWN_CLIPS):
                 cells = [_seen(out / name, row, split, number) for name in names]
-                if any(cells):
-                    prompt = _prompt(out / names[-1], split, number)
+                if any(cells) and (split, number) in samples:
+                    prompt = samples[(split, number)]["prompt"]
                     lines.append({"stage": ROWS[row], "prompt": prompt, "cells": cells})
     return lines
 
@@ -140,15 +165,6 @@ def _seen(folder: Path, row: str, split: str, number: int) -> dict[str, str] | N
     if (picture := picture_path(folder, row, split, number)).is_file():
         return {"kind": "image", "url": data_url(picture, "image/png")}
     return None
-
-
-def _prompt(folder: Path, split: str, number: int) -> str:
-    for path in sorted(folder.glob("samples*.jsonl")):
-        for line in path.read_text(encoding="utf-8").splitlines():
-            told = json.loads(line)
-            if (told.get("split"), told.get("number")) == (split, number):
-                return str(told["prompt"])
-    return ""
 
 
 def _confusions(rows: Sequence[Entry]) -> list[dict[str, Any]]:

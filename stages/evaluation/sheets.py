@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.markup import escape
 from rich.table import Table
 
 from data_pipeline.world import ATTRIBUTES
@@ -52,7 +53,7 @@ def measure_table(entries: Sequence[dict[str, Any]], figures: Sequence[dict[str,
                 figure = FIGURES[told["figure"]]
                 cells = _cells(figure, told) if "value" in told else ("-", "-")
                 beware = told.get("caution", told.get("refused", "")).partition(":")[0]
-                drawn.add_row(ROWS[entry["row"]], f"{figure.label}, {told['features']}", *cells, beware)
+                drawn.add_row(ROWS[entry["row"]], escape(f"{figure.label}, {told['features']}"), *cells, escape(beware))
     return drawn
 
 

@@ -77,10 +77,13 @@ def compare(new: Values, old: Values, *key: int | str, higher_is_better: bool = 
         )
     found = mean_interval(a - b, *key)
     deviation = float(np.std(a - b, ddof=1))
-    # Up to five pairs all differ to one side by mere chance in more than 5 of 100 trials, and their interval with them.
-    if found.low <= 0 <= found.high or len(a) < LEAST_PAIRS:
+    # Up to five pairs all differ to one side by mere chance in more than 5 of 100 trials, and their interval with them;
+    # pairs that are equal say nothing of the side.
+    differing = int(np.count_nonzero(a - b))
+    if found.low <= 0 <= found.high or differing < LEAST_PAIRS:
         needed = None if found.value == 0 else math.ceil(((Z95 + Z80) * deviation / found.value) ** 2)
-        more = None if needed is None else max(1, LEAST_PAIRS - len(a), needed - len(a))
+        least = math.ceil(LEAST_PAIRS * len(a) / max(1, differing))
+        more = None if needed is None else max(1, least - len(a), needed - len(a))
         return Comparison(found.value, found.low, found.high, len(a), deviation, "can't tell", more)
     verdict: Literal["better", "worse"] = "better" if (found.value > 0) == higher_is_better else "worse"
     return Comparison(found.value, found.low, found.high, len(a), deviation, verdict, 0)
