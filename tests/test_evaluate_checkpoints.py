@@ -134,6 +134,11 @@ def test_a_better_checkpoint_is_told_from_a_worse_one(run: Path, tmp_path: Path)
     losses = [line for line in told if line["figure"].startswith("loss")]
     assert len(losses) == 8  # of the video stage, from real first images
     assert all(line["n"] == 6 for line in losses)
+    assert "better" in {line["verdict"] for line in losses}  # the weights of step 20 were disturbed
+    back = compared(tmp_path / "40", tmp_path / "20")
+    assert [-line["difference"] for line in back] == pytest.approx([line["difference"] for line in told])
+    turned = {"better": "worse", "worse": "better", "can't tell": "can't tell"}
+    assert [turned[line["verdict"]] for line in back] == [line["verdict"] for line in told]
     same = compared(tmp_path / "40", tmp_path / "40")
     assert {line["verdict"] for line in same} == {"can't tell"}
     assert {line["difference"] for line in same} == {0.0}
@@ -160,6 +165,8 @@ def test_shards_are_judged_too(toy_model: Path, tmp_path: Path) -> None:
     assert all(f["n"] == 18 for f in told["figures"])
     # The clips that are judged are the training clips themselves: the nearest one is at no distance.
     assert told["memorized"]["unseen"]["mean"] < 1e-3
+    assert told["memorized"]["made"]["mean"] > 0.01
+    assert told["memorized"]["nearer_than_usual"]["right"] == 0
     assert "Learned by heart?" in (tmp_path / "out/report.html").read_text()
     main(request)
     assert json.loads((tmp_path / "out/evaluation.json").read_text()) == told
@@ -167,6 +174,48 @@ def test_shards_are_judged_too(toy_model: Path, tmp_path: Path) -> None:
         main(Request(str(toy_model), "all", 21, 0, tmp_path / "more", data=str(shards)))
     with pytest.raises(UserError, match="leave it out"):
         main(Request(str(toy_model), "all", 2, 0, tmp_path / "more", 2, data=str(shards)))
+
+
+def test_a_restarted_watch_remembers_what_is_gone(run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    request = Request(str(run), "image", 1, 0, out, 0, checkpoints="every:20")
+    main(request)
+    kept = (run / "checkpoints/step-00000020").rename(run / "checkpoints/average-00000020")  # by retention
+    (kept / "model.yaml").write_text((kept / "model.yaml").read_text() + "\n# written anew\n")
+    add_checkpoint(run, run / "checkpoints/step-00000040", 60)
+    main(request)
+    told = json.loads((out / "checkpoints.json").read_text())
+    assert [entry["step"] for entry in told["checkpoints"]] == [20, 40, 60]
+    assert (out / "report.html").read_text().count("step-00000020-ema") > 0
+
+
+def test_weights_that_are_not_finite_show_nothing_and_end_nothing(run: Path, tmp_path: Path) -> None:
+    """The other stages are judged all the same."""
+    sick = add_checkpoint(tmp_path / "sick", run / "checkpoints/step-00000040", 5, noise=float("nan"))
+    main(Request(str(sick), "video", 17, 0, tmp_path / "out", 0))
+    text = (tmp_path / "out/evaluation.json").read_text()
+    told = json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+    rows = {entry["row"]: entry for entry in told["rows"]}
+    for row in ("video_real", "video_generated"):
+        assert rows[row]["not_finite"] == rows[row]["n"] == 17
+        assert rows[row]["measures"] == {}
+        assert rows[row]["shares"]["colour"]["right"] == 0
+    assert rows["real"]["measures"]["flicker"]["n"] == 17
+    refused = [f for f in told["figures"] if f["row"].startswith("video")]
+    assert refused
+    assert all(f["n"] == 0 and f["not_finite"] == 17 and "refused" in f for f in refused)
+
+
+def test_features_that_are_lost_are_made_again(toy_model: Path, tmp_path: Path) -> None:
+    request = Request(str(toy_model), "image", 17, 0, tmp_path / "out", 0)
+    main(request)
+    before = (tmp_path / "out/evaluation.json").read_bytes()
+    files = sorted((tmp_path / "out/features").glob("batch-*"))
+    assert len(files) == 3
+    files[0].write_bytes(files[0].read_bytes()[:100])
+    files[1].unlink()
+    main(request)
+    assert (tmp_path / "out/evaluation.json").read_bytes() == before
 
 
 def test_clips_that_can_not_be_read_are_counted(toy_model: Path, tmp_path: Path) -> None:

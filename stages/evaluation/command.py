@@ -86,7 +86,7 @@ def _main(request: Request) -> None:
         raise UserError(f"--num-prompts {request.num_prompts}: there is nothing to judge; ask for at least 1")
     if request.training is not None:
         open_shards(request.training)  # a mistake is told before anything is computed
-    console = Console(stderr=True, quiet=distributed.rank() > 0)
+    console = Console(stderr=True, soft_wrap=True, quiet=distributed.rank() > 0)
     choice = Choice.parse(request.checkpoints)
     many = request.watch or not choice.last
     known = judged_before(request.out) if many else []

@@ -56,9 +56,7 @@ def compared(first: Path, second: Path) -> list[dict[str, Any]]:
     told_apart = [key for key in MODEL_KEYS if key in old_protocol]
     one, other = ({k: v for k, v in p.items() if k not in told_apart} for p in (old_protocol, new_protocol))
     if differing := list(differences(one, other)):
-        raise UserError(
-            f"{first} and {second}: judged by unequal protocols ({'; '.join(differing)}); evaluate both alike"
-        )
+        raise UserError(f"{first} and {second}: unequal protocols ({'; '.join(differing)}); evaluate both alike")
     rows = [row for row in old_protocol["rows"] if row in new_protocol["rows"] and not row.startswith("real")]
     told: list[dict[str, Any]] = []
     for split, name in SPLITS.items():

@@ -137,7 +137,8 @@ def _measure(
     features = gauge.features({name: row.frames for name, row in rows.items()}, [prompt.text for prompt in good])
     for name in rows:
         for measured, more in zip(made, gauge.from_features(name, features, len(good)), strict=True):
-            measured.rows[name]["measures"] |= more
+            if measured.rows[name]["finite"]:
+                measured.rows[name]["measures"] |= more
     for name, told in _by_the_model(road, plan, good, real):
         for measured, more in zip(made, told, strict=True):
             measured.rows[name]["measures"] |= more
