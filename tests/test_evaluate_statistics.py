@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from stages.evaluation.road import blend
-from stages.evaluation.statistics import in_words, losses, mean_interval, psnr, right, share
+from stages.evaluation.statistics import in_words, losses, mean_interval, psnr, right, share, step_intervals
 from videodiff.metrics.pictures import EQUAL_DB
 
 
@@ -39,6 +39,31 @@ def test_nothing_read_is_wrong() -> None:
         "shape": True,
         "all": False,
     }
+
+
+def test_what_chance_may_have_done_is_said() -> None:
+    def sample(right_ones: dict[str, bool]) -> dict:
+        rows = {
+            row: {"read": {"colour": "red" if hit else None}, "consistent": True} for row, hit in right_ones.items()
+        }
+        return {"split": "train", "truth": {"colour": "red"}, "rows": rows}
+
+    rows = ("autoencoder", "image", "video_generated")
+    samples = [sample({"autoencoder": True, "image": i % 10 > 0, "video_generated": i % 2 > 0}) for i in range(40)]
+    found = step_intervals(samples, "seen")
+    assert found["autoencoder"] == [0.0, 0.0]
+    assert 0 <= found["image"][0] < 10 < found["image"][1]
+    assert 20 < found["video"][0] < 40 < found["video"][1]
+    assert "interpolation" not in found
+    got = dict(zip(rows, (1.0, 0.9, 0.5), strict=True))
+    entries = [{"row": row, "split": "seen", "shares": {"all": {"share": value}}} for row, value in got.items()]
+    words = in_words({**losses(entries, "seen"), "intervals": found})
+    assert words is not None
+    assert "chance" not in words
+    assert f"video 40.0 ({found['video'][0]:.1f} to {found['video'][1]:.1f})" in words
+    few = in_words({**losses(entries, "seen"), "intervals": {"video": [-3.0, 80.0]}})
+    assert few is not None
+    assert "can't tell that from chance" in few
 
 
 def test_the_stage_that_loses_most_is_named() -> None:

@@ -26,7 +26,7 @@ from stages.evaluation.measures import Gauge
 from stages.evaluation.questions import Prompt, Questions
 from stages.evaluation.road import Plan, Road, measure, record
 from stages.evaluation.sheets import clip_path, is_shown, picture_path, write_sheets
-from stages.evaluation.statistics import SPLITS, in_words, losses, summary
+from stages.evaluation.statistics import SPLITS, in_words, losses, step_intervals, summary
 from stages.pipeline import Pipeline
 from videodiff import config as configs
 from videodiff.errors import UserError
@@ -101,10 +101,11 @@ def _report(
         for figure in set_figures(plan.rows, files.of_split(split)[1], gauge.extractors, plan.seed, split)
     ]
     write_sheets(out, finished, plan.rows)
-    lost = {name: losses(entries, name) for name in SPLITS.values()}
+    lost = {name: {**losses(entries, name), "intervals": step_intervals(finished, name)} for name in SPLITS.values()}
+    verdict = in_words(lost["seen"]) or in_words(lost["data"])
     bad = Counter([*(sample["bad"] for sample in told if "bad" in sample), *questions.problems])
     return {
-        "protocol": protocol, "rows": entries, "figures": figures, "losses": lost, "verdict": in_words(lost["seen"]),
+        "protocol": protocol, "rows": entries, "figures": figures, "losses": lost, "verdict": verdict,
         "bad": dict(sorted(bad.items())),
     }  # fmt: skip
 

@@ -133,12 +133,28 @@ def losses(entries: Sequence[dict[str, Any]], split: str) -> dict[str, Any]:
     return {"all": got, "steps": steps, **extra, "most": worst if steps[worst] > 0 else None}
 
 
+def step_intervals(samples: Sequence[dict[str, Any]], split: str) -> dict[str, list[float]]:
+    """Of each stage the 95 % interval of what it takes from "all attributes", in points, by differences of the same
+    prompts; stages that lack a row, and fewer than two prompts, have none."""
+    chosen = [s for s in samples if SPLITS[s["split"]] == split and s["truth"] is not None]
+    found = {}
+    for stage, before, after in STEPS:
+        rows = [after] if before is None else [before, after]
+        if len(chosen) > 1 and all(row in s["rows"] for s in chosen for row in rows):
+            hits = [[100.0 * right(s["rows"][row], truth_of(s, row) or {})["all"] for s in chosen] for row in rows]
+            start = [100.0] * len(chosen) if before is None else hits[0]
+            lost = intervals.mean_interval([a - b for a, b in zip(start, hits[-1], strict=True)], "steps", split, stage)
+            found[stage] = [lost.low, lost.high]
+    return found
+
+
 def in_words(told: dict[str, Any]) -> str | None:
     """The losses as a sentence or two; None where there are too few rows to compare stages."""
     steps = told["steps"]
     if len(steps) < 2:
         return None
-    listed = ", ".join(f"{stage} {points:.1f}" for stage, points in steps.items())
+    limits = {stage: f" ({low:.1f} to {high:.1f})" for stage, (low, high) in told.get("intervals", {}).items()}
+    listed = ", ".join(f"{stage} {points:.1f}{limits.get(stage, '')}" for stage, points in steps.items())
     if told["most"] is None:
         return f"No stage loses any of all attributes (points on seen combinations: {listed})."
     before, after = next((b, a) for stage, b, a in STEPS if stage == told["most"])
@@ -147,6 +163,8 @@ def in_words(told: dict[str, Any]) -> str | None:
         f"Stage {told['most']} loses most: all attributes fall from {start:.1f} % to {told['all'][after]:.1f} % "
         f"on seen combinations (points lost: {listed})."
     )
+    if told.get("intervals", {}).get(told["most"], [1.0])[0] <= 0:
+        text += " So few prompts can't tell that from chance; ask for more."
     if "video_alone" in told:
         text += f" From real first images the video stage loses {told['video_alone']:.1f}"
         text += f"; generated ones cost it {told['first_images']:.1f} more." if "first_images" in told else "."
