@@ -220,4 +220,5 @@ def test_from_shards_to_a_guided_picture(
     assert run("evaluate", "run", "--stage", "classifier", "--num-prompts", 1, "--num-held-out", 0, "--out", "ev") == 0
     rows = json.loads((tmp_path / "ev" / "evaluation.json").read_text())["rows"]
     assert [row["row"] for row in rows][-2:] == ["unguided", "guided"]
-    assert all(set(row["shares"]) == {"shape", "all"} for row in rows)
+    assert rows[0]["row"] == "real"
+    assert all(set(row["shares"]) == {"shape", "all"} for row in rows[1:])
