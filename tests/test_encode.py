@@ -277,6 +277,8 @@ def test_a_run_trains_from_encoded_shards(encoded: dict[int, Path], toy_model: P
     steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [entry["step"] for entry in steps] == [1, 2, 3, 4]
     assert len(list((tmp_path / "run" / "samples").iterdir())) == 2
-    path.write_text(json.dumps({**tree, "stage": "autoencoder", "model": None, "run": {"dir": "x", "steps": 1}}))
+    path.write_text(
+        json.dumps({**tree, "stage": "autoencoder", "model": None, "run": {"dir": str(tmp_path / "x"), "steps": 1}})
+    )
     with pytest.raises(UserError, match="hold no pictures"):
         train_stage(path)
