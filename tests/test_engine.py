@@ -117,13 +117,14 @@ def poison(engine: Engine) -> None:
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_one_process_follows_adamw_and_the_average_in_float64(stage: int) -> None:
-    config = EngineConfig(zero_stage=stage, precision="fp32", micro_batch=4, **SETTINGS)
+    config, linear = EngineConfig(zero_stage=stage, precision="fp32", micro_batch=4, **SETTINGS), nn.functional.linear
     engine = Engine(network(), config, trains, BATCH)
     assert engine.accumulation == 2
     average, norms = train_with(engine, config)
     check(engine.gather(engine.masters()), engine.gather(average.values), norms, config)
     poison(engine)
     engine.close()
+    assert nn.functional.linear is linear  # DeepSpeed puts its own there for good
 
 
 def test_two_processes_follow_them_too(tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ __all__ = ["Engine", "EngineConfig", "StepResult"]
 
 MASTER, AVERAGE = "master", "average"  # kinds of values in a checkpoint, beside AdamW's two
 MOMENTS = ("exp_avg", "exp_avg_sq")
+_LINEAR = torch.nn.functional.linear  # ZeRO 3 puts one of its own in this place, for the whole process and for good
 SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # of fp16's loss scale
 
 
@@ -243,8 +244,9 @@ class Engine:
                 own.copy_(state.read(kind, name, piece.start, piece.length))
 
     def close(self) -> None:
-        """Release DeepSpeed's hooks and buffers."""
+        """Release DeepSpeed's hooks and buffers, and give torch its own functions back."""
         self._deepspeed.destroy()
+        torch.nn.functional.linear = _LINEAR
 
     def _plain_step(self) -> StepResult:
         """Stage 0: gradients are whole and already equal on all ranks, so that all of them decide alike."""
