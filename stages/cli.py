@@ -48,6 +48,7 @@ class StageChoice(str, Enum):
     """What `videodiff evaluate --stage` takes."""
 
     autoencoder = "autoencoder"
+    text = "text"
     image = "image"
     video = "video"
     interpolation = "interpolation"
@@ -203,7 +204,17 @@ def evaluate(
     model: Annotated[str, typer.Argument(help="A model folder, a run, a checkpoint, or 'demo'")],
     stage: Annotated[StageChoice, typer.Option(help="Which stage to judge")] = StageChoice.all,
     data: Annotated[
-        str | None, typer.Option(help="Judge on clips and captions of these shards [default: the built-in world]")
+        str | None,
+        typer.Option(
+            help="Judge on clips and captions of these shards, or on UCF-101's classes: ucf101:FOLDER "
+            "[default: the built-in world]"
+        ),
+    ] = None,
+    sentences: Annotated[
+        Path | None, typer.Option(help="UCF-101: JSON of class: sentence [default: bare class names]")
+    ] = None,
+    size: Annotated[
+        int | None, typer.Option(min=1, help="Of the clips, for a model of autoencoder and text alone [default: 64]")
     ] = None,
     num_prompts: Annotated[int, typer.Option(min=1, help="Prompts on seen combinations, or of the shards")] = 200,
     num_held_out: Annotated[
@@ -237,7 +248,7 @@ def evaluate(
 
     given = {
         "data": data, "checkpoints": checkpoints, "weights": weights.value, "watch": watch, "judges": judges,
-        "training": training, "batch_size": batch_size,
+        "training": training, "batch_size": batch_size, "sentences": sentences, "size": size,
     }  # fmt: skip
     run(Request(model, stage.value, num_prompts, seed, out, num_held_out, classifier_scale, **given))
 

@@ -12,12 +12,12 @@ from safetensors.torch import save
 from torch import Tensor
 
 from data_pipeline.shards import VIDEO_SUFFIXES
-from stages.evaluation.statistics import psnr
 from stages.guides import Guides
 from stages.pipeline import Pipeline, SampleKey, adjusted
 from stages.requests import model_hash
 from videodiff import config as configs
 from videodiff.errors import UserError
+from videodiff.metrics.pictures import clip_psnr
 from videodiff.model import DiffusionStage, Model, Sampling
 from videodiff.training.distributed import device
 from videodiff.video_io import Frames, atomic_path, read_image, read_video, write_json
@@ -49,7 +49,7 @@ def main(
     sidecar = out.with_name(f"{out.name}.json")  # the picture's own side-car may have the name without .safetensors
     with atomic_path(out) as draft:
         draft.write_bytes(save({stage: value.contiguous() for stage, value in noise.items()}))
-    reached, most = psnr(again, frames), psnr(ceiling, frames)
+    reached, most = clip_psnr(again, frames), clip_psnr(ceiling, frames)
     write_json(
         sidecar,
         {

@@ -17,6 +17,7 @@ from videodiff import config as configs
 from videodiff.batch import VideoBatch
 from videodiff.errors import UserError
 from videodiff.model import DESCRIPTION, VOCABULARY, WORDS, FurtherPart, Model, TextPart, carry, files_of, place
+from videodiff.networks.features.extractor import film_strip
 from videodiff.networks.text import ContrastiveTextModel, PretrainedText, TextConfig, TextTower
 from videodiff.training.distributed import barrier, gather_rows, rank, world
 from videodiff.training.task import LossOutput
@@ -50,19 +51,6 @@ class TextStage(StageConfig):
         return self
 
 
-def film_strip(frames: Tensor) -> Tensor:
-    """Four frames of each clip in reading order on one picture: uint8 [B,T,H,W,3] -> float [B,3,H,W] in [-1,1].
-
-    A single frame can't show a motion; four of them, each at half size, can, and the tower stays an image tower.
-    """
-    clips, count = frames.shape[:2]
-    chosen = frames[:, [round(i * (count - 1) / 3) for i in range(4)]]
-    pictures = chosen.permute(0, 1, 4, 2, 3).flatten(0, 1).float() / 127.5 - 1
-    halves = F.avg_pool2d(pictures, 2).unflatten(0, (clips, 4))  # [B,4,3,H/2,W/2]
-    rows = [torch.cat([halves[:, 2 * i], halves[:, 2 * i + 1]], dim=-1) for i in range(2)]
-    return torch.cat(rows, dim=-2)
-
-
 class TextTask:
     """Symmetric cross-entropy between the captions of a global batch and their film strips, and between the captions
     and second captions of the same clips."""
@@ -86,7 +74,8 @@ class TextTask:
 
     def loss(self, module: Callable[..., tuple[Tensor, Tensor, Tensor]], batch: VideoBatch, seed: int) -> LossOutput:
         parameter = next(self.module.parameters())
-        images, count = film_strip(batch.frames).to(parameter), len(batch)
+        strips = film_strip(batch.frames, self.config.network.image_size) / 127.5 - 1  # four frames can show a motion
+        images, count = strips.to(parameter), len(batch)
         weight = self.config.paraphrase_weight if batch.paraphrases else 0.0
         captions = [*batch.captions, *(batch.paraphrases if weight else ())]
         image_features, text_features, scale = module(images, self.module.tokenize(captions).to(parameter.device))

@@ -122,8 +122,14 @@ def test_a_missing_stage_is_named(tiny_model: Path, tmp_path: Path, capsys: pyte
         "video": "the model has no stage image, video",
         "interpolation": "the model has no stage image, video, interpolation",
     }
-    none = shortened(tiny_model, tmp_path / "none", "text")
-    with pytest.raises(UserError, match="holds no stage that can be judged"):
-        plan_for(Model.load(none), "all", 0)
+    assert plan_for(Model.load(short), "all", 0, size=48)[0].size == 48
+    with pytest.raises(UserError, match="--size 30: the autoencoder needs a multiple of 8"):
+        plan_for(Model.load(short), "all", 0, size=30)
+    with pytest.raises(UserError, match="--size 48: the image stage makes 32 x 32; leave --size out"):
+        plan_for(Model.load(tiny_model), "all", 0, size=48)
+    words = Model.load(shortened(tiny_model, tmp_path / "words", "text"))
+    assert plan_for(words, "all", 0)[0].rows == ("real",)
+    with pytest.raises(UserError, match="holds no autoencoder stage"):
+        plan_for(words, "autoencoder", 0)
     with pytest.raises(UserError, match="--num-prompts 0"):
         main(Request(str(short), "autoencoder", 0, 0, tmp_path / "out"))

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from stages.evaluation.road import blend
-from stages.evaluation.statistics import in_words, losses, mean_interval, psnr, right, share, step_intervals
-from videodiff.metrics.pictures import EQUAL_DB
+from stages.evaluation.statistics import in_words, losses, mean_interval, right, share, step_intervals
+from videodiff.metrics.pictures import EQUAL_DB, clip_psnr
 
 
 def test_a_share_and_a_mean_of_one_have_intervals() -> None:
@@ -26,8 +26,8 @@ def test_the_mean_and_its_interval_follow_statistics() -> None:
 
 def test_psnr_and_blending_in_closed_form() -> None:
     grey = np.full((4, 8, 8, 3), 100, np.uint8)
-    assert psnr(grey, grey + 1) == pytest.approx(20 * np.log10(255))
-    assert psnr(grey, grey) == EQUAL_DB
+    assert clip_psnr(grey, grey + 1) == pytest.approx(20 * np.log10(255))
+    assert clip_psnr(grey, grey) == EQUAL_DB
     steps = np.arange(0, 60, 20, dtype=np.uint8)[:, None, None, None] + np.zeros((3, 2, 2, 3), np.uint8)
     assert blend(steps, 4)[:, 0, 0, 0].tolist() == [0, 5, 10, 15, 20, 25, 30, 35, 40]
 

@@ -136,8 +136,8 @@ def test_other_files_are_refused_in_one_line(tmp_path: Path) -> None:
         ({"path": lin_file}, "holds no features.0.weight"),
         ({"path": short}, "holds no features.28.bias"),
         ({"path": narrow}, r"features.5.weight is \[6, 5, 3, 3\]"),
-        ({"path": text}, "no readable weights"),
-        ({"path": pickle}, "no readable weights"),
+        ({"path": text}, "holds no named weights"),
+        ({"path": pickle}, "holds no named weights"),
         ({"path": script}, "perceptual.sha256: missing"),
         ({"path": script, "sha256": sha256(script)}, r"gives \[\] for two pairs"),
     ):

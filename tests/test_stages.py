@@ -17,7 +17,7 @@ from tiny_stages import Clips, stage_config, trained
 
 from data_pipeline.shards import write_world_shards
 from data_pipeline.world import render_clip
-from stages import image, interpolation, text, video
+from stages import image, interpolation, video
 from stages.assemble import begin_with
 from stages.autoencoder import AutoencoderStage, AutoencoderTask
 from stages.base import Dropout, with_known
@@ -31,6 +31,7 @@ from videodiff.batch import Condition
 from videodiff.diffusion.samplers import DDIM
 from videodiff.errors import UserError
 from videodiff.model import DESCRIPTION, VOCABULARY, WORDS, Model, export, write_weights
+from videodiff.networks.features.extractor import film_strip
 from videodiff.networks.text import build_vocabulary
 from videodiff.networks.unet import is_temporal
 from videodiff.training.trainer import RunConfig, train
@@ -566,7 +567,7 @@ def test_second_captions_alone_tell_a_tower_what_means_the_same(toy_model: Path,
 
 def test_a_film_strip_shows_four_moments_in_reading_order() -> None:
     frames = torch.arange(7, dtype=torch.uint8).view(1, 7, 1, 1, 1).expand(1, 7, 8, 8, 3) * 30
-    strip = (text.film_strip(frames) + 1) * 127.5
+    strip = film_strip(frames, 8)
     assert strip.shape == (1, 3, 8, 8)
     corners = [strip[0, 0, y, x].item() for y in (0, 7) for x in (0, 7)]
     assert corners == pytest.approx([0, 60, 120, 180], abs=1e-3)

@@ -27,20 +27,23 @@ from stages.evaluation.questions import Questions, ShardQuestions, WorldQuestion
 from stages.evaluation.report import write_report
 from stages.evaluation.road import Plan
 from stages.evaluation.sheets import measure_table, table
+from stages.evaluation.ucf101 import PREFIX, UCF101Questions, protocol_line
 from stages.pipeline import Pipeline
 from videodiff.errors import UserError
 from videodiff.model import DESCRIPTION, DiffusionStage, Model, Sampling, sha256
 from videodiff.training import distributed
 from videodiff.video_io import write_json
 
-STAGE_ROWS = {
+STAGE_ROWS: dict[str, tuple[str, ...]] = {
     "autoencoder": ("autoencoder",),
+    "text": (),  # it makes nothing: it is judged on the real clips and their captions
     "image": ("image",),
     "video": ("video_real", "video_generated"),
     "interpolation": ("interpolation", "whole"),
 }
 NEEDS = {
     "autoencoder": ("autoencoder",),
+    "text": ("text",),
     "image": ("autoencoder", "text", "image"),
     "video": ("autoencoder", "text", "image", "video"),
     "interpolation": ("autoencoder", "text", "image", "video", "interpolation"),
@@ -67,6 +70,8 @@ class Request:
     watch: bool = False
     training: str | None = None
     batch_size: int = 8
+    sentences: Path | None = None
+    size: int | None = None
 
 
 def main(request: Request) -> None:
@@ -128,6 +133,12 @@ def _questions(request: Request) -> Questions:
             raise UserError(
                 "--num-held-out is of the built-in world, --data has no held-out combinations; leave it out"
             )
+        if request.data.startswith(PREFIX):
+            folder = Path(request.data.removeprefix(PREFIX))
+            return UCF101Questions(folder, request.num_prompts, request.seed, request.sentences)
+    if request.sentences is not None:
+        raise UserError(f"--sentences is of the UCF-101 protocol (--data {PREFIX}FOLDER); leave it out")
+    if request.data is not None:
         return ShardQuestions(request.data, request.num_prompts, request.seed)
     held_out = request.num_prompts if request.num_held_out is None else request.num_held_out
     return WorldQuestions(request.num_prompts, held_out, request.seed)
@@ -173,7 +184,7 @@ def _opened(request: Request, subject: Subject, questions: Questions, console: C
 
 def _open(request: Request, subject: Subject, questions: Questions) -> Opened:
     model = Model.load(subject.folder, subject.weights)
-    plan, skipped = plan_for(model, request.stage, request.seed, of_the_world(questions))
+    plan, skipped = plan_for(model, request.stage, request.seed, of_the_world(questions), request.size)
     scale = classifier_scale_for(plan, request.classifier_scale)
     plan = replace(plan, classifier_scale=scale, batch=request.batch_size)
     device = distributed.device()
@@ -204,10 +215,11 @@ def _judge(request: Request, opened: Opened, questions: Questions, console: Cons
                 )
                 if memorized is None:
                     skipped["nearest training clips"] = "no generated videos, or no network that sees them"
-            write_json(out / "evaluation.json", {"skipped": skipped, **report, "memorized": memorized})
+            line = protocol_line(report["protocol"], report["figures"])
+            write_json(out / "evaluation.json", {"skipped": skipped, **report, "memorized": memorized, "ucf101": line})
             # Apart from the figures, which are the same when they are made again.
             write_json(out / "timings.json", {"seconds": time.perf_counter() - began, "ranks": distributed.world()})
-            _show(opened.subject, report, skipped)
+            _show(opened.subject, {**report, "ucf101": line}, skipped)
             print(out / "evaluation.json")
         except UserError as error:  # the others wait: they must hear of it
             problem = str(error)
@@ -222,8 +234,8 @@ def _show(subject: Subject, report: dict[str, Any], skipped: dict[str, str]) -> 
         show.rule(subject.name)
     show.print(table(report["rows"]))
     show.print(measure_table(report["rows"], report["figures"]))
-    if report["verdict"] is not None:
-        show.print(report["verdict"], highlight=False)
+    for line in filter(None, (report["verdict"], report["ucf101"])):
+        show.print(line, highlight=False, markup=False)
     for reason, count in report["bad"].items():
         show.print(f"Left out: {count} samples ({reason}).", highlight=False, markup=False)
     for name, reason in skipped.items():
@@ -235,11 +247,13 @@ def of_the_world(questions: Questions) -> bool:
     return all(prompt.combination is not None for prompt in questions.prompts)
 
 
-def plan_for(model: Model, stage: str, seed: int, of_world: bool = True) -> tuple[Plan, dict[str, str]]:
+def plan_for(
+    model: Model, stage: str, seed: int, of_world: bool = True, size: int | None = None
+) -> tuple[Plan, dict[str, str]]:
     """What can be judged of a model, and which stages are left out for which reason.
 
-    of_world: the prompts are of the built-in world, which what stands beside the road needs. UserError when a stage
-    named outright, or every stage, is missing.
+    of_world: the prompts are of the built-in world, which what stands beside the road needs. size: of the clips, for a
+    model that has no stage which fixes it. UserError when a stage named outright, or every stage, is missing.
     """
     has = model.config.stages()
     skipped: dict[str, str] = {}
@@ -253,12 +267,18 @@ def plan_for(model: Model, stage: str, seed: int, of_world: bool = True) -> tupl
         else:
             judged.append(name)
             rows += STAGE_ROWS[name] if name in STAGE_ROWS else EXTRA_STAGES[name].rows
-    if not rows:
+    if not judged:
         raise UserError(f"{model.folder}: holds no stage that can be judged (it has: {', '.join(has) or 'none'})")
     wanted = {part for name in judged for part in {**NEEDS, **EXTRA_NEEDS}[name]}
     used: list[DiffusionStage] = [n for n in ("image", "video", "interpolation", "upscale") if n in has and n in wanted]
     sized: list[DiffusionStage] = [name for name in ("image", "video", "interpolation", "upscale") if name in has]
-    size = model.diffusion(sized[0]).size if sized else PLAIN_SIZE
+    if sized:
+        own = model.diffusion(sized[0]).size
+        if size not in (None, own):
+            raise UserError(f"--size {size}: the {sized[0]} stage makes {own} x {own}; leave --size out")
+        size = own
+    elif size is not None and "autoencoder" in wanted and size % model.config.autoencoder.network.factor:
+        raise UserError(f"--size {size}: the autoencoder needs a multiple of {model.config.autoencoder.network.factor}")
     frames, fps = PLAIN_FRAMES, PLAIN_FPS
     if "video" in has:
         frames, fps = model.diffusion("video").frames, model.diffusion("video").fps
@@ -266,7 +286,8 @@ def plan_for(model: Model, stage: str, seed: int, of_world: bool = True) -> tupl
     sampling: dict[str, Sampling] = {name: model.diffusion(name).sampling for name in used}
     enlarged = model.diffusion("upscale").factor if "upscale" in used else 1
     smooth = ["real_smooth"] if {"interpolation", "whole"} & set(rows) else []
-    return Plan(("real", *smooth, *rows), size, frames, fps, factor, seed, sampling, enlarged), skipped
+    every_row = ("real", *smooth, *rows)
+    return Plan(every_row, size or PLAIN_SIZE, frames, fps, factor, seed, sampling, enlarged), skipped
 
 
 def _problem(model: Model, name: str, asked: str, has: Sequence[str], of_world: bool) -> str | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +10,8 @@ import numpy as np
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from torch import Tensor
 
-from stages.evaluation.figures import FIGURES, LEAST, LIKE, WIDE, Figures, distances, of_samples
+from stages.evaluation.figures import FIGURES, LEAST, LIKE, WIDE, distances, of_samples
 from stages.evaluation.kept import FeatureFiles, read_samples
 from stages.evaluation.measures import MEASURES
 from stages.evaluation.report import evaluations
@@ -88,7 +87,28 @@ def _samples(
             values = [np.array([pair[side] for pair in known], np.float64) for side in (0, 1)]
             unit = MEASURES[name]
             told.append(_line(unit.label, name, values, unit.scale, unit.better == "more", row))
+        elif MEASURES[name].better == "real":
+            told += _towards_real(pairs, name, row)
     return told
+
+
+def _towards_real(pairs: Sequence[tuple[Sample, Sample]], name: str, row: str) -> Iterator[dict[str, Any]]:
+    """A measure that should be what it is of the real clips, by how far its mean is from theirs. Of single clips that
+    would be wrong: to always give the middle one is near to each, and nothing like them all."""
+    like, unit = LIKE.get(row, ""), MEASURES[name]
+    told = [
+        (old["rows"][row]["measures"].get(name), new["rows"][row]["measures"].get(name),
+         old["rows"].get(like, {}).get("measures", {}).get(name))
+        for old, new in pairs
+    ]  # fmt: skip
+    known = unit.scale * np.array([each for each in told if None not in each], np.float64).reshape(-1, 3)
+    if len(known) >= LEAST:
+
+        def off(side: int) -> Callable[..., float]:
+            return lambda i: float(abs(np.mean(known[i, side] - known[i, 2])))
+
+        line = _set_line(off(0), off(1), len(known), False, row, name)
+        yield {"figure": f"{unit.label}, off the real clips'", **line}
 
 
 def _right(sample: Sample, row: str) -> dict[str, bool]:
@@ -126,24 +146,32 @@ def _sets(
             made = old[names[0]][first], new[names[0]][second]
             real = old[names[1]][first][:, : made[0].shape[1]]
             for name, function in distances(f"{number}/texts" in old).items():
-                line = _set_line(function, real, *made, FIGURES[name].better == "more", name, row)
+                before, after = (of_samples(function, real, side) for side in made)
+                resamples = 100 if real.shape[2] <= WIDE else 20
+                better = FIGURES[name].better == "more"
+                line = _set_line(before, after, len(real), better, row, name, resamples=resamples)
                 told.append({"row": row, "figure": f"{FIGURES[name].label}, {extractor['name']}", **line})
     return told
 
 
 def _set_line(
-    function: Figures, real: Tensor, old: Tensor, new: Tensor, more_is_better: bool, name: str, row: str
+    before: Callable[..., float],
+    after: Callable[..., float],
+    count: int,
+    more_is_better: bool,
+    *key: str,
+    resamples: int = 200,
 ) -> dict[str, Any]:
-    before, after = of_samples(function, real, old), of_samples(function, real, new)
-    every, resamples = np.arange(len(old)), 100 if old.shape[2] <= WIDE else 20
-    told = {"n": len(old), "first": before(every), "second": after(every)}
-    found = set_interval(lambda i: after(i) - before(i), (len(old),), row, name, resamples=resamples)
+    """Figures of chosen ones of `count` samples, of the first and of the second evaluation."""
+    every = np.arange(count)
+    told = {"n": count, "first": before(every), "second": after(every)}
+    found = set_interval(lambda i: after(i) - before(i), (count,), *key, resamples=resamples)
     verdict = "can't tell"
     if not found.low <= 0 <= found.high:
         verdict = "better" if (found.value > 0) == more_is_better else "worse"
     # Its deviation falls as the root of N: so many more samples as bring the interval's half below the difference.
     half = (found.high - found.low) / 2
-    more = None if not found.value else max(1, round(len(old) * ((1.43 * half / abs(found.value)) ** 2 - 1)))
+    more = None if not found.value else max(1, round(count * ((1.43 * half / abs(found.value)) ** 2 - 1)))
     told |= {"difference": found.value, "interval": [found.low, found.high], "verdict": verdict}
     return {**told, "more": 0 if verdict != "can't tell" else more}
 

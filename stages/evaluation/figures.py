@@ -49,6 +49,7 @@ FIGURES: dict[str, Figure] = {
     "density": Figure("density", "more", "density_coverage"),
     "coverage": Figure("coverage", "more", "density_coverage"),
     "inception": Figure("inception score, first frames", "more", "inception", 2),
+    "inception_clips": Figure("inception score, clips", "more", "inception", 2),
     **{f"{way}_r{rank}": Figure(f"{words}, R@{rank}", "more", "retrieval")
        for way, words in (("text_to_image", "clips found by their texts"), ("image_to_text", "texts by their clips"))
        for rank in RANKS},
@@ -89,8 +90,9 @@ def set_figures(
                     found.append({**told, "figure": name, **value})
             if (classes := features.get(f"{number}/{row}/classes")) is not None:
                 score = partial(_inception, classes[finite])
-                value = _figure("inception", score, len(made), classes.shape[1], (*key, row))
-                found.append({**told, "figure": "inception", **value})
+                name = "inception" if extractor.takes == "pictures" else "inception_clips"
+                value = _figure(name, score, len(made), classes.shape[1], (*key, row))
+                found.append({**told, "figure": name, **value})
             if row == "real" and extractor.has_texts:
                 for name, value in _retrieval(made.mean(1), features[f"{number}/texts"], (*key, row)):
                     found.append({**told, "figure": name, **value})

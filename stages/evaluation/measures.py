@@ -14,11 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stages.evaluation.statistics import psnr
 from videodiff.errors import UserError
 from videodiff.metrics.flow import interpolate_by_flow
 from videodiff.metrics.motion import consistency, flicker, is_dynamic, motion_amount, still, unsteadiness
-from videodiff.metrics.pictures import ssim
+from videodiff.metrics.pictures import clip_psnr, ssim
 from videodiff.metrics.scores import clip_scores
 from videodiff.networks.features import FeatureExtractor
 
@@ -86,7 +85,7 @@ class Gauge:
         """PSNR of each clip, SSIM and LPIPS as means over its frames; uint8 [B,T,S,S,3]."""
         found: list[dict[str, float | None]] = []
         for a, b in zip(made, real, strict=True):
-            told: dict[str, float | None] = {f"{what}_psnr": psnr(a, b), f"{what}_ssim": float(ssim(a, b).mean())}
+            told: dict[str, float | None] = {f"{what}_psnr": clip_psnr(a, b), f"{what}_ssim": float(ssim(a, b).mean())}
             if self.perceptual is not None:
                 told[f"{what}_lpips"] = self._perceived(self.perceptual, a, b)
             found.append(told)
@@ -117,7 +116,7 @@ class Gauge:
 
     def features(self, rows: Mapping[str, np.ndarray], texts: Sequence[str]) -> dict[str, Tensor]:
         """By "extractor/row": features float32 [B,K,D] of K frames, or [B,1,D] of clips; "extractor/texts" [B,D];
-        "extractor/row/classes": probabilities of the first frame, where the network tells them.
+        "extractor/row/classes": probabilities of the first frame or of the clip, where the network tells them.
 
         rows: uint8 [B,T,S,S,3]. A row that an extractor can't see (a picture, a clip of another length) has none.
         """
@@ -132,7 +131,12 @@ class Gauge:
                         classes = extractor.probabilities(np.ascontiguousarray(frames[:, 0]))
                         found[f"{number}/{name}/classes"] = classes
                 elif frames.shape[1] > 1 and extractor.frames in (None, frames.shape[1]):
-                    found[f"{number}/{name}"] = extractor(np.ascontiguousarray(frames))[:, None]
+                    given = np.ascontiguousarray(frames)
+                    if extractor.classes is None:
+                        seen = extractor(given)
+                    else:
+                        seen, found[f"{number}/{name}/classes"] = extractor.with_probabilities(given)
+                    found[f"{number}/{name}"] = seen[:, None]
             if extractor.has_texts:
                 found[f"{number}/texts"] = extractor.texts(texts)
         return found

@@ -16,9 +16,9 @@ from data_pipeline.world import SHAPES, Scene, render, sample_scene
 from data_pipeline.world_reader import FrameReading, read_image
 from stages.evaluation.questions import Prompt
 from stages.evaluation.road import IMAGE_ATTRIBUTES, Measured, Plan, Road, decoded
-from stages.evaluation.statistics import psnr
 from stages.pipeline import SampleKey
 from stages.upscale import enlarge, shrink
+from videodiff.metrics.pictures import clip_psnr
 
 CONTROLLED = {"control": False, "control_other": True}  # row -> whether the picture shows another shape than the prompt
 
@@ -70,7 +70,7 @@ def upscale_rows(
             made[f"{name}bilinear"] = enlarge(given, plan.enlarged).numpy()
             made[f"{name}bicubic"] = enlarge(given, plan.enlarged, "bicubic").numpy()
             finite = finite and frames is not None
-        near = {name: psnr(clip, real) for name, clip in made.items()}
+        near = {name: clip_psnr(clip, real) for name, clip in made.items()}
         _note(measured, "upscale", read_image(made["rebuilt_upscaled"][0]), finite, near)
         strip = [made["rebuilt_bilinear"][0], made["rebuilt_upscaled"][0], real[0]]
         measured.pictures["upscale"] = np.concatenate(strip, axis=1)

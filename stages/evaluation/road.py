@@ -23,7 +23,7 @@ from videodiff.model import Sampling
 
 IMAGE_ATTRIBUTES = tuple(name for name in ATTRIBUTES if name != "motion")
 STRIP = 5  # frames of a clip that its picture shows
-ONE_FRAME = ("real", "image")  # rows that need no more of the real clips than their first frame
+ONE_FRAME = {"real", "image"}  # where these are all rows, no more of the real clips is needed than the first frame
 
 
 class Road(Protocol):
@@ -58,7 +58,7 @@ class Plan:
     @property
     def clips(self) -> Clips:
         """The real clips that the rows need, at the smooth rate."""
-        count = 1 if set(self.rows) <= set(ONE_FRAME) else (self.frames - 1) * self.factor + 1
+        count = 1 if set(self.rows) == ONE_FRAME else (self.frames - 1) * self.factor + 1
         return Clips(self.size, count, self.fps * self.factor)
 
 

@@ -23,7 +23,7 @@ SHOWN = {"train": 6, "held_out": 3, "held_out_pair": 3, "data": 12}
 
 # What the terminal shows of measures and figures; the page has all of them, on every kind of prompts.
 TOLD_MEASURES = ("psnr", "text_likeness", "unsteadiness", "motion", "bound", "controlled", "free")
-TOLD_FIGURES = ("frechet", "text_to_image_r1")
+TOLD_FIGURES = ("frechet", "text_to_image_r1", "inception_clips")
 
 
 def table(entries: Sequence[dict[str, Any]]) -> Table:

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import numpy as np
-
 from data_pipeline.world import ATTRIBUTES
 from videodiff.metrics import intervals
-from videodiff.metrics.pictures import EQUAL_DB
 
 # The world's word -> the report's; "data" is any other data set.
 SPLITS = {"train": "seen", "held_out": "held_out", "held_out_pair": "held_out_pair", "data": "data"}
@@ -50,12 +46,6 @@ def mean_interval(values: Sequence[float], *key: str) -> dict[str, Any]:
         return {"n": 1, "mean": float(values[0]), "interval": [float(values[0])] * 2}
     found = intervals.mean_interval(values, *key)
     return {"n": found.n, "mean": found.value, "interval": [found.low, found.high]}
-
-
-def psnr(a: np.ndarray, b: np.ndarray) -> float:
-    """Peak signal-to-noise ratio of two uint8 arrays of one shape, in dB; EQUAL_DB at most."""
-    error = float(np.mean((a.astype(np.float64) - b.astype(np.float64)) ** 2))
-    return EQUAL_DB if error == 0 else min(EQUAL_DB, 10 * math.log10(255**2 / error))
 
 
 def right(result: dict[str, Any], truth: dict[str, str]) -> dict[str, bool]:

@@ -5,6 +5,7 @@ Shapes: N pictures uint8 [N,H,W,3]; every figure is given for each picture, as f
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -22,8 +23,13 @@ _LUMA = np.array([0.299, 0.587, 0.114])  # Rec. 601
 def psnr(pictures: Pictures, truth: Pictures) -> Floats:
     """Peak signal-to-noise ratios [N] in dB, EQUAL_DB at most. UserError for other shapes."""
     a, b = _two(pictures, truth)
-    errors = np.array([np.mean((x.astype(np.float64) - y) ** 2) for x, y in zip(a, b, strict=True)])
-    return np.minimum(EQUAL_DB, 10 * np.log10(255**2 / np.maximum(errors, 1e-12)))
+    return np.array([clip_psnr(x, y) for x, y in zip(a, b, strict=True)])
+
+
+def clip_psnr(a: np.ndarray, b: np.ndarray) -> float:
+    """The ratio of all values of two uint8 arrays of one shape together, in dB; EQUAL_DB at most."""
+    error = float(np.mean((a.astype(np.float64) - b) ** 2))
+    return EQUAL_DB if error == 0 else min(EQUAL_DB, 10 * math.log10(255**2 / error))
 
 
 def ssim(pictures: Pictures, truth: Pictures) -> Floats:

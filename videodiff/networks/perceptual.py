@@ -3,18 +3,16 @@
 Shapes: N pictures [N,3,H,W] in [-1,1].
 """
 
-import zipfile
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from videodiff.config import Config
 from videodiff.errors import UserError
-from videodiff.model import sha256
+from videodiff.networks.features.files import checked_sha256, is_script, load_script, read_state
 
 # The convolutions of VGG16's five blocks by their numbers in torchvision's `features`; a block ends with what LPIPS
 # looks at, and a maximum over 2x2 lies between blocks (Simonyan and Zisserman 2015, configuration D).
@@ -81,14 +79,11 @@ class VGGDistance(nn.Module):
 def load_perceptual(config: PerceptualConfig, size: int) -> nn.Module:
     """The frozen distance (made, real) -> [N] float32, tried out on pictures of `size`. UserError for other files."""
     path = Path(config.path)
-    for name, file in (("path", path), ("linear", None if config.linear is None else Path(config.linear))):
-        if file is not None and not file.is_file():
-            raise UserError(f"perceptual.{name}: {file} is no file; name local weights, or leave perceptual out")
-    if config.sha256 is not None and (found := sha256(path)) != config.sha256.lower():
-        raise UserError(
-            f"perceptual.sha256: {path} has sha256 {found[:12]}..., not {config.sha256[:12]}...; name the right file"
-        )
-    network = _script(config) if _is_script(path) else _vgg(config)
+    checked_sha256("perceptual", path, config.sha256)
+    if config.linear is not None and not Path(config.linear).is_file():
+        raise UserError(f"perceptual.linear: {config.linear} is no file; name local weights, or leave it out")
+    scripted = is_script(path)
+    network = load_script("perceptual", path, config.sha256, torch.device("cpu")) if scripted else _vgg(config)
     for parameter in network.parameters():  # TorchScript has no requires_grad_ of its own
         parameter.requires_grad_(False)
     network.eval()
@@ -103,22 +98,10 @@ def load_perceptual(config: PerceptualConfig, size: int) -> nn.Module:
     return network
 
 
-def _script(config: PerceptualConfig) -> nn.Module:
-    if config.sha256 is None:
-        raise UserError(
-            f"perceptual.sha256: missing; {config.path} is TorchScript, which runs code: state the sha256 of the file "
-            "that you trust"
-        )
-    try:
-        return torch.jit.load(config.path, map_location="cpu")
-    except RuntimeError as error:
-        raise UserError(f"perceptual.path: {config.path} is no TorchScript that torch can load ({error})") from None
-
-
 def _vgg(config: PerceptualConfig) -> VGGDistance:
-    state = _state(config.path)
+    state = read_state("perceptual", Path(config.path))
     if config.linear is not None:
-        linear = _state(config.linear)
+        linear = read_state("perceptual", Path(config.linear))
         if "lin0.model.1.weight" not in linear:
             raise UserError(f"perceptual.linear: {config.linear} holds no lin0.model.1.weight; name LPIPS's own file")
         state |= linear
@@ -129,24 +112,3 @@ def _vgg(config: PerceptualConfig) -> VGGDistance:
         raise UserError(
             f"perceptual.path: {config.path} {what}; it must be VGG16 by torchvision's names, or TorchScript"
         ) from None
-
-
-def _state(path: str) -> dict[str, Tensor]:
-    """Tensors of a file by name. Only data are read: weights_only refuses a pickle that would run code."""
-    try:
-        if path.endswith(".safetensors"):
-            state = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        return {name: value.float() for name, value in state.items()}
-    except Exception as error:  # torch raises what its unpickler meets: UnpicklingError, RuntimeError, EOFError, ...
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"perceptual: {path} holds no readable weights ({reason}); name another file") from None
-
-
-def _is_script(path: Path) -> bool:
-    """Whether a file is TorchScript: of torch's two kinds of archives only that one has a table of constants."""
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return any(name.endswith("/constants.pkl") for name in archive.namelist())

@@ -78,6 +78,8 @@ class TorchScriptFeatures(_FileFeatures):
     """Any other network: TorchScript called as f([n,3,S,S]) or f([n,3,T,S,S]) -> [n,D].
 
     size: S; None gives frames as they are. range: its values of black and white. frames: a clip's length, None for any.
+    classes: what it gives are K classes' logits or probabilities, which make an inception score: a C3D trained on
+    UCF-101, for one.
     """
 
     kind: Literal["torchscript"] = "torchscript"
@@ -87,6 +89,7 @@ class TorchScriptFeatures(_FileFeatures):
     size: int | None = Field(ge=1)
     range: tuple[float, float]
     frames: int | None = Field(None, ge=1)
+    classes: Literal["logits", "probabilities"] | None = None
 
     @model_validator(mode="after")
     def _check(self) -> TorchScriptFeatures:

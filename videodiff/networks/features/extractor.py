@@ -150,7 +150,8 @@ def resized(frames: Tensor, size: int | None, crop: bool = False) -> Tensor:
 def film_strip(frames: Tensor, size: int) -> Tensor:
     """Four frames of each clip in reading order on one picture: uint8 [n,T,H,W,3] -> float32 [n,3,S,S] in [0,255].
 
-    What the bundled tower was trained on (stages/text.py). A clip of one frame is four equal ones: a still clip.
+    A single frame can't show a motion; four of them can, and a tower that is trained on them stays one for pictures
+    (stages/text.py). A clip of one frame is four equal ones: a still clip.
     """
     count = frames.shape[1]
     chosen = resized(frames[:, [round(i * (count - 1) / 3) for i in range(4)]], size)

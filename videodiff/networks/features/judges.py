@@ -166,8 +166,19 @@ def open_torchscript(config: TorchScriptFeatures, device: torch.device, key: str
         x = resized(frames, config.size) * ((white - black) / 255) + black
         return x[:, 0] if pictures else x.transpose(1, 2)
 
+    def look(x: Tensor, classify: bool) -> tuple[Tensor, Tensor | None]:
+        found = _called(script, x)
+        if not classify:
+            return found, None
+        if config.classes == "logits":
+            return found, found.softmax(dim=1)
+        if found.min() < 0 or (found.sum(dim=1) - 1).abs().max() > 1e-3:
+            raise UserError(f"{key}.classes: what {path} gives are no probabilities; say classes: logits")
+        return found, found
+
     side, count = config.size or ANY_SIZE, 1 if pictures else config.frames or ANY_FRAMES
     probe = torch.zeros(1, count, side, side, 3, dtype=torch.uint8)
+    dimension = _tried(script, prepare(probe).to(device), path, key)
     return FeatureExtractor(
         kind=config.kind,
         name=config.name,
@@ -177,11 +188,12 @@ def open_torchscript(config: TorchScriptFeatures, device: torch.device, key: str
         resize=AS_IS if config.size is None else SQUEEZED,
         values=f"[{black:g}, {white:g}]",
         frames=config.frames,
-        dimension=_tried(script, prepare(probe).to(device), path, key),
+        dimension=dimension,
         device=device,
         batch=config.batch,
         prepare=prepare,
-        look=_looking(script),
+        look=look,
+        classes=None if config.classes is None else dimension,
     )
 
 

@@ -1,0 +1,53 @@
+"""`videodiff compare` on evaluations whose numbers are drawn: what it calls better, and what it can't tell."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from stages.evaluation.compare import compared
+from stages.evaluation.kept import Samples
+
+PROTOCOL = {"rows": ["real", "video_generated"], "model": "m", "weights": "ema", "features": []}
+COUNT = 60
+DRAWN = np.random.default_rng(5)
+REAL = DRAWN.normal(5.0, 1.0, COUNT)  # motion of the real clips
+
+
+def finished(out: Path, motion: np.ndarray, lpips: np.ndarray) -> Path:
+    samples = Samples(out, PROTOCOL)
+    for number in range(COUNT):
+        row = {"read": {}, "consistent": True, "finite": True}
+        made = {"motion": motion[number], "first_frame_lpips": lpips[number]}
+        rows = {"real": {**row, "measures": {"motion": REAL[number]}}, "video_generated": {**row, "measures": made}}
+        samples.keep({"split": "data", "number": number, "prompt": "a", "truth": None, "rows": rows})
+    (out / "evaluation.json").write_text(json.dumps({"rows": []}))
+    return out
+
+
+def verdicts(first: Path, second: Path) -> dict[str, str]:
+    return {line["figure"].split(",")[0]: line["verdict"] for line in compared(first, second)}
+
+
+def test_what_should_be_like_the_real_clips_is_judged_by_its_distance_from_them(tmp_path: Path) -> None:
+    even = np.full(COUNT, 0.2)
+    alike = finished(tmp_path / "alike", DRAWN.normal(5.0, 1.0, COUNT), even)
+    fast = finished(tmp_path / "fast", DRAWN.normal(7.0, 1.0, COUNT), even)
+    slow = finished(tmp_path / "slow", DRAWN.normal(3.5, 1.0, COUNT), even)
+    middle = finished(tmp_path / "middle", np.full(COUNT, 5.0), even)
+    assert verdicts(fast, alike)["motion"] == "better"  # less of it
+    assert verdicts(slow, alike)["motion"] == "better"  # more of it
+    assert verdicts(alike, fast)["motion"] == "worse"
+    assert verdicts(fast, slow)["motion"] == "better"  # 1.5 off on the other side, and not 2
+    assert verdicts(alike, middle)["motion"] == "can't tell"  # always the same clip is no gain
+    (line,) = (line for line in compared(alike, fast) if line["figure"].startswith("motion"))
+    assert line["second"] == pytest.approx(200, abs=50)  # percent of the diagonal: 100 times a share of 2
+    assert line["interval"][0] < 100 * (2 - 0) < line["interval"][1]
+
+
+def test_less_is_better_where_less_is_meant(tmp_path: Path) -> None:
+    far = finished(tmp_path / "far", REAL, DRAWN.normal(0.3, 0.05, COUNT))
+    near = finished(tmp_path / "near", REAL, DRAWN.normal(0.2, 0.05, COUNT))
+    told = verdicts(far, near)
+    assert told == {"first frame LPIPS": "better", "motion": "can't tell"}
