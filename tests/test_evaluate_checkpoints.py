@@ -125,6 +125,25 @@ def test_a_run_is_followed_until_it_is_complete(
     assert "complete at step 20" in capsys.readouterr().err
 
 
+def test_who_waits_for_a_dead_run_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoints, "POLL_SECONDS", 0.0)
+    run, lines = tmp_path / "run", []
+    run.mkdir()
+    status = Status(step=12, steps=20)
+    status.write(run)
+    told = json.loads((run / "status.json").read_text())
+    (run / "status.json").write_text(json.dumps({**told, "written": time.time() - 1800}))
+
+    def say(line: str) -> None:
+        lines.append(line)
+        status.state = "complete"
+        status.write(run)
+
+    assert list(checkpoints.follow(str(run), Choice.parse("all"), "ema", [], say)) == []
+    assert lines[0].endswith("(step 12, training, but silent for 30 min: has it died?)")
+    assert len(lines) == 2
+
+
 def test_a_better_checkpoint_is_told_from_a_worse_one(run: Path, tmp_path: Path) -> None:
     for step in (20, 40):
         request = Request(str(run / f"checkpoints/step-{step:08d}"), "video", 6, 3, tmp_path / str(step), 0)

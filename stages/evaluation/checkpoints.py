@@ -19,6 +19,7 @@ from videodiff.video_io import write_json
 INDEX = "checkpoints.json"
 POLL_SECONDS = 5.0
 TOLD_SECONDS = 300.0  # between two lines that say what is waited for
+SILENT_SECONDS = 600.0  # after which a run that trains is thought to be dead
 Chosen = Literal["ema", "raw", "both"]
 
 
@@ -94,7 +95,7 @@ def follow(
     told = -TOLD_SECONDS
     while True:
         look = _look(run, choice, _kinds(weights), known) if distributed.rank() == 0 else None
-        state, step, found = distributed.from_first(look) or ("", 0, [])
+        state, step, silent, found = distributed.from_first(look) or ("", 0, 0.0, [])
         new = [subject for subject in found if subject.name not in done]
         yield from new
         done |= {subject.name for subject in new}
@@ -103,7 +104,8 @@ def follow(
             return
         if not new:
             if time.monotonic() - told > TOLD_SECONDS:
-                say(f"{run}: waiting for the next checkpoint (step {step}, {state or 'not begun'})")
+                dead = f", but silent for {silent / 60:.0f} min: has it died?" if silent > SILENT_SECONDS else ""
+                say(f"{run}: waiting for the next checkpoint (step {step}, {state or 'not begun'}{dead})")
                 told = time.monotonic()
             time.sleep(POLL_SECONDS)
 
@@ -138,11 +140,14 @@ def _kinds(weights: Chosen) -> tuple[Weights, ...]:
 
 def _look(
     run: Path, choice: Choice, kinds: tuple[Weights, ...], known: Sequence[Subject]
-) -> tuple[str, int, list[Subject]]:
-    """State, step and checkpoints; these after the state, so that the last one is there when a run is complete."""
+) -> tuple[str, int, float, list[Subject]]:
+    """State, step, seconds for which a run that trains has been silent, and checkpoints; these after the state, so that
+    the last one is there when a run is complete."""
     told = status.read(run)
     found = [subject for subject in _found(run, choice, kinds) if not _is_kept_of(subject, known)]
-    return ("", 0, found) if told is None else (told.state, told.step, found)
+    if told is None:
+        return "", 0, 0.0, found
+    return told.state, told.step, time.time() - told.written if told.state == "training" else 0.0, found
 
 
 def _is_kept_of(subject: Subject, known: Sequence[Subject]) -> bool:
