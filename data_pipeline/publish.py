@@ -59,8 +59,9 @@ def publish(out: Path, config: PrepareConfig, progress: bool = False) -> str:
     told = ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
     if not kept and (out / INDEX).is_file():
         raise UserError(f"{out}: these filters keep none of {len(clips)} clips ({told}); nothing was changed")
-    digest = _digest(kept)
-    names = _pack(out, kept, digest, config, published, progress)
+    shards = _grouped(kept, config.shard_mb)
+    digest = _digest(shards)
+    names = _pack(out, shards, digest, published, progress)
     write_table(out / TABLE, COLUMNS, clips)
     write_report(out / REPORT, clips, config)
     if not kept:
@@ -215,24 +216,24 @@ def _bytes_of(out: Path, clip: Row, published: dict[str, tuple[str, int]], shard
 # --- shards -----------------------------------------------------------------------------------------------------------
 
 
-def _pack(
-    out: Path,
-    kept: list[Row],
-    digest: str,
-    config: PrepareConfig,
-    published: dict[str, tuple[str, int]],
-    progress: bool,
-) -> list[str]:
-    """Write the shards that are not there yet, note in each clip where it lies, and return their names in order."""
+def _grouped(kept: list[Row], shard_mb: float) -> list[list[Row]]:
+    """The clips of each shard."""
     shards: list[list[Row]] = []
     size = 0.0
     for clip in kept:
         mine = clip["bytes"] + len(_meta(clip)["captions"][0]) + 3072  # what tar adds: headers, and filling up
-        if not shards or size + mine > config.shard_mb * 1e6:
+        if not shards or size + mine > shard_mb * 1e6:
             shards.append([])
             size = 0.0
         shards[-1].append(clip)
         size += mine
+    return shards
+
+
+def _pack(
+    out: Path, shards: list[list[Row]], digest: str, published: dict[str, tuple[str, int]], progress: bool
+) -> list[str]:
+    """Write the shards that are not there yet, note in each clip where it lies, and return their names in order."""
     names = [f"clips-{digest[:8]}-{number:06d}.tar" for number in range(len(shards))]
     opened: dict[str, Any] = {}
     with bar(progress, "shards", len(shards)) as advance:
@@ -255,10 +256,13 @@ def _meta(clip: Row) -> Row:
     return {**source.meta, **said, "source": utf8(source.name), "captions": list(source.captions), "measures": measures}
 
 
-def _digest(kept: list[Row]) -> str:
+def _digest(shards: list[list[Row]]) -> str:
+    """A name for these clips in these shards: shards are named after it, and the same name is the same bytes."""
     digest = hashlib.sha256()
-    for clip in kept:
-        digest.update(json.dumps([clip["key"], clip["sha256"], _meta(clip)], sort_keys=True).encode())
+    for clips in shards:
+        digest.update(f"{len(clips)}\n".encode())
+        for clip in clips:
+            digest.update(json.dumps([clip["key"], clip["sha256"], _meta(clip)], sort_keys=True).encode())
     return digest.hexdigest()
 
 

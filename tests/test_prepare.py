@@ -262,6 +262,21 @@ def test_only_verdicts_can_be_changed_afterwards(made: Path, tmp_path: Path) -> 
         refilter(tmp_path, [])
 
 
+@pytest.mark.parametrize("other", [0.025, 256.0])
+def test_other_sizes_of_shards_keep_every_sample_once(made: Path, other: float, tmp_path: Path) -> None:
+    """From one shard to several, and back to fewer: the names of shards say how the clips are shared among them."""
+    out = tmp_path / "out"
+    shutil.copytree(made, out)
+    refilter(out, [f"shard_mb={0.025 + 256 - other}"])
+    keys = [sample.key for sample in samples(made)]
+    for shard_mb in (other, 0.05):
+        refilter(out, [f"shard_mb={shard_mb}"])
+        assert [sample.key for sample in samples(out)] == keys
+        named = [entry["file"] for entry in json.loads((out / "index.json").read_text())["shards"]]
+        assert sorted(path.name for path in out.glob("*.tar")) == named
+        assert len(named) > 1 or shard_mb > 1
+
+
 def test_the_exclude_list_names_clips_and_sources(videos: Path, tmp_path: Path) -> None:
     exclude = tmp_path / "exclude.txt"
     exclude.write_text("b.mp4\n")
