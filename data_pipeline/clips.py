@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data_pipeline.decoder_choice import Opened, read_video
-from data_pipeline.decoders import ClipError
+from data_pipeline.decoders import ClipError, undecodable
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 CENTRE = (0.5, 0.5)
@@ -70,15 +70,21 @@ def decode_clip(
             raise ClipError("too short", f"1 frame, {frames} asked")
         return Clip(fit(_image(video), (height, width), crop), 0, 1)
 
-    def window(opened: Opened) -> Clip:
+    def window(opened: Opened, limit: int) -> Clip:
         grid = grid_frames(opened.times, fps, frames)
         first, count = window_start(len(grid), frames, position), frames
-        if len(grid) * height * width * 3 <= whole_bytes:
+        if len(grid) * height * width * 3 <= limit:
             first, count = 0, len(grid)
         pieces = opened.read(grid[first : first + count].tolist())
         return Clip(np.concatenate([fit(piece, (height, width), crop) for piece in pieces]), first, len(grid))
 
-    return read_video(video, window)
+    try:
+        return read_video(video, lambda opened: window(opened, whole_bytes))
+    except ClipError as error:
+        if error.reason != "undecodable" or not whole_bytes:
+            raise
+    # The damage may lie elsewhere, and what is left of a cache mustn't decide which clips are bad.
+    return read_video(video, lambda opened: window(opened, 0))
 
 
 def preview_clip(video: bytes, *, frames: int, height: int, suffix: str = "mp4") -> Preview:
@@ -162,10 +168,7 @@ def _image(data: bytes) -> npt.NDArray[np.uint8]:
     """An image file as uint8 [1,H,W,3], turned upright by its own tag; transparency falls on white."""
     from PIL import Image, ImageOps
 
-    try:
-        with Image.open(io.BytesIO(data)) as opened:
-            picture = ImageOps.exif_transpose(opened).convert("RGBA")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ClipError("undecodable", (str(error).splitlines() or [type(error).__name__])[0][:200]) from None
+    with undecodable(), Image.open(io.BytesIO(data)) as opened:
+        picture = ImageOps.exif_transpose(opened).convert("RGBA")
     paper = Image.new("RGBA", picture.size, (255, 255, 255, 255))
     return np.asarray(Image.alpha_composite(paper, picture).convert("RGB"))[None].copy()

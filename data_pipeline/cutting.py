@@ -23,6 +23,7 @@ from videodiff.video_io import encode_video
 Frames = npt.NDArray[np.uint8]
 
 WORK = "data_pipeline.cutting:work"
+_LONGEST_SIDE = 16384  # pixels: x264 encodes no more
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def cut(
     """Decode the clip that begins at ``start``, measure it, and encode it unless the filters reject it.
 
     ``said`` is what is known of it already, for filters to see; ``state`` is the file's at the first look; the strip's
-    pictures are ``strip_size`` pixels high, 0 for none. Raises ClipError like `look`, and "too small".
+    pictures are ``strip_size`` pixels high, 0 for none. Raises ClipError like `look`, "too small" and "too large".
     """
     _unchanged(source, state)
     video = open_video(read_bytes(source), decoder)
@@ -122,12 +123,15 @@ def fit_box(
     """(width, height) of the clip and the box (left, top, right, bottom) of the file's pixels that becomes it.
 
     ``width`` and ``height`` are those of the whole picture in square pixels. The box has the clip's aspect exactly: of
-    a picture that keeps its own, so much is cut off as makes both sides even. Raises ClipError("too small").
+    a picture that keeps its own, so much is cut off as makes both sides even. Raises ClipError "too small" and, where
+    no encoder takes the clip, "too large".
     """
     aspect = clip.aspect or width / height
     long = max(aspect, 1 / aspect) * clip.size
     long = max(clip.size, round(long / 2) * 2)
     new_width, new_height = (long, clip.size) if aspect >= 1 else (clip.size, long)
+    if long > _LONGEST_SIDE:
+        raise ClipError("too large", f"{new_width}x{new_height} pixels, an encoder takes {_LONGEST_SIDE}")
     exact = new_width / new_height
     box_width, box_height = (width, width / exact) if width / height <= exact else (height * exact, height)
     # Half a pixel: the size in square pixels is rounded where those of the file are not square.
@@ -142,7 +146,7 @@ def _strip(frames: Frames, size: int) -> bytes:
     from PIL import Image
 
     height, width = frames.shape[1:3]
-    width = max(1, round(width * size / height))
+    width = min(max(1, round(width * size / height)), 16 * size)  # a JPEG has at most 65,535 pixels a side
     strip = Image.new("RGB", (3 * width, size))
     for place, index in enumerate((0, len(frames) // 2, len(frames) - 1)):
         strip.paste(Image.fromarray(frames[index]).resize((width, size)), (place * width, 0))
@@ -158,6 +162,14 @@ def _state(source: Source) -> list[int]:
     except (OSError, ValueError) as error:
         raise ClipError("unreadable", getattr(error, "strerror", "") or str(error)) from None
     return [status.st_size, status.st_mtime_ns]
+
+
+def is_unchanged(source: Source, state: list[int]) -> bool:
+    """Whether a source's file is there, and the one that was looked at."""
+    try:
+        return _state(source) == list(state)
+    except ClipError:
+        return False
 
 
 def _unchanged(source: Source, state: list[int]) -> None:

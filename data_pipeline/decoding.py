@@ -91,21 +91,25 @@ class DecodePool:
     def _work(
         self, ready: deque[tuple[int, dict[str, Any]]], results: dict[int, Any], deadline: float, idle: bool
     ) -> None:
-        """Hand out what is ready, then take in what is done, waiting for something unless ``idle``."""
+        """Hand out what is ready, then take in what is done, waiting for something unless ``idle``.
+
+        A helper that is still starting gets no job: nobody might ever read it, and to send it could wait for ever.
+        """
         for helper in self._helpers:
-            if ready and helper.number is None:
+            if ready and helper.up and helper.number is None:
                 helper.send(*ready.popleft(), deadline)
-        busy = [helper for helper in self._helpers if helper.number is not None]
-        if not busy:
+        if not ready and all(helper.number is None for helper in self._helpers):
             return
-        patience = max(0.0, min(helper.until for helper in busy) - time.monotonic())
-        done = wait([helper.connection for helper in busy], 0 if idle else patience)
+        awaited = [helper for helper in self._helpers if helper.number is not None or not helper.up]
+        patience = max(0.0, min(helper.until for helper in awaited) - time.monotonic())
+        done = wait([helper.connection for helper in awaited], 0 if idle else patience)
+        if self._closed:  # that is what ended them
+            return
         for index, helper in enumerate(self._helpers):
-            number = helper.number
-            if number is None:
+            if helper not in awaited:
                 continue
             if helper.connection in done:
-                result = helper.receive(deadline)
+                result = helper.receive()
                 if result is None:  # it has only told that it is up
                     continue
             elif time.monotonic() >= helper.until:
@@ -115,7 +119,8 @@ class DecodePool:
                 result = ClipError("deadline", f"not decoded in {deadline:g} s")
             else:
                 continue
-            results[number], helper.number = result, None
+            assert helper.number is not None
+            results[helper.number], helper.number = result, None
             if isinstance(result, ClipError) and result.reason in ("deadline", "crash"):
                 helper.kill()
                 if self._closed:
@@ -138,16 +143,15 @@ class _Helper:
         self.connection = Connection(ours.detach())
         self.up = False
         self.number: int | None = None
-        self.until = 0.0
+        self.until = time.monotonic() + _START_SECONDS
 
     def send(self, number: int, job: dict[str, Any], deadline: float) -> None:
         self.number = number
-        # A helper that is still starting has the time of its start besides.
-        self.until = time.monotonic() + (deadline if self.up else _START_SECONDS)
+        self.until = time.monotonic() + deadline
         with contextlib.suppress(OSError):  # it died between two jobs: receive() will find its socket closed
             self.connection.send(job)
 
-    def receive(self, deadline: float) -> Any:
+    def receive(self) -> Any:
         try:
             message = self.connection.recv()
         except (EOFError, OSError):
@@ -156,7 +160,7 @@ class _Helper:
                 raise UserError(f"a decoding helper cannot start (exit status {code}); its message is above") from None
             return ClipError("crash", f"the decoder ended with status {code}")
         if message == "up":
-            self.up, self.until = True, time.monotonic() + deadline
+            self.up = True
             return None
         if isinstance(message, UserError):
             raise message

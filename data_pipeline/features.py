@@ -41,12 +41,15 @@ class Features:
 
 
 def pack(features: Features) -> bytes:
-    """The bytes of the member; numbers are rounded to half precision."""
+    """The bytes of the member; numbers are rounded to half precision. Raises ClipError "features" where one is not
+    finite then."""
     tensors = {"mean": features.mean.half(), "std": features.std.half()}
     for number, (tokens, mask) in enumerate(zip(features.text, features.text_mask, strict=True)):
         tensors |= {f"text.{number}": tokens.half(), f"mask.{number}": mask.bool()}
     if features.pooled is not None:
         tensors["pooled"] = features.pooled.half()
+    if not all(bool(value.isfinite().all()) for value in tensors.values()):
+        raise ClipError("features", "not finite in half precision")
     return save({name: value.detach().cpu().contiguous() for name, value in tensors.items()})
 
 
@@ -74,7 +77,8 @@ def unpack(data: bytes, variants: int, captions: int) -> Features:
 def check_finite(sample: Encoded) -> None:
     """Raises ClipError "features" where a number is not one: nan would spread from it over the whole step."""
     # A sum is nan or infinite when any of its parts is, and takes a tenth of the time of looking at each.
-    if not all(bool(values.sum().isfinite()) for values in (sample.mean, sample.std, *sample.text)):
+    pooled = [] if sample.pooled is None else [sample.pooled]
+    if not all(bool(values.sum().isfinite()) for values in (sample.mean, sample.std, *sample.text, *pooled)):
         raise ClipError("features", "not finite")
 
 

@@ -11,7 +11,7 @@ import json
 import tarfile
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -69,7 +69,8 @@ class Shard:
     def open(self) -> AbstractContextManager[BinaryIO]:
         """The file, open to be read; a remote one is fetched when it is first asked for (UserError)."""
         if self.url is not None:
-            return locations.opened(self.url, self.path, self.digest)
+            # A scan's digest is of the names in it, not of the file.
+            return locations.opened(self.url, self.path, self.digest if self.indexed else None)
         return open(self.path, "rb")
 
 
@@ -189,7 +190,7 @@ def _remote(url: str, problems: list[str] | None) -> list[Shard]:
     if name.endswith(".tar"):
         path = locations.cached_path(url, locations.version_of(url))
         with locations.opened(url, path):  # without an index it has to be read to be known
-            return _scanned(path, problems)
+            return [replace(shard, url=url) for shard in _scanned(path, problems)]
     index = url if name == INDEX else locations.beside(url.rstrip("/") + "/", INDEX)
     return _parse(locations.read(index), index)
 

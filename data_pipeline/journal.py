@@ -32,7 +32,7 @@ class Journal:
         with _writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
             self._rows: IO[bytes] = open(folder / ROWS, "ab")  # noqa: SIM115
-            self._lock()
+            _lock(self._rows, folder)
             end, self._ends = _whole(folder)
             os.truncate(folder / ROWS, end)
             self._data: dict[str, IO[bytes]] = {}
@@ -67,13 +67,31 @@ class Journal:
             os.truncate(self.folder / f"{kind}.data", self._ends[kind])
         return self._data[kind]
 
-    def _lock(self) -> None:
-        try:
-            fcntl.flock(self._rows, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{self.folder}: another process is at work here; wait for it, or end it") from None
-        except OSError:  # a file system without locks
-            pass
+    def sync(self) -> None:
+        """See that all of it is on the disk, before anything says that it is done."""
+        with _writing(self.folder):
+            for file in (*self._data.values(), self._rows):
+                os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """The lock file ``path``, held by one process at a time. Raises UserError where another has it."""
+    with _writing(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "ab")  # noqa: SIM115
+    with file:
+        _lock(file, path.parent)
+        yield
+
+
+def _lock(file: IO[bytes], folder: Path) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"{folder}: another process is at work here; wait for it, or end it") from None
+    except OSError:  # a file system without locks
+        pass
 
 
 def read_rows(folder: Path) -> Iterator[Row]:

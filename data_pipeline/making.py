@@ -26,7 +26,6 @@ from data_pipeline.progress import bar
 from data_pipeline.sources import Source
 from videodiff.errors import UserError
 
-_WINDOW = 64  # sources that are looked at before their clips are cut
 Place = tuple[int, int]  # number of a source, and of a clip in it
 
 
@@ -43,8 +42,10 @@ def make(journal: Journal, sources: list[Source], config: PrepareConfig, progres
     if config.scores is not None:
         _scorer(config.scores)  # weights that are missing are told before anything else
     rest = iter(sources)
+    # Sources that are looked at before their clips are cut: several for each helper, or some would wait at every end.
+    size = max(64, 8 * _workers(config))
     with pool(config) as helpers, bar(progress, "videos", len(sources)) as advance:
-        while window := list(itertools.islice(rest, _WINDOW)):
+        while window := list(itertools.islice(rest, size)):
             new = [source for source in window if source.number not in looked]
             results = helpers.map(_looks(new, config), config.video_seconds)
             for source, result in zip(new, results, strict=True):
@@ -56,12 +57,13 @@ def make(journal: Journal, sources: list[Source], config: PrepareConfig, progres
 
 def pool(config: PrepareConfig) -> DecodePool:
     """The helper processes."""
-    workers = config.workers if config.workers is not None else _cores()
-    return DecodePool(workers, config.clip_seconds, WORK)
+    return DecodePool(_workers(config), config.clip_seconds, WORK)
 
 
-def _cores() -> int:
-    """The cores that this process may use: a job's, where the machine has more."""
+def _workers(config: PrepareConfig) -> int:
+    """One for each core that this process may use, which are a job's where the machine has more."""
+    if config.workers is not None:
+        return config.workers
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

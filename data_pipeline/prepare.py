@@ -14,11 +14,12 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from data_pipeline.journal import Journal
+from data_pipeline.journal import Journal, read_rows
 from data_pipeline.making import make
 from data_pipeline.prepare_config import CONFIG, PrepareConfig, load_config
-from data_pipeline.publish import WORK_FOLDER, publish
+from data_pipeline.publish import WORK_FOLDER, alone, publish
 from data_pipeline.shards import PLAN
 from data_pipeline.sources import Source, find_sources, fingerprint
 from videodiff import config as configs
@@ -38,14 +39,22 @@ def prepare(
     if not 1 <= number <= parts:
         raise UserError(f"--part {number}/{parts}: i/n is part i of n, from 1/{parts} to {parts}/{parts}")
     _claim(out, config)
+    for known in _plans(out):
+        if known["parts"] != parts:
+            raise UserError(
+                f"{out}: was begun in {known['parts']} parts, not in {parts}; go on with --part "
+                f"i/{known['parts']}, or choose another folder"
+            )
     folder = out / WORK_FOLDER / f"{number}-of-{parts}"
     with Journal(folder) as journal:
         mine = _planned(location, folder, config, part)
         make(journal, mine, config, progress)
-    write_json(folder / "done.json", {"sources": len(mine)})
+        journal.sync()
+    write_json(folder / "done.json", {"sources": len(mine), "rows": sum(1 for _ in read_rows(folder))})
     if parts > 1:
         return f"part {number}/{parts} is done; when all are, run: videodiff data merge {out}"
-    return publish(out, config, progress)
+    with alone(out):
+        return publish(out, config, progress)
 
 
 def parse_part(text: str) -> tuple[int, int]:
@@ -58,7 +67,9 @@ def parse_part(text: str) -> tuple[int, int]:
 
 def merge(out: Path, progress: bool = False) -> str:
     """Publish what all parts have made. Raises UserError where a part is missing or was made of other sources."""
-    return publish(out, load_config(out), progress)
+    config = load_config(out)
+    with alone(out):
+        return publish(out, config, progress)
 
 
 def refilter(out: Path, overrides: Sequence[str], progress: bool = False) -> str:
@@ -69,8 +80,9 @@ def refilter(out: Path, overrides: Sequence[str], progress: bool = False) -> str
     for difference in configs.differences(old, new):
         if not difference.operational and difference.path.split(".")[0] not in free:
             raise UserError(f"{difference}: only {', '.join(free)} can change here; prepare again into another folder")
-    said = publish(out, new, progress)
-    configs.save(new, out / CONFIG)
+    with alone(out):
+        said = publish(out, new, progress)
+        configs.save(new, out / CONFIG)
     return said
 
 
@@ -109,12 +121,19 @@ def _planned(location: str, folder: Path, config: PrepareConfig, part: tuple[int
         if source.number % parts == number - 1:
             mine.append(source)
     plan = {"sources": total, "fingerprint": digest.hexdigest(), "parts": parts}
-    path = folder / "plan.json"
-    if not path.is_file():
-        write_json(path, plan)
-    elif (known := json.loads(path.read_text(encoding="utf-8"))) != plan:
-        raise UserError(
-            f"{location}: not what it was when {folder.parent.parent} was begun ({known['sources']} sources then, "
-            f"{total} now, or other captions); undo the change or choose another folder"
-        )
+    out = folder.parent.parent
+    for known in _plans(out):  # of any part: none may begin what merge would refuse
+        if known != plan:
+            raise UserError(
+                f"{location}: not what it was when {out} was begun ({known['sources']} sources then, {total} now, or "
+                "other captions); undo the change or choose another folder"
+            )
+    if not (folder / "plan.json").is_file():
+        write_json(folder / "plan.json", plan)
     return mine
+
+
+def _plans(out: Path) -> list[dict[str, Any]]:
+    """What the parts that were begun are parts of."""
+    paths = sorted((out / WORK_FOLDER).glob("*/plan.json"))
+    return [json.loads(path.read_text(encoding="utf-8")) for path in paths]

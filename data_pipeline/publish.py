@@ -10,11 +10,13 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.cutting import is_unchanged
 from data_pipeline.filters import duplicates, verdict
-from data_pipeline.journal import Journal, Row, forget, read_data, read_rows
+from data_pipeline.journal import Journal, Row, forget, locked, read_data, read_rows
 from data_pipeline.making import clip_key, cut_missing, is_excluded, known, pool, read_exclusions, source_of
 from data_pipeline.measures import MEASURES
 from data_pipeline.prepare_config import PrepareConfig
@@ -41,7 +43,8 @@ COLUMNS = {name: kind for kind, names in _KINDS.items() for name in names.split(
 def publish(out: Path, config: PrepareConfig, progress: bool = False) -> str:
     """Decide, cut what is newly accepted, and write shards, table and report. Returns what there is to say.
 
-    Done again for the same, it changes nothing. Raises UserError where a part is unfinished or nothing is kept.
+    Done again for the same, it changes nothing. One process at a time may do it, see `alone`. Raises UserError where a
+    part is unfinished, nothing is kept, or a video is gone of which a clip is newly accepted.
     """
     folders = _folders(out)
     excluded = read_exclusions(config)
@@ -79,6 +82,11 @@ def publish(out: Path, config: PrepareConfig, progress: bool = False) -> str:
     )
 
 
+def alone(out: Path) -> AbstractContextManager[None]:
+    """Nobody else publishes in the folder meanwhile: UserError where another process does."""
+    return locked(out / WORK_FOLDER / "publish.lock")
+
+
 # --- what there is ----------------------------------------------------------------------------------------------------
 
 
@@ -103,13 +111,26 @@ def _gather(folders: list[Path], config: PrepareConfig) -> list[Row]:
     looks: list[Row] = []
     cuts: dict[tuple[int, int], Row] = {}
     for folder in folders:
-        for row in read_rows(folder):
+        rows = list(read_rows(folder))
+        _check_count(folder, len(rows))
+        for row in rows:
             if "source" in row:
                 looks.append(row)
             else:  # a later one replaces an earlier one
                 cuts[row["clip"][0], row["clip"][1]] = {**row, "folder": folder}
     looks.sort(key=lambda row: row["source"]["number"])
     return [clip for row in looks for clip in _clips_of(row, cuts, config)]
+
+
+def _check_count(folder: Path, rows: int) -> None:
+    """UserError where rows are lost of a part that was done: what a failing machine or disk took is no verdict."""
+    done = folder / "done.json"
+    expected = json.loads(done.read_text(encoding="utf-8")).get("rows", rows) if done.is_file() else rows
+    if rows != expected:
+        part = folder.name.replace("-of-", "/")
+        raise UserError(
+            f"{folder}: {rows} rows where {expected} were written; run `videodiff data prepare` for part {part} again"
+        )
 
 
 def _clips_of(row: Row, cuts: dict[tuple[int, int], Row], config: PrepareConfig) -> Iterator[Row]:
@@ -182,10 +203,20 @@ def _available(clip: Row, published: dict[str, tuple[str, int]]) -> bool:
 
 
 def _cut(out: Path, folders: list[Path], config: PrepareConfig, missing: set[tuple[int, int]], progress: bool) -> None:
-    """Cut clips that were accepted before they were ever encoded, or whose bytes were given up as rejected."""
+    """Cut clips that were accepted before they were ever encoded, or whose bytes were given up as rejected.
+
+    Raises UserError before anything is noted where their videos are not there as they were: a verdict would be for
+    good, and a disk that isn't mounted is none.
+    """
     numbers = {number for number, _ in missing}
     rows = [row for folder in folders for row in read_rows(folder) if "source" in row]
     rows = [row for row in rows if row["source"]["number"] in numbers]
+    if gone := [row["source"]["name"] for row in rows if not is_unchanged(source_of(row), row["look"]["state"])]:
+        raise UserError(
+            f"{out}: {len(gone)} videos are gone or changed of which these filters accept more clips "
+            f"({', '.join(map(utf8, gone[:3]))}{', ...' if gone[3:] else ''}); bring them back, or filter otherwise; "
+            "nothing was changed"
+        )
     last = folders[-1] if folders[-1].name.startswith("later-") else None
     # A journal whose bytes were deleted is closed.
     number = 1 if last is None else int(last.name.partition("-")[2]) + (not (last / "clips.data").is_file())
@@ -199,16 +230,19 @@ def _cut(out: Path, folders: list[Path], config: PrepareConfig, missing: set[tup
 
 
 def _bytes_of(out: Path, clip: Row, published: dict[str, tuple[str, int]], shards: dict[str, Any]) -> bytes:
+    def is_whole(content: bytes | None) -> bool:
+        return content is not None and hashlib.sha256(content).hexdigest() == clip["sha256"]
+
     content = None
     if clip["stored"] is not None:
         content = read_data(clip["stored"][0], "clips", clip["stored"][1])
-    if content is None and clip["key"] in published:
+    if not is_whole(content) and clip["key"] in published:  # forgotten bytes are zeros where others came after them
         name, number = published[clip["key"]]
         if name not in shards:
             shards.clear()
             (shards[name],) = open_shards(str(out / name))
         content = read_sample(shards[name], number).video
-    if content is None or hashlib.sha256(content).hexdigest() != clip["sha256"]:
+    if content is None or not is_whole(content):
         raise UserError(f"{out}: the bytes of clip {clip['key']} are damaged; delete {out} and prepare it again")
     return content
 

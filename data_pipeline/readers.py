@@ -27,7 +27,8 @@ Frame = npt.NDArray[np.uint8]
 FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif,mpegts,mpeg,flv,ogg,asf"
 MOST_PIXELS = 2**26  # of a frame: beyond it a header lies, or memory does not suffice
 _DECORD_CODECS = {"h264", "hevc", "vp8", "vp9", "mpeg4", "mpeg2video"}
-_DECORD_BYTES = 2**28  # decord reads a file from end to end when it opens it; in larger ones PyAV's seeking is cheaper
+# decord reads a file from end to end whenever it opens it, which is once for each clip; PyAV seeks.
+_DECORD_BYTES = 2**24
 
 
 @dataclass(frozen=True)
@@ -117,9 +118,10 @@ class PyavVideo(Video):
                 raise ClipError("undecodable", "no frames")
             aspect = float(stream.sample_aspect_ratio or context.sample_aspect_ratio or 1) or 1.0
             rotation = round(first.rotation / 90) * 90 % 360
-            width, height = max(1, round(first.width * aspect)), first.height
+            width, height = first.width, first.height
             if rotation in (90, 270):
                 width, height, aspect = height, width, 1 / aspect
+            width = max(1, round(width * aspect))
             self.pixel_aspect = aspect
             self._size = (first.width, first.height)
             self.first_time = first.time or 0.0

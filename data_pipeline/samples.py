@@ -146,7 +146,7 @@ def _image_shape(header: bytes) -> Shape | None:
             width, height = image.size
             if image.getexif().get(0x0112, 1) in (5, 6, 7, 8):  # it is turned by a quarter when it is shown
                 width, height = height, width
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+    except Exception:  # what Pillow raises over a broken header or tag is of many classes
         return None
     return Shape(1, 0.0, height, width)
 
@@ -178,8 +178,15 @@ def _texts(sample: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
     if not isinstance(meta, dict):
         return {}, ()
     given = meta.get("captions") or [meta.get("caption") or text]
-    captions = tuple(c.strip() for c in given if isinstance(c, str) and c.strip()) if isinstance(given, list) else ()
+    captions = tuple(c.strip() for c in given if _is_text(c)) if isinstance(given, list) else ()
     return meta, captions
+
+
+def _is_text(value: Any) -> bool:
+    """Whether there is something to read, and in letters: JSON can say half a surrogate pair, which is none."""
+    if not isinstance(value, str) or not value.strip():
+        return False
+    return not any("\ud800" <= letter <= "\udfff" for letter in value)
 
 
 def _read_texts(shard: Shard, number: int, headers: Collection[str] = ()) -> dict[str, Any]:

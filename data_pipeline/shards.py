@@ -49,10 +49,12 @@ def write_shard(path: Path, samples: Iterable[_Sample], suffix: str = "mp4") -> 
 
     def members() -> Iterator[dict[str, bytes | str]]:
         for key, content, meta in samples:
-            if "." in key or not key or not meta.get("captions"):
-                raise ValueError(f"sample {key!r}: a key has no dots, and a sample has captions")
+            name = key.rpartition("/")[2]  # a member's suffix begins at the first dot after the last slash
+            if "." in name or not name or not meta.get("captions"):
+                raise ValueError(f"sample {key!r}: the name in a key has no dots, and a sample has captions")
             text = json.dumps(meta, sort_keys=True, ensure_ascii=False)
-            yield {"__key__": key, suffix: content, "json": text.encode()}
+            # Half a surrogate pair, which no UTF-8 holds, is spelled as JSON does it.
+            yield {"__key__": key, suffix: content, "json": text.encode(errors="backslashreplace")}
 
     write_tar(path, members())
 
@@ -93,7 +95,8 @@ def started(out: Path, plan: dict[str, Any]) -> bool:
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
-        there = sorted(path.name for path in out.iterdir())
+        # A SIGKILL leaves what was not renamed yet.
+        there = sorted(p.name for p in out.iterdir() if not p.match(".*-????????.json") or p.name in (INDEX, PLAN))
     except OSError as error:
         raise UserError(f"{out}: cannot be used as a folder ({error.strerror}); choose another") from None
     for name in (INDEX, PLAN):

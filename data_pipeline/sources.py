@@ -13,7 +13,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -83,12 +83,10 @@ def find_sources(config: SourcesConfig, location: str) -> Iterator[Source]:
     path = Path(location)
     if path.suffix.lower() in TABLE_SUFFIXES:
         found = _in_table(config, path)
-    elif path.is_dir() and not (path / "index.json").is_file() and not any(path.glob("*.tar")):
+    elif path.is_dir() and not _holds_shards(path):
         found = _in_folder(Path(os.path.abspath(path)))
-    elif path.suffix.lower() == ".txt":
-        found = (source for line in _lines(path) for source in _in_shards(line))
     else:
-        found = _in_shards(location)
+        found = _in_shards(_lines(path) if path.suffix.lower() == ".txt" else [location])
     seen: set[bytes] = set()
     number = -1
     for number, source in enumerate(found):
@@ -138,7 +136,10 @@ def _checked(config: SourcesConfig, source: Source) -> Source:
 
 
 def _in_folder(root: Path) -> Iterator[Source]:
-    for folder, names in _walk(root):
+    for folder, names, problem in _walk(root):
+        if problem:
+            yield Source(0, "", os.path.relpath(folder, root), folder, problem="unreadable", detail=problem)
+            continue
         there = set(names)
         videos = [name for name in names if os.path.splitext(name)[1].lower() in FILE_SUFFIXES]
         stems = Counter(os.path.splitext(name)[0] for name in videos)
@@ -150,14 +151,38 @@ def _in_folder(root: Path) -> Iterator[Source]:
             if not own and shared and stems[stem] > 1:
                 detail = f"{shared[0]} may belong to any of {stems[stem]} videos; name it {name}.txt"
                 yield replace(source, problem="ambiguous caption", detail=detail)
-            elif own or shared:
-                yield _with_caption_file(source, os.path.join(folder, (own or shared)[0]))
-            else:
+                continue
+            files = own + (shared if stems[stem] == 1 else [])
+            if not files:
                 yield replace(source, problem="no caption", detail=f"no {stem}.txt or .json beside it")
+                continue
+            for file in files:  # a .json that has no caption may say more of what the .txt describes
+                source = _with_caption_file(source, os.path.join(folder, file))
+                if source.problem or any(caption.strip() for caption in source.captions):
+                    break
+            yield source
 
 
-def _walk(root: Path) -> Iterator[tuple[str, list[str]]]:
-    """(folder, sorted names of what is no folder), each folder once, however links lead to it."""
+def _holds_shards(folder: Path) -> bool:
+    """Whether a folder is one of shards; UserError where it may as well be one of videos."""
+    if (folder / "index.json").is_file():
+        return True
+    tar = next((path for path in sorted(folder.glob("*.tar")) if path.name[0] != "."), None)
+    if tar is None:
+        return False
+    video = next(
+        (source for source in _in_folder(Path(os.path.abspath(folder))) if source.problem != "unreadable"), None
+    )
+    if video is not None:
+        raise UserError(
+            f"{folder}: holds videos ({video.name}) and tars ({tar.name}); move one kind away, or name {folder}/*.tar"
+        )
+    return True
+
+
+def _walk(root: Path) -> Iterator[tuple[str, list[str], str]]:
+    """(folder, sorted names of what is no folder, why it can't be read or ""), each folder once, however links lead to
+    it."""
     visited: set[tuple[int, int]] = set()
     stack = [str(root)]
     while stack:
@@ -170,13 +195,14 @@ def _walk(root: Path) -> Iterator[tuple[str, list[str]]]:
             entries = sorted((e for e in os.scandir(folder) if e.name[0] != "."), key=lambda e: os.fsencode(e.name))
         except OSError as error:
             if folder != str(root):
+                yield folder, [], error.strerror or str(error)
                 continue
             raise UserError(f"{folder}: cannot be read ({error.strerror}); check path and rights") from None
         names: list[str] = []
         folders: list[str] = []
         for entry in entries:
             (folders if _is_folder(entry) else names).append(entry.name)
-        yield folder, names
+        yield folder, names, ""
         stack += [os.path.join(folder, name) for name in reversed(folders)]
 
 
@@ -260,8 +286,17 @@ def _spans(columns: TableConfig, row: Row, base: Source) -> Iterator[Source]:
     except (ValueError, TypeError):
         yield replace(base, problem="unreadable row", detail="not a span of time")
         return
+    if not spans:
+        yield replace(base, problem="unreadable row", detail="an empty list of spans")
+        return
     given = row.get(columns.caption)
-    texts = _list(given) if columns.spans else given if isinstance(given, list) else [given]
+    if columns.spans:
+        try:
+            texts = _list(given)
+        except ValueError:  # an empty cell, or one text for many spans
+            texts = []
+    else:
+        texts = given if isinstance(given, list) else [given]
     for index, (start, end) in enumerate(spans):
         mine = texts[index : index + 1] if columns.spans else texts
         captions = tuple(text for text in mine if isinstance(text, str))
@@ -269,14 +304,14 @@ def _spans(columns: TableConfig, row: Row, base: Source) -> Iterator[Source]:
 
 
 def _list(value: Any) -> list[Any]:
-    """A list, also where a table holds it as text, in JSON or as Python writes it."""
+    """A list, also where a table holds it as text, in JSON or as Python writes it. Raises ValueError."""
     if isinstance(value, str):
         try:
             value = json.loads(value)
         except (ValueError, RecursionError):
             try:
                 value = ast.literal_eval(value)  # literals only: nothing is run
-            except (SyntaxError, MemoryError, RecursionError):
+            except (SyntaxError, TypeError, MemoryError, RecursionError):
                 raise ValueError from None
     if not isinstance(value, list):
         raise ValueError
@@ -298,19 +333,29 @@ def seconds(value: Any) -> float | None:
 # --- shards -----------------------------------------------------------------------------------------------------------
 
 
-def _in_shards(location: str) -> Iterator[Source]:
-    for shard in open_shards(location):
+def _in_shards(places: Iterable[str]) -> Iterator[Source]:
+    taken: dict[str, str] = {}
+    for shard in (shard for place in places for shard in open_shards(place)):
+        called = _name_of(shard, taken)
         for number in range(len(shard.offsets)):
             stop = (*shard.offsets, shard.bytes)[number + 1]
             extent = (shard.offsets[number], stop)
-            base = Source(0, "", f"{shard.path.name}#{number}", str(shard.path.absolute()), extent)
+            base = Source(0, "", f"{called}#{number}", str(shard.path.absolute()), extent)
             try:
                 sample = read_texts(shard, number)
             except UserError as error:
                 yield replace(base, problem="unreadable", detail=str(error))
                 continue
             _, meta = captions_of(sample.meta)
-            yield replace(base, name=f"{shard.path.name}/{sample.key}", captions=sample.captions, meta=meta)
+            yield replace(base, name=f"{called}/{sample.key}", captions=sample.captions, meta=meta)
+
+
+def _name_of(shard: Shard, taken: dict[str, str]) -> str:
+    """A shard's file name, with as many of its folders before it as tell it from the others; ``taken`` has those."""
+    file = os.path.realpath(shard.path)
+    parts = shard.path.absolute().parts
+    names = ["/".join(parts[-depth:]) for depth in range(1, len(parts) + 1)]
+    return next((name for name in names if taken.setdefault(name, file) == file), names[-1])
 
 
 def _lines(path: Path) -> list[str]:

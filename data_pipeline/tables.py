@@ -51,11 +51,12 @@ def write_table(path: Path, columns: Mapping[str, str], rows: Sequence[Row]) -> 
 
 def read_columns(path: Path, names: Sequence[str]) -> Iterator[tuple[Any, ...]]:
     """Some columns of a Parquet file that was written here, row by row."""
-    for row in _read_parquet(path, names, only=True):
+    for row in _read_parquet(path, names):
+        assert row is not None  # it was written as UTF-8
         yield tuple(row[name] for name in names)
 
 
-def _read_parquet(path: Path, needed: Iterable[str], only: bool = False) -> Iterator[Row]:
+def _read_parquet(path: Path, needed: Iterable[str]) -> Iterator[Row | None]:
     try:
         import pyarrow
         from pyarrow import parquet
@@ -64,11 +65,22 @@ def _read_parquet(path: Path, needed: Iterable[str], only: bool = False) -> Iter
     try:
         with parquet.ParquetFile(path) as file:
             _check(path, file.schema_arrow.names, needed)
-            for batch in file.iter_batches(columns=list(needed) if only else None):
-                yield from batch.to_pylist()
+            for batch in file.iter_batches(columns=list(dict.fromkeys(needed))):
+                yield from _rows(batch)
     except (pyarrow.ArrowException, OSError) as error:
         reason = (str(error).splitlines() or ["unknown"])[0]
         raise UserError(f"{path}: not a Parquet file that can be read ({reason}); write or copy it again") from None
+
+
+def _rows(batch: Any) -> Iterator[Row | None]:
+    try:
+        yield from batch.to_pylist()
+    except UnicodeDecodeError:  # Parquet promises UTF-8, and not every writer keeps it: only such rows are lost
+        if batch.num_rows == 1:
+            yield None
+            return
+        for number in range(batch.num_rows):
+            yield from _rows(batch.slice(number, 1))
 
 
 def _read_csv(path: Path, file: Iterable[str], needed: Iterable[str]) -> Iterator[Row | None]:

@@ -7,12 +7,15 @@ written to disk under the name it brings.
 from __future__ import annotations
 
 import io
+import re
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
 from videodiff.video_io import atomic_path
+
+_SKIPPED = re.compile(r"__[^/]*__($|/)")  # webdataset's rule of what belongs to no sample
 
 
 def write_tar(path: Path, samples: Iterable[Mapping[str, bytes | str]]) -> None:
@@ -51,7 +54,7 @@ def members(tar: tarfile.TarFile, stop: int | None = None) -> Iterator[tuple[str
 
     while (member := tar.next()) is not None and (stop is None or member.offset < stop):
         key, suffix = base_plus_ext(member.name)  # the key ends at the first dot
-        if member.isreg() and key is not None and not member.name.startswith("__"):
+        if member.isreg() and key is not None and not _SKIPPED.match(member.name):
             yield key, suffix.lower(), member
 
 
