@@ -54,7 +54,7 @@ class BadSamples:
             where = f", listed in {self._path}" if self._path else ""
             raise UserError(
                 f"{self._bad} of {self._seen} clips are bad ({reasons}{where}), "
-                f"more than data.bad_limit={self._limit:g}; the last is {key} in {shard}; mend them or raise the limit"
+                f"more than bad_limit={self._limit:g}; the last is {key} in {shard}; mend them or raise the limit"
             )
         return key
 

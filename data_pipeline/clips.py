@@ -76,7 +76,8 @@ def decode_clip(
         if len(grid) * height * width * 3 <= limit:
             first, count = 0, len(grid)
         pieces = opened.read(grid[first : first + count].tolist())
-        return Clip(np.concatenate([fit(piece, (height, width), crop) for piece in pieces]), first, len(grid))
+        fitted = [fit(piece, (height, width), crop, opened.pixel_aspect) for piece in pieces]
+        return Clip(np.concatenate(fitted), first, len(grid))
 
     try:
         return read_video(video, lambda opened: window(opened, whole_bytes))
@@ -102,7 +103,7 @@ def preview_clip(video: bytes, *, frames: int, height: int, suffix: str = "mp4")
         rows, first = [], 0
         for piece in opened.read(list(range(total))):
             chosen = [i for i in range(len(piece)) if first + i in kept]
-            rows += [_lowered(piece[chosen], height)] if chosen else []
+            rows += [_lowered(piece[chosen], height, opened.pixel_aspect)] if chosen else []
             first += len(piece)
         seconds = float(opened.times[-1] - opened.times[0])
         fps = (total - 1) / seconds if seconds > 0 else 0.0
@@ -111,8 +112,9 @@ def preview_clip(video: bytes, *, frames: int, height: int, suffix: str = "mp4")
     return read_video(video, preview)
 
 
-def _lowered(frames: npt.NDArray[np.uint8], height: int) -> npt.NDArray[np.uint8]:
-    return fit(frames, (height, max(round(height * frames.shape[2] / frames.shape[1]), 1)))
+def _lowered(frames: npt.NDArray[np.uint8], height: int, pixel_aspect: float = 1.0) -> npt.NDArray[np.uint8]:
+    width = max(round(height * frames.shape[2] * pixel_aspect / frames.shape[1]), 1)
+    return fit(frames, (height, width), pixel_aspect=pixel_aspect)
 
 
 def grid_frames(times: npt.NDArray[np.float64], fps: float, frames: int) -> npt.NDArray[np.int64]:
@@ -132,20 +134,25 @@ def grid_frames(times: npt.NDArray[np.float64], fps: float, frames: int) -> npt.
 
 
 def fit(
-    frames: npt.NDArray[np.uint8], size: int | tuple[int, int], crop: tuple[float, float] = CENTRE
+    frames: npt.NDArray[np.uint8],
+    size: int | tuple[int, int],
+    crop: tuple[float, float] = CENTRE,
+    pixel_aspect: float = 1.0,
 ) -> npt.NDArray[np.uint8]:
     """Crop and resize uint8 [T,H,W,3] to ``size``, S or (height, width): [T,h,w,3], as much of the picture as goes
     into that aspect, which itself stays untouched.
 
-    ``crop`` in [0,1] says where the kept part lies, down and across; (0.5, 0.5) is the centre.
+    ``crop`` in [0,1] says where the kept part lies, down and across; (0.5, 0.5) is the centre. A pixel of ``frames`` is
+    ``pixel_aspect`` times as wide as it is high; one of the result is square.
     """
     height, width = frames.shape[1:3]
     h, w = (size, size) if isinstance(size, int) else size
-    if (height, width) == (h, w):
+    if (height, width, pixel_aspect) == (h, w, 1.0):
         return frames
-    kept_height, kept_width = (height, height * w / h) if height * w <= width * h else (width * h / w, width)
-    left, top = (width - kept_width) * crop[1], (height - kept_height) * crop[0]
-    box = (left, top, left + kept_width, top + kept_height)
+    wide = width * pixel_aspect  # of the picture, in square pixels
+    kept_height, kept_width = (height, height * w / h) if height * w <= wide * h else (wide * h / w, wide)
+    left, top = (wide - kept_width) * crop[1], (height - kept_height) * crop[0]
+    box = (left / pixel_aspect, top, (left + kept_width) / pixel_aspect, top + kept_height)
     return np.stack([resize(frame, w, h, box) for frame in frames])
 
 

@@ -23,12 +23,13 @@ Result = TypeVar("Result")
 
 class Opened(NamedTuple):
     """A video to read frames from: when each is shown, and ascending indices -> their frames uint8 [T,H,W,3] in
-    pieces."""
+    pieces. A pixel is ``pixel_aspect`` times as wide as it is high."""
 
     decoder: str
     times: npt.NDArray[np.float64]
     read: Callable[[list[int]], Iterator[npt.NDArray[np.uint8]]]
     sure: bool = True  # nothing in it can be read wrongly
+    pixel_aspect: float = 1.0
 
 
 def read_video(video: bytes, use: Callable[[Opened], Result]) -> Result:
@@ -42,7 +43,7 @@ def read_video(video: bytes, use: Callable[[Opened], Result]) -> Result:
         with undecodable():
             opened = _by_decord(video)
             if opened.sure:
-                return use(opened)
+                return use(opened._replace(pixel_aspect=_pixel_aspect(video)))
     except ClipError as error:
         if error.reason != "undecodable":
             raise
@@ -64,7 +65,8 @@ def read_video(video: bytes, use: Callable[[Opened], Result]) -> Result:
         raise problem  # it is damaged, and what a decoder patches up after an error can't be told from pictures
     with undecodable():
         trusted = opened is not None and problem is None and other.has_closed_groups()
-        return use(opened if opened is not None and trusted else _by_pyav(other))
+        chosen = opened if opened is not None and trusted else _by_pyav(other)
+        return use(chosen._replace(pixel_aspect=other.pixel_aspect))
 
 
 def _by_decord(video: bytes) -> Opened:
@@ -78,6 +80,16 @@ def _by_decord(video: bytes) -> Opened:
     # Some files say no times, in which place decord has random ones.
     sure = len(reader.get_key_indices()) < 2 and bool((np.abs(times) < 1e6).all())
     return Opened("decord", times, read, sure)
+
+
+def _pixel_aspect(video: bytes) -> float:
+    """What decord doesn't tell. mp4 and mov say it in a box of their own, so that PyAV is seldom asked."""
+    if video[4:8] == b"ftyp" and b"pasp" not in video:
+        return 1.0
+    try:
+        return PyavVideo(video).pixel_aspect
+    except (UserError, ClipError):  # it isn't installed, or can't open what decord can
+        return 1.0
 
 
 def _without_seeking(opened: Opened) -> Opened:

@@ -93,6 +93,9 @@ def encode(
     seed: Annotated[int, typer.Option(help="Another seed, other windows, crops and flips")] = 0,
     workers: Workers = 2,
     deadline_seconds: Deadline = 30.0,
+    bad_limit: Annotated[
+        float, typer.Option(min=0, max=1, help="Stop beyond this share of bad clips, if over 10")
+    ] = 0.01,
 ) -> None:
     """Make latents and text features of videos once, to train the diffusion stages without decoding."""
     from data_pipeline.data_config import DataConfig
@@ -101,6 +104,6 @@ def encode(
 
     config = DataConfig(
         shards=shards, batch_size=1, frames=frames, fps=fps, size=size, crop="random" if random_crop else "centre",
-        flip=flip, workers=workers, deadline_seconds=deadline_seconds,
+        flip=flip, workers=workers, deadline_seconds=deadline_seconds, bad_limit=bad_limit,
     )  # fmt: skip
     typer.echo(f"wrote {run(config, Model.load(model), out, variants, seed, progress=sys.stdout.isatty())}")

@@ -7,6 +7,7 @@ are kept, so that every training step still draws its own latents.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -35,12 +36,19 @@ _Encoded = tuple[str, bytes, dict[str, Any]]  # key, bytes of safetensors, JSON
 def encoder_digest(model: Model) -> str:
     """A hash of what makes a model's latents and text features: the autoencoder without its decoder, the text towers.
 
-    Weights are compared in half precision, in which they may be stored, and by value, not by file.
+    Weights are compared in half precision, in which they may be stored, and by value, not by file. The same weights
+    give other features under another configuration, which the hash has too, but for where files lie.
     """
     digest = hashlib.sha256()
-    text = model.part("text")
-    files = [getattr(text, name) for name in ("vocabulary", "words")]
-    digest.update(repr([file.sha256 if file else None for file in files]).encode())
+    autoencoder, text = model.part("autoencoder"), model.part("text")
+    places = {"vocabulary": True, "words": True, "pretrained": {"path"}}
+    told = [
+        autoencoder.network.model_dump(mode="json"),
+        text.network.model_dump(mode="json", exclude=places),
+        [file.sha256 if file else None for file in (text.vocabulary, text.words)],
+        [tower.model_dump(mode="json", exclude={"weights"}) for tower in text.further],
+    ]
+    digest.update(json.dumps(told, sort_keys=True).encode())
     for network in (model.autoencoder, model.text):
         for name, value in sorted(network.state_dict().items()):
             if not name.startswith("decoder."):
@@ -112,9 +120,14 @@ class _Encoder:
                 key = raw.key
                 bad.take(number, key, shard.path, None if number in bad.recorded else error)
                 continue
-            bad.good()
             assert isinstance(raw, RawSample)
-            yield raw.key, pack(self._features(raw, clips, number)), {**raw.meta, "captions": list(raw.captions)}
+            try:
+                packed = pack(self._features(raw, clips, number))
+            except ClipError as error:
+                bad.take(number, raw.key, shard.path, error)
+                continue
+            bad.good()
+            yield raw.key, packed, {**raw.meta, "captions": list(raw.captions)}
 
     def _jobs(self, shard: Shard, first: int, told: list[RawSample | SampleError]) -> Iterator[dict[str, Any] | None]:
         config = self.config

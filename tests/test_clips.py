@@ -1,12 +1,17 @@
 """Clips are encoded for real and decoded by decord; each frame's brightness says which one it is."""
 
+import io
+import struct
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import imageio_ffmpeg
 import numpy as np
 import pytest
+from PIL import Image
 
+from data_pipeline import decoder_choice
 from data_pipeline.clips import ClipError, decode_clip, fit, grid_frames, window_start
 from videodiff.video_io import encode_video
 
@@ -90,6 +95,45 @@ def test_other_containers_and_codecs(tmp_path: Path) -> None:
         subprocess.run([*command, "-q:v", "2", "-b:v", "2M", str(tmp_path / name)], check=True)
         clip = decode_clip((tmp_path / name).read_bytes(), fps=8, frames=16, size=16)
         assert numbers(clip.frames)[::5] == [0, 10, 20, 30], name
+
+
+@pytest.mark.parametrize("name", ["wide.mp4", "wide.mkv"])
+def test_pixels_that_are_not_square_become_square(name: str, tmp_path: Path) -> None:
+    """A circle that is stored squeezed to half its width is round again."""
+    y, x = np.mgrid[:64, :64] - 31.5
+    circle = np.where((x * 2) ** 2 + y**2 < 24**2, 255, 0).astype(np.uint8)[None, :, :, None].repeat(4, 0).repeat(3, 3)
+    (tmp_path / "x.mp4").write_bytes(encode_video(circle, 8))
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-i", str(tmp_path / "x.mp4"), "-vf", "setsar=2/1"]
+    subprocess.run([*command, "-c:v", "libx264", "-crf", "5", str(tmp_path / name)], check=True)
+    seen = decode_clip((tmp_path / name).read_bytes(), fps=8, frames=1, size=64).frames[0, :, :, 0] > 127
+    assert seen.any(0).sum() == pytest.approx(48, abs=2)
+    assert seen.any(1).sum() == pytest.approx(48, abs=2)
+
+
+def test_damage_outside_the_window_costs_nothing_whatever_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = decoder_choice.read_frames
+
+    def torn(reader: Any, indices: list[int]) -> np.ndarray:
+        if max(indices) > 20:
+            raise RuntimeError("damaged")
+        return real(reader, indices)
+
+    whole = decode_clip(VIDEO, fps=8, frames=4, size=16)
+    monkeypatch.setattr(decoder_choice, "read_frames", torn)
+    kept = decode_clip(VIDEO, fps=8, frames=4, size=16, whole_bytes=2**30)
+    assert (kept.frames == whole.frames).all()
+    with pytest.raises(ClipError, match="undecodable"):
+        decode_clip(VIDEO, fps=8, frames=4, size=16, position=0.99, whole_bytes=2**30)
+
+
+def test_a_picture_with_a_broken_tag_is_one_bad_clip() -> None:
+    # To be turned by a quarter, and a resolution in letters, over which Pillow raises a TypeError.
+    tags = struct.pack(">HHIHH", 0x112, 3, 1, 6, 0) + struct.pack(">HHI4s", 0x11A, 2, 4, b"abc")
+    file = io.BytesIO()
+    exif = b"Exif\0\0MM\0*" + struct.pack(">IH", 8, 2) + tags + bytes(4)
+    Image.new("RGB", (32, 32)).save(file, "JPEG", exif=exif)
+    with pytest.raises(ClipError, match="undecodable"):
+        decode_clip(file.getvalue(), fps=8, frames=1, size=16, suffix="jpg")
 
 
 def broken() -> dict[str, bytes]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from tiny_shards import clip
 from tiny_stages import ENGINE
 
 from data_pipeline.data_config import DataConfig
+from data_pipeline.decoders import ClipError
 from data_pipeline.features import pack, unpack
 from data_pipeline.loader import ShardSource
 from data_pipeline.samples import read_sample
@@ -195,6 +197,13 @@ def test_features_of_another_model_are_refused(encoded: dict[int, Path], model: 
         other = changed(model, tmp_path / str(number), stage, name)
         with pytest.raises(UserError, match="by another model's autoencoder or text tower"):
             batches(data, other, 1)
+    export(model, tmp_path / "layer")
+    description = configs.load(ModelConfig, tmp_path / "layer" / DESCRIPTION)
+    network = description.text.network.model_copy(update={"layer": -2})
+    other = description.text.model_copy(update={"network": network})
+    configs.save(description.model_copy(update={"text": other}), tmp_path / "layer" / DESCRIPTION)
+    with pytest.raises(UserError, match="by another model's autoencoder or text tower"):
+        batches(data, Model.load(tmp_path / "layer"), 1)
     assert batches(data, changed(model, tmp_path / "decoder", "autoencoder", "decoder."), 1)
     export(model, tmp_path / "half", half=True)
     assert batches(data, Model.load(tmp_path / "half"), 1)
@@ -253,6 +262,15 @@ def test_broken_features_are_counted(encoded: dict[int, Path], model: Model, tmp
     bad = batch.weight == 0
     assert float(batch.encoded.mean[bad].abs().sum()) == 0
     assert batch.encoded.text_mask[0][bad].sum(1).tolist() == [1] * 5
+
+
+def test_what_is_not_finite_is_not_written(encoded: dict[int, Path]) -> None:
+    raw = read_sample(open_shards(str(encoded[4]))[0], 0)
+    features = unpack(raw.video, 1, len(raw.captions))
+    assert features.pooled is not None
+    for broken in (replace(features, pooled=features.pooled.float() + 1e6), replace(features, mean=features.mean / 0)):
+        with pytest.raises(ClipError, match="not finite"):
+            pack(broken)
 
 
 def test_packing_is_exact_up_to_half_precision(encoded: dict[int, Path]) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from data_pipeline import decoding
 from data_pipeline.clips import Clip, ClipError
 from data_pipeline.decoding import DecodePool
 from data_pipeline.loader import DataConfig, ShardSource
@@ -243,7 +244,7 @@ def test_too_many_bad_clips_stop_the_run(tmp_path: Path) -> None:
     shards = some_bad(tmp_path, dict.fromkeys(range(4), b"junk"))
     listed = tmp_path / "bad.jsonl"
     with pytest.raises(
-        UserError, match=r"bad \(\d undecodable, listed in .*bad.jsonl\).*data.bad_limit=0.2.*a\.tar"
+        UserError, match=r"bad \(\d undecodable, listed in .*bad.jsonl\).*bad_limit=0.2.*a\.tar"
     ) as error:
         take(source(shards, listed, size=16, bad_limit=0.2, bad_floor=2).batches(0, 0, 1, 4), 9)
     assert "\n" not in str(error.value)
@@ -288,6 +289,17 @@ def test_a_hanging_clip_holds_up_neither_the_loader_nor_its_end(tmp_path: Path) 
     iterator = endless.batches(first, 0, 1, 4)
     take(iterator, 1)
     assert time.monotonic() - start < 120, "closing does not wait for the deadline"
+
+
+def test_a_helper_that_hangs_while_starting_gets_no_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job larger than a socket's buffer would otherwise wait in it for ever."""
+    (tmp_path / "never_up.py").write_text("import time\ntime.sleep(600)\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(decoding, "_START_SECONDS", 2.0)
+    began = time.monotonic()
+    with DecodePool(1, 5, function="never_up:decode") as pool, pytest.raises(UserError, match="did not start in 2 s"):
+        list(pool.map([{"video": bytes(2**24)}]))
+    assert time.monotonic() - began < 60
 
 
 def test_a_decoder_that_cannot_start_is_told() -> None:

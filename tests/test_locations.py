@@ -146,6 +146,15 @@ def test_a_changed_tar_is_fetched_anew(world: Path, tmp_path: Path) -> None:
     assert second[0].digest == scan_shard(world / "world-000002.tar").digest
 
 
+def test_a_tar_without_an_index_is_fetched_again_when_it_had_to_go(world: Path, cache: Path) -> None:
+    with serving(world) as (address, server):
+        (shard,) = open_shards(f"http://{address}/world-000000.tar")
+        first = read_sample(shard, 0)
+        shard.path.unlink()
+        assert read_sample(shard, 0) == first
+        assert server.fetched["/world-000000.tar"] == 2
+
+
 def test_many_processes_fetch_a_shard_once(world: Path) -> None:
     import subprocess
     import sys

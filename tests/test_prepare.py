@@ -24,6 +24,7 @@ from data_pipeline.clips import decode_clip
 from data_pipeline.journal import Journal, read_rows
 from data_pipeline.prepare import merge, parse_part, prepare, refilter
 from data_pipeline.prepare_config import PrepareConfig
+from data_pipeline.publish import alone
 from data_pipeline.shards import open_shards, read_sample
 from stages.cli import main
 from tests.numbered_videos import KINDS, X264, encode, numbered, numbers
@@ -157,8 +158,14 @@ def test_parts_that_are_merged_are_the_whole(parts: int, videos: Path, made: Pat
         assert f"part {number}/{parts}" in prepare(str(videos), tmp_path, config, (number, parts))
     merge(tmp_path)
     assert digests(tmp_path) == digests(made)
-    prepare(str(videos), tmp_path, config, (1, parts + 1))
-    with pytest.raises(UserError, match="different sources or numbers of parts"):
+    before = sorted(path.name for path in (tmp_path / "work").iterdir())
+    with pytest.raises(UserError, match=f"was begun in {parts} parts, not in {parts + 1}"):
+        prepare(str(videos), tmp_path, config, (1, parts + 1))
+    assert sorted(path.name for path in (tmp_path / "work").iterdir()) == before
+    merge(tmp_path)
+    lines = (tmp_path / "work" / f"1-of-{parts}" / "rows.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "work" / f"1-of-{parts}" / "rows.jsonl").write_bytes(b"".join(lines[:-1]))
+    with pytest.raises(UserError, match=f"{len(lines) - 1} rows where {len(lines)} were written.*part 1/{parts}"):
         merge(tmp_path)
 
 
@@ -216,6 +223,11 @@ def test_tightening_decodes_nothing_and_loosening_cuts_what_is_new(
     tight = {row["key"]: row for row in rows(out)}
     assert len(samples(out)) == sum(row["kept"] for row in tight.values()) == 5
     assert Counter(row["reason"] for row in tight.values())["sharpness low"] >= 4
+
+    told = digests(out)
+    with pytest.raises(UserError, match=r"videos are gone or changed .*\(.*\.mp4"):
+        refilter(out, ["filters.sharpness.min=1"])
+    assert digests(out) == told
 
     shutil.move(str(tmp_path / "away"), str(moved))
     cut: list[Any] = []
@@ -411,6 +423,33 @@ def test_another_set_of_settings_or_sources_is_refused(videos: Path, tmp_path: P
 def test_two_processes_in_one_part_are_refused(tmp_path: Path) -> None:
     with Journal(tmp_path / "work"), pytest.raises(UserError, match="another process is at work"):
         Journal(tmp_path / "work")
+
+
+def test_two_processes_do_not_publish_at_once(made: Path) -> None:
+    with alone(made), pytest.raises(UserError, match="another process is at work"):
+        merge(made)
+
+
+def test_bytes_that_were_given_up_do_not_hide_those_in_a_shard(made: Path, tmp_path: Path) -> None:
+    """A journal that was cut on after its bytes were published is hollow at its beginning."""
+    out = tmp_path / "out"
+    shutil.copytree(made, out)
+    (folder,) = (out / "work").glob("1-of-1")
+    end = max(row["ends"]["clips"] for row in read_rows(folder))
+    (folder / "clips.data").write_bytes(bytes(end))
+    refilter(out, ["shard_mb=0.03"])
+    assert [sample.video for sample in samples(out)] == [sample.video for sample in samples(made)]
+
+
+def test_a_picture_too_wide_for_the_encoder_costs_itself(videos: Path, tmp_path: Path) -> None:
+    source = tmp_path / "in"
+    source.mkdir()
+    shutil.copy(videos / "a.mp4", source / "a.mp4")
+    encode(source / "wide.gif", np.full((12, 32, 16_480, 3), 90, np.uint8), fps=10)
+    for name in ("a", "wide"):
+        (source / f"{name}.txt").write_text("a caption")
+    prepare(str(source), tmp_path / "out", settings(clip={"frames": 2, "fps": 8, "size": 32}))
+    assert {row["source"]: row["reason"] for row in rows(tmp_path / "out")} == {"a.mp4": "", "wide.gif": "too large"}
 
 
 def test_nothing_kept_is_said_with_its_reasons(tmp_path: Path) -> None:

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from data_pipeline.clips import ClipError
+from data_pipeline.cutting import fit_box
 from data_pipeline.readers import open_video
+from data_pipeline.scenes import ClipConfig
 from tests.numbered_videos import KINDS, X264, encode, numbered, numbers, vfr_times
 
 COUNT = 40
@@ -81,6 +83,21 @@ def test_pixels_that_are_not_square_count_by_their_aspect(folder: Path) -> None:
     video = open_video(path)
     assert (video.header.width, video.header.height) == (128, 64)
     assert video.pixel_aspect == pytest.approx(4 / 3)
+
+
+@pytest.mark.parametrize("degrees", [90, 270])
+def test_such_pixels_in_a_turned_picture(degrees: int, folder: Path) -> None:
+    """The rows of the upright picture are what was stored as columns; its box lies within them."""
+    path = encode(folder / "wide.mp4", FRAMES[:4], *X264, "-vf", "setsar=4/3")
+    turned = folder / f"wide{degrees}.mp4"
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-display_rotation", str(degrees), "-i", str(path)]
+    subprocess.run([*command, "-c", "copy", "-y", str(turned)], check=True)
+    video = open_video(turned)
+    _, frame = next(video.all())
+    assert frame.shape[:2] == (96, 64)
+    assert (video.header.width, video.header.height) == (48, 96), "64 x 96 pixels, each 3/4 as wide as high"
+    _, _, (left, top, right, bottom) = fit_box(ClipConfig(size=32), 48, 96, video.pixel_aspect)
+    assert (left, top, right, bottom) == pytest.approx((0, 0, 64, 96))
 
 
 def test_colours_are_those_of_the_file(folder: Path) -> None:

@@ -21,6 +21,7 @@ from data_pipeline.shards import (
     open_shards,
     read_sample,
     scan_shard,
+    started,
     write_shard,
     write_world_shards,
 )
@@ -248,6 +249,33 @@ def test_the_writer_refuses_keys_and_samples_that_cannot_be_read_back(tmp_path: 
         with pytest.raises(ValueError, match="key has no dots"):
             write_shard(tmp_path / "x.tar", [sample])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_keys_and_captions_of_others_can_be_written_again(tmp_path: Path) -> None:
+    """A folder in a key may have dots; half a surrogate pair in the JSON is carried along, and is no caption."""
+    write_shard(tmp_path / "a.tar", [("v1.0/0001", b"x", {"captions": ["\ud800", "a fox"], "note": "\udfff"})])
+    (shard,) = open_shards(str(tmp_path))
+    sample = read_sample(shard, 0)
+    assert (sample.key, sample.captions, sample.meta["note"]) == ("v1.0/0001", ("a fox",), "\udfff")
+    for key in ("v1/a.b", "v1/", ""):
+        with pytest.raises(ValueError, match="no dots"):
+            write_shard(tmp_path / "b.tar", [(key, b"x", {"captions": ["a"]})])
+
+
+def test_only_webdatasets_own_members_are_skipped(tmp_path: Path) -> None:
+    members = [("__meta__", b"x"), ("__x.mp4", b"v"), ("__x.json", b'{"captions": ["a"]}')]
+    foreign(tmp_path / "a.tar", members)
+    (shard,) = open_shards(str(tmp_path))
+    assert [read_sample(shard, n).key for n in range(len(shard.offsets))] == ["__x"]
+
+
+def test_what_a_sigkill_left_of_a_plan_is_no_other_file(tmp_path: Path) -> None:
+    (tmp_path / "..making-0123abcd.json").write_text("{")
+    assert not started(tmp_path, {"seed": 0})
+    (tmp_path / ".making.json").unlink()
+    (tmp_path / "mine.json").write_text("{}")
+    with pytest.raises(UserError, match="holds other files"):
+        started(tmp_path, {"seed": 0})
 
 
 def test_captions_are_read_without_the_videos(world: Path, tmp_path: Path) -> None:

@@ -165,6 +165,9 @@ def test_panda70m_has_many_spans_in_a_row(tmp_path: Path) -> None:
         '"[\'a fox\', ""it\'s red""]"\n'
         "bad,https://x,\"__import__('os').system('touch hacked')\",\"['a']\"\n"
         'odd,https://x,"[[5, 3]]","[\'a\']"\n'
+        'none,https://x,"[]","[]"\n'
+        'empty,https://x,"[[1, 2]]",\n'
+        'plain,https://x,"[[1, 2]]",a fox\n'
     )
     config = load(PrepareConfig, "configs/data/panda70m.yaml")
     sources = list(find_sources(config.sources, str(tmp_path / "panda.csv")))
@@ -173,6 +176,9 @@ def test_panda70m_has_many_spans_in_a_row(tmp_path: Path) -> None:
         ("abc.mp4", 3620.053, 3630.0, ("it's red",), ""),
         ("bad.mp4", None, None, (), "unreadable row"),
         ("odd.mp4", None, None, (), "unreadable row"),
+        ("none.mp4", None, None, (), "unreadable row"),
+        ("empty.mp4", 1.0, 2.0, (), "no caption"),
+        ("plain.mp4", 1.0, 2.0, (), "no caption"),
     ]
     assert not (tmp_path / "hacked").exists()
 
@@ -220,6 +226,15 @@ def test_a_table_that_is_not_utf8_loses_no_row(tmp_path: Path) -> None:
     assert len(found(tmp_path / "t.csv")) == 4
 
 
+def test_parquet_that_is_not_utf8_loses_such_rows_only(tmp_path: Path) -> None:
+    raw = pyarrow.array([b"a fox", b"caf\xe9", b"a bear"]).view(pyarrow.string())
+    parquet.write_table(pyarrow.table({"video": ["a.mp4", "b.mp4", "c.mp4"], "caption": raw}), tmp_path / "t.parquet")
+    sources = list(find_sources(SourcesConfig(), str(tmp_path / "t.parquet")))
+    assert [(s.name, s.captions, s.problem) for s in sources] == [
+        ("a.mp4", ("a fox",), ""), ("row 1", (), "unreadable row"), ("c.mp4", ("a bear",), ""),
+    ]  # fmt: skip
+
+
 def test_seconds() -> None:
     assert [seconds(v) for v in (None, "", 3, "2.5", "1:02", "01:00:00.25")] == [None, None, 3, 2.5, 62, 3600.25]
     for bad in ("nan", "inf", "1:x", "soon"):
@@ -243,6 +258,56 @@ def test_shards_are_a_source_too(tmp_path: Path) -> None:
     for refused in ("pipe:touch hacked", "ftp://somewhere/a.tar"):
         with pytest.raises(UserError, match="is not opened"):
             found(refused)
+
+
+def test_shards_of_one_name_in_two_folders_are_two(tmp_path: Path) -> None:
+    for folder in ("x", "y"):
+        (tmp_path / folder).mkdir()
+        write_shard(tmp_path / folder / "a.tar", [("s", folder.encode(), {"captions": [f"in {folder}"]})])
+    (tmp_path / "list.txt").write_text(f"{tmp_path}/x/a.tar\n{tmp_path}/y/a.tar\n")
+    sources = found(tmp_path / "list.txt")
+    assert {name: (s.captions, s.problem) for name, s in sources.items()} == {
+        "a.tar/s": (("in x",), ""), "y/a.tar/s": (("in y",), ""),
+    }  # fmt: skip
+    assert sources["a.tar/s"].key == found(tmp_path / "x")["a.tar/s"].key
+    (tmp_path / "list.txt").write_text(f"{tmp_path}/x/a.tar\n{tmp_path}/x/a.tar\n")
+    assert [s.problem for s in find_sources(SourcesConfig(), str(tmp_path / "list.txt"))] == ["", "listed twice"]
+
+
+def test_a_folder_of_videos_and_tars_is_refused(tmp_path: Path) -> None:
+    write_shard(tmp_path / "stray.tar", [("s", b"x", {"captions": ["a"]})])
+    assert list(found(tmp_path)) == ["stray.tar/s"]
+    video(tmp_path / "deep" / "a.mp4", "a fox")
+    with pytest.raises(UserError, match=r"holds videos \(deep/a.mp4\) and tars \(stray.tar\)"):
+        found(tmp_path)
+    (tmp_path / "stray.tar").rename(tmp_path / ".left.tar")
+    assert list(found(tmp_path)) == ["deep/a.mp4"]
+
+
+def test_a_folder_that_cannot_be_read_has_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    video(tmp_path / "a.mp4", "a fox")
+    (tmp_path / "locked").mkdir()
+    scandir = os.scandir
+
+    def refuse(folder: Any) -> Any:  # root may read any folder, so that rights can't be taken away here
+        if os.fspath(folder).endswith("locked"):
+            raise PermissionError(13, "Permission denied")
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    sources = found(tmp_path)
+    assert problems(sources) == {"a.mp4": "", "locked": "unreadable"}
+    assert sources["locked"].detail == "Permission denied"
+
+
+def test_a_json_without_a_caption_hides_no_text(tmp_path: Path) -> None:
+    video(tmp_path / "a.mp4", "a fox")
+    (tmp_path / "a.json").write_text('{"license": "CC0"}')
+    video(tmp_path / "b.mp4", "a bear")
+    (tmp_path / "b.mp4.json").write_text('{"license": "CC0"}')
+    assert [(s.captions, s.meta) for s in found(tmp_path).values()] == [
+        (("a fox",), {"licence": "CC0"}), (("a bear",), {"licence": "CC0"}),
+    ]  # fmt: skip
 
 
 def test_a_table_is_written_as_it_reads(tmp_path: Path) -> None:
