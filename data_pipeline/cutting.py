@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -17,7 +16,7 @@ from data_pipeline.filters import Filters, verdict
 from data_pipeline.measures import measure, perceptual_hash
 from data_pipeline.readers import Video, open_video
 from data_pipeline.scenes import ClipConfig, ScenesConfig, cut_clips, find_cuts, grid
-from data_pipeline.sources import Source, read_bytes
+from data_pipeline.sources import Source, read_bytes, state_of
 from videodiff.video_io import encode_video
 
 Frames = npt.NDArray[np.uint8]
@@ -156,12 +155,10 @@ def _strip(frames: Frames, size: int) -> bytes:
 
 
 def _state(source: Source) -> list[int]:
-    """Size and time of change of a source's file: while they stay, it is the same."""
     try:
-        status = os.stat(source.path)
+        return state_of(source)
     except (OSError, ValueError) as error:
         raise ClipError("unreadable", getattr(error, "strerror", "") or str(error)) from None
-    return [status.st_size, status.st_mtime_ns]
 
 
 def is_unchanged(source: Source, state: list[int]) -> bool:

@@ -20,6 +20,7 @@ from typing import Any
 
 from pydantic import Field
 
+from data_pipeline import locations
 from data_pipeline.shards import VIDEO_SUFFIXES, Shard, open_shards, read_sample, read_texts
 from data_pipeline.tables import TABLE_SUFFIXES, Row, read_table, utf8
 from videodiff.config import Config
@@ -57,8 +58,8 @@ class SourcesConfig(Config):
 class Source:
     """A span of a file (all of it without ``start`` and ``end``, in seconds) and what is said of it.
 
-    ``path`` is a video, or a shard in which the sample lies at the bytes ``extent``. ``problem`` is the reason why it
-    can't be used.
+    ``path`` is a video, or a shard in which the sample lies at the bytes ``extent``; a shard of a ``url`` lies in the
+    cache, which may let it go. ``problem`` is the reason why it can't be used.
     """
 
     number: int
@@ -72,6 +73,7 @@ class Source:
     meta: dict[str, Any] = field(default_factory=dict)
     problem: str = ""
     detail: str = ""
+    url: str | None = None
 
 
 def find_sources(config: SourcesConfig, location: str) -> Iterator[Source]:
@@ -104,7 +106,10 @@ def find_sources(config: SourcesConfig, location: str) -> Iterator[Source]:
 
 def fingerprint(source: Source) -> bytes:
     """Differs where anything said of a source does."""
-    return hashlib.sha256(json.dumps(asdict(source), sort_keys=True).encode()).digest()
+    said = asdict(source)
+    if source.url is None:
+        del said["url"]  # so that folders which were begun before there was one go on
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).digest()
 
 
 def read_bytes(source: Source) -> Path | bytes:
@@ -112,7 +117,19 @@ def read_bytes(source: Source) -> Path | bytes:
     if source.extent is None:
         return Path(source.path)
     start, stop = source.extent
-    return read_sample(Shard(Path(source.path), (start,), stop, ""), 0).video
+    return read_sample(Shard(Path(source.path), (start,), stop, "", source.url), 0).video
+
+
+def state_of(source: Source) -> list[int]:
+    """Size and time of change of a source's file: while they stay, it is the same. Raises OSError, ValueError.
+
+    What is remote is fetched for it (UserError) and has no time: the cache's is that of its last use.
+    """
+    if source.url is None:
+        status = os.stat(source.path)
+        return [status.st_size, status.st_mtime_ns]
+    with locations.opened(source.url, Path(source.path)) as file:
+        return [os.fstat(file.fileno()).st_size, 0]
 
 
 def _checked(config: SourcesConfig, source: Source) -> Source:
@@ -340,7 +357,7 @@ def _in_shards(places: Iterable[str]) -> Iterator[Source]:
         for number in range(len(shard.offsets)):
             stop = (*shard.offsets, shard.bytes)[number + 1]
             extent = (shard.offsets[number], stop)
-            base = Source(0, "", f"{called}#{number}", str(shard.path.absolute()), extent)
+            base = Source(0, "", f"{called}#{number}", str(shard.path.absolute()), extent, url=shard.url)
             try:
                 sample = read_texts(shard, number)
             except UserError as error:

@@ -16,6 +16,7 @@ import pytest
 from data_pipeline import locations
 from data_pipeline.loader import DataConfig, ShardSource
 from data_pipeline.shards import Shard, open_shards, read_sample, scan_shard, write_world_shards
+from data_pipeline.sources import SourcesConfig, find_sources, read_bytes, state_of
 from videodiff.errors import UserError
 
 
@@ -152,6 +153,16 @@ def test_a_tar_without_an_index_is_fetched_again_when_it_had_to_go(world: Path, 
         first = read_sample(shard, 0)
         shard.path.unlink()
         assert read_sample(shard, 0) == first
+        assert server.fetched["/world-000000.tar"] == 2
+
+
+def test_prepare_fetches_a_shard_again_when_it_had_to_go(world: Path) -> None:
+    with serving(world) as (address, server):
+        source = next(find_sources(SourcesConfig(), f"http://{address}/world-000000.tar"))
+        first, state = read_bytes(source), state_of(source)
+        assert state == state_of(source), "reading it is no change"
+        Path(source.path).unlink()
+        assert (state_of(source), read_bytes(source)) == (state, first)
         assert server.fetched["/world-000000.tar"] == 2
 
 
