@@ -2,7 +2,7 @@
 # make install      install everything, the packages of training and tests too
 # make test         install everything and run all tests but the slow ones (make test-slow runs those)
 # make test-crash   kill a rank at a hundred file operations of a save, each time go on
-# make test-slurm   the job scripts on a real Slurm cluster that is started here (root, Debian's slurm-wlm munge iproute2)
+# make test-slurm   the job scripts on a real Slurm cluster that is started here (root; installs Debian's slurm-wlm)
 # make lint         ruff, format, types, shellcheck
 # make bench-digits train and measure the diffusion core on handwritten digits; writes docs/core-results.md
 # make bench-network our U-Net against those of diffusers, paired in one run; writes docs/network-speed.md
@@ -58,7 +58,16 @@ test-slow: $(VENV)/.all
 test-crash: $(VENV)/.all
 	$(BIN)/python -m pytest -q -m crash
 
+SLURM_PACKAGES := slurm-wlm munge iproute2
 test-slurm: $(VENV)/.all
+	@if ! PATH="$$PATH:/usr/sbin:/sbin" sh -c 'for c in slurmctld slurmd munged sbatch ip; do command -v $$c; done' | \
+	  awk 'END {exit NR < 5}'; then \
+	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	    apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends $(SLURM_PACKAGES); \
+	  else \
+	    echo "test-slurm: Slurm is missing; install $(SLURM_PACKAGES) (Debian's names), and run this as root" >&2; exit 1; \
+	  fi; \
+	fi
 	$(BIN)/python -m pytest -q -m slurm
 
 lint: $(VENV)/.all

@@ -39,14 +39,26 @@ once() {
     fi
 }
 
-# Every rank of a job:  ranks videodiff train ...  The script that calls it may be warned meanwhile (USR1): it is passed
-# on until the ranks save and leave. Returns what srun returned.
+# What the ranks of a warned job have to save and leave; below the lead of --signal, since the script then still has to
+# ask whether the job comes back. Longer saves need both: sbatch --signal=B:USR1@900, and this at 780.
+VIDEODIFF_SAVE_SECONDS=${VIDEODIFF_SAVE_SECONDS:-240}
+
+# Every rank of a job:  ranks videodiff train ...  The script that calls it may be warned meanwhile (USR1), or before,
+# when it noted that in `warned`: it is passed on until the ranks save and leave. Returns what srun returned.
 ranks() {
     # No fall-back to localhost: a job whose ranks can't find one another must fail, not train alone on each node.
-    local hosts code=0
+    local hosts code=0 tasks=${SLURM_TASKS_PER_NODE:-}
+    : "${SLURM_JOB_NODELIST:?is not set: start this in a job, with sbatch or salloc}"
     hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST") || return 1
+    tasks=${tasks%%[(,]*}  # "8(x4)", "2,1": those of this node, as SLURM_GPUS_ON_NODE are
+    if [[ -n ${SLURM_GPUS_ON_NODE:-} && -n $tasks && $SLURM_GPUS_ON_NODE != "$tasks" ]]; then
+        echo "error: $SLURM_GPUS_ON_NODE GPUs but $tasks tasks on a node, and a task takes one GPU; give sbatch" \
+            "--gpus-per-node=N --ntasks-per-node=N" >&2
+        exit 2
+    fi
     export MASTER_ADDR=${hosts%%$'\n'*}
-    export MASTER_PORT=$((20000 + (SLURM_JOB_ID * 7 + ${SLURM_RESTART_COUNT:-0}) % 20000))
+    # Below 32768, where Linux takes the ports of outgoing connections from.
+    export MASTER_PORT=$((10000 + (SLURM_JOB_ID * 7 + ${SLURM_RESTART_COUNT:-0}) % 20000))
     export WORLD_SIZE=$SLURM_NTASKS
     if [[ -n ${SLURM_CPUS_PER_TASK:-} ]]; then export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK; fi
     # The ranks expand their own variables. USR1 is ignored until Python listens to it: it would end a rank that imports.
@@ -56,13 +68,28 @@ ranks() {
         ${before[@]+"${before[@]}"} \
         bash -c 'trap "" USR1; export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID; exec "$@"' rank "$@" &
     step=$!
-    # Again and again: ranks that still start don't listen. CONT is not trapped: Slurm sends it beside USR1, and bash
-    # would lose one of the two.
-    trap '(while kill -USR1 "$step" 2>/dev/null; do sleep 10; done) & trap "" USR1' USR1
+    # CONT is not trapped: Slurm sends it beside USR1, and bash would lose one of the two.
+    trap 'farewell "$step" & trap "" USR1' USR1
+    if [[ -n ${warned:-} ]]; then kill -USR1 $$; fi
     while kill -0 "$step" 2>/dev/null; do
         wait "$step" || true
     done
     wait "$step" || code=$?
     trap '' USR1
     return "$code"
+}
+
+# Pass a warning on to a step, again and again: ranks that still start don't listen. Ranks that hang, or save for too
+# long, must not keep the script until Slurm ends both: srun ends its step on TERM, and by KILL it ends itself.
+farewell() {
+    local left=$((VIDEODIFF_SAVE_SECONDS * 5 / 6))
+    while ((left > 0)); do
+        kill -USR1 "$1" 2>/dev/null || return 0
+        sleep $((left < 10 ? left : 10))
+        left=$((left - 10))
+    done
+    kill -TERM "$1" 2>/dev/null || return 0
+    echo "the ranks did not leave in time (VIDEODIFF_SAVE_SECONDS=$VIDEODIFF_SAVE_SECONDS) and are ended" >&2
+    sleep $((VIDEODIFF_SAVE_SECONDS - VIDEODIFF_SAVE_SECONDS * 5 / 6))
+    kill -KILL "$1" 2>/dev/null || true
 }

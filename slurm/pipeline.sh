@@ -1,7 +1,8 @@
 #!/bin/bash
 # Several stages as one chain of jobs, each after the success of the one before; sbatch's options after `--`:
 #   slurm/pipeline.sh configs/demo -- --nodes=2
-#   slurm/pipeline.sh configs/emu/{image,video_256,video_512,video_512_16,finetune,interpolation}.yaml -- --nodes=32
+#   slurm/pipeline.sh configs/emu/{image,video_256,video_512,video_512_16,finetune,interpolation}.yaml \
+#     -- --nodes=32 --gpus-per-node=8 --ntasks-per-node=8
 # A folder stands for its autoencoder.yaml, text.yaml, image.yaml, video.yaml and interpolation.yaml. A stage that fails
 # ends the chain.
 set -euo pipefail

@@ -315,8 +315,7 @@ class DiffusionTask:
             for name, parameter in network.named_parameters():
                 parameter.requires_grad_(self.trains(name))
             work = count(network, frames, height, width, torch.bfloat16)
-            repeated = work.forward if self.module.checkpointing else 0.0
-            self._operations[key] = work.forward + work.backward + repeated
+            self._operations[key] = work.forward + work.backward
         return self._operations[key] * len(batch)
 
     def _latent_shape(self, batch: VideoBatch) -> tuple[int, int, int]:

@@ -351,6 +351,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         problem = " ".join(error.format_message().split()).rstrip(".")
         _fail(f"{problem}; see `{where} --help`", 2)
     except UserError as error:
+        if error.echoed:  # one line for a job of many ranks
+            raise SystemExit(2) from None
         _fail(str(error), 2)
     except (KeyboardInterrupt, typer.Abort):
         status = 130

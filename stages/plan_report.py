@@ -8,6 +8,7 @@ from pathlib import Path
 from stages.assemble import load_stage
 from stages.plan import USABLE, Plan, plan
 from videodiff.errors import UserError
+from videodiff.training.engine_config import EngineConfig
 from videodiff.training.gpus import GIB, GPUS
 
 
@@ -26,7 +27,7 @@ def report(
         raise UserError(f"--gpu {gpu_name}: not known; known are {', '.join(GPUS)}")
     gpu, config = GPUS[gpu_name], load_stage(path, overrides)
     made = plan(path, overrides, nodes * gpus_per_node)
-    peak = gpu.flops * (0.5 if config.engine.precision == "fp32" else 1.0)  # of TF32
+    peak = gpu.flops_fp32 if config.engine.precision == "fp32" else gpu.flops
     seconds = made.step_operations / (made.gpus * peak * efficiency)
     samples = config.data.batch_size / seconds
     hours = seconds * config.run.steps / 3600
@@ -59,20 +60,25 @@ def report(
     if held := made.memory[config.engine.zero_stage].host:
         lines.append(f"  offloaded          {held * gpus_per_node / GIB:.1f} GiB in the memory of each node")
     link = gpu.link if nodes == 1 else min(gpu.link, network * 1e9)
-    problems = _problems(made, config.engine.zero_stage, gpu_name, seconds, link)
+    checkpointed = getattr(config, "activation_checkpointing", False)
+    problems = _problems(made, config.engine, checkpointed, gpu_name, seconds, link)
     return lines + [f"  warning: {problem}" for problem in problems]
 
 
-def _problems(made: Plan, stage: int, gpu_name: str, seconds: float, link: float) -> list[str]:
-    gpu, problems = GPUS[gpu_name], []
+def _problems(
+    made: Plan, engine: EngineConfig, checkpointed: bool, gpu_name: str, seconds: float, link: float
+) -> list[str]:
+    gpu, problems, stage = GPUS[gpu_name], [], engine.zero_stage
     memory = made.memory[stage]
     if memory.total > USABLE * gpu.memory:
         ways = [f"--zero-stage {z}" for z, m in made.memory.items() if z > stage and m.total <= USABLE * gpu.memory][:1]
         if memory.activations > 0.3 * memory.total:
-            ways.append("activation_checkpointing=true")
+            if not checkpointed:
+                ways.append("activation_checkpointing=true")
             if made.micro_batch > 1:
                 ways.append(f"engine.micro_batch={made.micro_batch // 2}")
-        ways += ["engine.offload_optimizer=true"] if stage > 0 else []
+        ways += ["engine.offload_optimizer=true"] if stage > 0 and not engine.offload_optimizer else []
+        ways = ways or ["a GPU with more memory", "a smaller network"]
         has = USABLE * gpu.memory / GIB
         problems.append(f"ZeRO {stage} needs {memory.total / GIB:.1f} GiB of {has:.1f}; try {' or '.join(ways)}")
     if (sending := made.communication[stage] / link) > seconds:

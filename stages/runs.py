@@ -7,7 +7,10 @@ import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from videodiff.errors import UserError
+from videodiff.model import new_folder
 from videodiff.training.checkpoint import MANIFEST, fault, seal
 from videodiff.training.engine_config import FOLDER
 from videodiff.training.fragments import Fragments
@@ -47,7 +50,7 @@ def verify(path: Path) -> Iterator[tuple[Path, str | None]]:
 def reshape(path: Path, ranks: int, out: Path) -> Path:
     """Write a checkpoint's training state as `ranks` files each into a new checkpoint; the rest is copied.
 
-    Raises UserError when the source is broken, or `out` is there already.
+    Raises UserError when the source is broken, or `out` is there already or can't be written.
     """
     if not (path / MANIFEST).is_file():
         sound = [checkpoint for checkpoint in _checkpoints(path) if fault(checkpoint) is None]
@@ -58,14 +61,16 @@ def reshape(path: Path, ranks: int, out: Path) -> Path:
         raise UserError(f"{path}: {problem}; take another checkpoint")
     if out.exists():
         raise UserError(f"{out}: exists already; name a new folder")
-    draft = out.with_name(f".{out.name}.tmp")
-    shutil.rmtree(draft, ignore_errors=True)
     states = [folder.relative_to(path) for folder in sorted(path.rglob(FOLDER)) if folder.is_dir()]
-    shutil.copytree(path, draft, ignore=shutil.ignore_patterns(FOLDER, MANIFEST))
-    for state in states:
-        reshape_state(path / state, draft / state, ranks)
-    seal(draft)
-    draft.rename(out)
+    with new_folder(out) as draft:
+        for source in sorted(path.rglob("*")):  # not shutil.copytree, whose error is a list of all that went wrong
+            relative = source.relative_to(path)
+            if source.is_file() and FOLDER not in relative.parts and source.name != MANIFEST:
+                (draft / relative).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(source, draft / relative)
+        for state in states:
+            reshape_state(path / state, draft / state, ranks)
+        seal(draft)
     return out
 
 
@@ -87,5 +92,7 @@ def _line(path: Path) -> str:
             f"{path}: step {state['step']}, {size / 1e6:,.1f} MB, written by {ranks} rank{'s' * (ranks > 1)}, "
             f"{state['skipped']} steps skipped, {fault(path) or 'sound'}"
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (FileNotFoundError, ValueError, KeyError, TypeError, SafetensorError) as error:
         return f"{path}: broken ({' '.join(str(error).split())})"
+    except OSError as error:
+        return f"{path}: can't be read now ({error.strerror or error})"

@@ -1,5 +1,6 @@
 """Checkpoints that a kill, a bad disk or a full one can't spoil: real files, real processes that die."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -13,6 +14,7 @@ import pytest
 
 from videodiff.errors import LostError, UserError
 from videodiff.model import Model
+from videodiff.training import checkpoint
 from videodiff.training.checkpoint import MANIFEST, Checkpoints, fault, seal
 
 
@@ -102,6 +104,45 @@ def test_averages_stay_for_good(toy_model: Path, tmp_path: Path) -> None:
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["average-00000004", "average-00000008", "step-00000010", "step-00000012"]
     assert Model.load(tmp_path / "average-00000004").config.stages() == Model.load(toy_model).config.stages()
+
+
+def test_an_average_that_can_not_be_kept_ends_nothing(toy_model: Path, tmp_path: Path) -> None:
+    """The old checkpoint has rotted since it was written; what a killed export left goes with the next save."""
+
+    def copy(folder: Path) -> None:
+        shutil.copytree(toy_model, folder, dirs_exist_ok=True)
+
+    checkpoints = Checkpoints(tmp_path, 1, keep_average_every=2)
+    checkpoints.write(2, copy, 1000)
+    path = next((tmp_path / "step-00000002").glob("*.safetensors"))
+    path.write_bytes(path.read_bytes()[:-1])
+    (tmp_path / ".average-00000001.7.tmp").mkdir()
+    with pytest.warns(UserWarning, match=rf"average-00000002: not kept: .*{path.name}"):
+        checkpoints.write(4, copy, 1000)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000004"]
+    checkpoints.write(6, copy, 1000)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["average-00000004", "step-00000006"]
+
+
+@pytest.mark.parametrize("failures", [2, 3])
+def test_a_disk_that_is_away_for_a_moment_costs_no_checkpoint(
+    checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch, failures: int
+) -> None:
+    for step in (1, 2):
+        checkpoints.write(step, fill(str(step)), 1000)
+    left, digest = [OSError(errno.ESTALE, "Stale file handle")] * failures, checkpoint._sha256
+
+    def away(path: Path) -> str:
+        if left:
+            raise left.pop()
+        return digest(path)
+
+    monkeypatch.setattr(checkpoint, "_sha256", away)
+    monkeypatch.setattr(checkpoint, "READ_PAUSES", (0.0, 0.0))
+    if failures == 3:
+        with pytest.raises(LostError, match=r"step-00000002: can't be read now \(Stale file handle\); the same"):
+            checkpoints.newest()
+    assert checkpoints.newest() == checkpoints.folder / "step-00000002"
 
 
 def test_who_may_not_publish_leaves_everything_as_it_is(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import pytest
 
 from data_pipeline.shards import write_world_shards
 from stages.cli import main
+from videodiff.errors import UserError
 from videodiff.model import Model
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -202,3 +203,20 @@ def test_without_the_extra_a_command_says_what_to_install(shards: Path, tmp_path
     assert done.returncode == 1
     assert "pip install 'videodiff[train]'" in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
+
+
+def test_what_rank_0_tells_the_others_do_not(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A job of 512 ranks ends in one line."""
+    error = UserError("data: no shard is there")
+
+    def fail(*given: object) -> None:
+        raise error
+
+    monkeypatch.setattr("stages.assemble.train_stage", fail)
+    assert run("train", ROOT / "configs/demo/image.yaml") == 2
+    assert "data: no shard is there" in one_line(capsys.readouterr().err)
+    error.echoed = True
+    assert run("train", ROOT / "configs/demo/image.yaml") == 2
+    assert capsys.readouterr() == ("", "")

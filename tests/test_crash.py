@@ -28,9 +28,10 @@ def check(folder: Path, number: int, seed: int) -> None:
     assert counts[0] > 20  # the wrapped operations are really met
     assert counts[1] > 3
     drawn = random.Random(seed)
-    points = [f"1:{drawn.randint(1, counts[1])}" for _ in range(number // 3)]
-    points += [f"0:{drawn.randint(1, counts[0])}" for _ in range(number - len(points))]
-    points = sorted(set(points))
+    own = min(number // 3, counts[1])
+    points = [f"1:{n}" for n in drawn.sample(range(1, counts[1] + 1), own)]
+    points += [f"0:{n}" for n in drawn.sample(range(1, counts[0] + 1), min(number - own, counts[0]))]
+    assert len(points) == min(number, own + counts[0])
     results = crash(folder, *points)
     assert [result["point"] for result in results] == points
     for result in results:

@@ -19,13 +19,17 @@ echo "$@" >> "$PLAY/scontrol.log"
 if [[ $1 == show ]]; then echo 127.0.0.1; fi
 """
 SRUN = """#!{python}
-import os, signal, subprocess, sys
+import os, signal, subprocess, sys, time
 ranks = []
 signal.signal(signal.SIGUSR1, lambda *_: [rank.send_signal(signal.SIGUSR1) for rank in ranks])
 command = sys.argv[1:]
 open(os.environ["PLAY"] + "/srun.log", "a").write(" ".join(command) + "\\n")
 if "PLAY_CRASH" in os.environ:
     sys.exit(1)
+if "PLAY_HANG" in os.environ:
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    time.sleep(300)
 while command[0].startswith("-"):
     command.pop(0)
 for i in range(int(os.environ["SLURM_NTASKS"])):
@@ -119,6 +123,90 @@ def test_what_can_not_succeed_does_not_come_back(tmp_path: Path, play: Callable[
     assert code
     assert "over the cap: " in output
     assert not requeued(tmp_path)
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_ranks_that_hang_are_ended_in_time_and_the_job_comes_back(
+    tmp_path: Path, play: Callable[..., subprocess.Popen[str]], early: bool
+) -> None:
+    """Warned while they hang, or before there are any (srun, which starts, may then end of it)."""
+    hang = {"PLAY_HANG": "1", "VIDEODIFF_SAVE_SECONDS": "6"}
+    if early:
+        (tmp_path / "venv/bin").mkdir(parents=True)
+        (tmp_path / "venv/bin/activate").write_text(f"kill -USR1 $$\nsource {sys.prefix}/bin/activate\n")
+        hang["VIDEODIFF_VENV"] = str(tmp_path / "venv")
+    process = play("run.steps=2", **hang)
+    while process.poll() is None and not (tmp_path / "srun.log").is_file():
+        time.sleep(0.1)
+    began = time.monotonic()
+    if not early:
+        process.send_signal(signal.SIGUSR1)
+    code, output = done(process)
+    assert code == 0, output
+    assert time.monotonic() - began < 250  # played, srun hangs for longer
+    assert early or "the ranks did not leave in time (VIDEODIFF_SAVE_SECONDS=6) and are ended" in output
+    assert "go on: " in output
+    assert requeued(tmp_path)
+
+
+def ranks(folder: Path, **more: str) -> tuple[subprocess.CompletedProcess[str], str]:
+    """`ranks videodiff train` in a shell where all that Slurm has are stand-ins; what srun was given."""
+    for name, text in (("scontrol", "echo n1"), ("srun", 'printf "%s\\n" "$*" >> "$PLAY/srun.log"')):
+        (folder / name).write_text(f"#!/bin/bash\n{text}\n")
+        (folder / name).chmod(0o755)
+    known = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
+    known |= {"PATH": f"{folder}:{os.environ['PATH']}", "PLAY": str(folder), "SLURM_JOB_ID": "7", "SLURM_NTASKS": "8"}
+    known |= {"SLURM_JOB_NODELIST": "n1", "VIDEODIFF_CONTAINER": "/images/videodiff.sqsh", **more}
+    script = f"set -euo pipefail; source {ROOT}/slurm/env.sh; ranks videodiff train; once videodiff status; echo end"
+    told = subprocess.run(
+        ["bash", "-c", script], env=known, capture_output=True, text=True, check=False, cwd=folder, timeout=60
+    )
+    log = folder / "srun.log"
+    return told, log.read_text() if log.is_file() else ""
+
+
+def test_a_task_for_each_gpu_or_none_at_all(tmp_path: Path) -> None:
+    told, given = ranks(tmp_path, SLURM_GPUS_ON_NODE="8", SLURM_TASKS_PER_NODE="1(x2)")
+    assert (told.returncode, given, told.stdout) == (2, "", "")
+    assert told.stderr.splitlines() == [
+        "error: 8 GPUs but 1 tasks on a node, and a task takes one GPU; give sbatch --gpus-per-node=N "
+        "--ntasks-per-node=N"
+    ]
+    for tasks in ("8(x2)", "8,7", "8"):
+        told, given = ranks(tmp_path, SLURM_GPUS_ON_NODE="8", SLURM_TASKS_PER_NODE=tasks)
+        assert (told.returncode, told.stderr) == (0, "")
+        assert "--gpu-bind=none" in given
+
+
+def test_containers_get_what_their_runtime_wants(tmp_path: Path) -> None:
+    """A stand-in `srun` notes its arguments; no container runs here."""
+    end = ' exec "$@" rank videodiff train'
+
+    def tell(**more: str) -> tuple[str, str]:
+        (tmp_path / "srun.log").unlink(missing_ok=True)
+        told, given = ranks(tmp_path, **more)
+        assert (told.returncode, told.stderr, told.stdout) == (0, "", "end\n")
+        for_ranks, for_one = given.splitlines()
+        assert for_ranks.startswith("--kill-on-bad-exit=1 ")
+        assert for_ranks.count("bash -c trap") == 1
+        return for_ranks.partition("bash -c trap")[0].removeprefix("--kill-on-bad-exit=1 "), for_one
+
+    image, here = "/images/videodiff.sqsh", str(tmp_path)
+    for mounts, bound in (("", ""), ("/data,/scratch", ",/data,/scratch")):
+        pyxis = f"--container-image={image} --container-workdir={here} --container-mounts={here}:{here}{bound} "
+        once = "--nodes=1 --ntasks=1 "
+        assert tell(VIDEODIFF_MOUNTS=mounts) == (pyxis, f"{once}{pyxis}videodiff status")
+        apptainer = f"apptainer exec --nv --bind {here}{bound} /images/videodiff.sif "
+        given = {"VIDEODIFF_MOUNTS": mounts, "VIDEODIFF_CONTAINER": "/images/videodiff.sif"}
+        assert tell(**given) == (apptainer, f"{once}{apptainer}videodiff status")
+    assert end in (tmp_path / "srun.log").read_text()
+
+
+def test_without_a_list_of_nodes_there_is_one_line(tmp_path: Path) -> None:
+    told, given = ranks(tmp_path, SLURM_JOB_NODELIST="")
+    assert (told.returncode != 0, given, told.stdout) == (True, "", "")
+    assert len(told.stderr.splitlines()) == 1
+    assert "SLURM_JOB_NODELIST: is not set: start this in a job" in told.stderr
 
 
 def test_without_slurm_it_says_so() -> None:

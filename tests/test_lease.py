@@ -1,8 +1,10 @@
 """One writer for a run folder, on whatever machine: processes that live, die or hang, and those that replace them."""
 
+import errno
 import os
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -59,6 +61,31 @@ def test_the_heart_beats(tmp_path: Path) -> None:
     assert is_alive(tmp_path)
     lease.give_back()
     assert not is_alive(tmp_path)
+
+
+def test_one_that_is_put_back_is_not_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another took it in hand, saw that it is not the one it meant, and puts it back."""
+    monkeypatch.setattr(leases, "BEAT_SECONDS", 5.0)
+    lease = taken(tmp_path, HERE)
+    (tmp_path / "lease.json").rename(tmp_path / "gone")
+    back = threading.Timer(0.2, (tmp_path / "gone").rename, [tmp_path / "lease.json"])
+    back.start()
+    lease.check()
+    back.join()
+    lease.give_back()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_fails_while_it_is_given_back_hides_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lease = taken(tmp_path, HERE)
+
+    def stale(folder: Path) -> None:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(leases, "read", stale)
+    lease.give_back()
 
 
 @pytest.mark.parametrize(

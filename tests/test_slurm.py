@@ -15,7 +15,7 @@ import pytest
 import torch
 from conftest import write_toy_model
 from safetensors.torch import load_file
-from slurm_lab import Lab, missing
+from slurm_lab import Lab
 from test_data_road import captioned
 from tiny_training import PACE
 
@@ -33,7 +33,7 @@ IMAGE = [
 ]  # fmt: skip
 SLOW = ["data.batch_size=8", "data.size=64", "network.model_channels=128", "network.num_res_blocks=3"]
 
-pytestmark = [pytest.mark.slurm, pytest.mark.skipif(bool(missing()), reason=missing())]
+pytestmark = pytest.mark.slurm
 
 
 class Cluster:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -313,6 +314,49 @@ def test_a_folder_that_can_not_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"run\.dir=.*can't be written"):
         run_tiny(tiny(tmp_path / "file" / "run"))
+
+
+def test_a_copy_without_its_checkpoints_is_not_begun_anew(tmp_path: Path) -> None:
+    run_tiny(tiny(tmp_path / "run", run__steps=2))
+    shutil.copytree(tmp_path / "run", tmp_path / "copy", ignore=shutil.ignore_patterns("checkpoints"))
+    copy = tiny(tmp_path / "copy")
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"copy/checkpoints: no checkpoint is there, but status.json tells of one"):
+            run_tiny(copy)
+    assert len(lines(copy)) == 2
+    shutil.copytree(tmp_path / "run/checkpoints", tmp_path / "copy/checkpoints")
+    run_tiny(copy)
+    assert len(lines(copy)) == 4
+
+
+def test_a_status_that_can_not_be_written_ends_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("videodiff.training.run_folder.STATUS_SECONDS", 0)
+    loss = TinyTask.loss
+
+    def losing(self: TinyTask, module: Any, batch: VideoBatch, seed: int) -> Any:
+        path = tmp_path / "run/status.json"
+        if 8 in batch.numbers.tolist():  # the second step: nothing can be moved to a folder's place
+            path.unlink()
+            path.mkdir()
+        if 24 in batch.numbers.tolist():
+            path.rmdir()
+        return loss(self, module, batch, seed)
+
+    monkeypatch.setattr(TinyTask, "loss", losing)
+    run_tiny(tiny(tmp_path / "run"))
+    told = [line for line in capsys.readouterr().out.splitlines() if "training goes on" in line]
+    assert len(told) == 1
+    assert told[0].startswith(f"{tmp_path / 'run/status.json'}: can't be written (")
+    assert json.loads((tmp_path / "run/status.json").read_text())["state"] == "complete"
+
+
+def test_metrics_that_can_not_be_written_are_named(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/metrics.jsonl").symlink_to("/dev/full")
+    with pytest.raises(UserError, match=r"run/metrics.jsonl: can't be written \(No space left on device\); make room"):
+        run_tiny(tiny(tmp_path / "run"))
 
 
 def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(tmp_path: Path) -> None:

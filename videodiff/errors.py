@@ -1,11 +1,21 @@
 """The errors that end in one line: a mistake that is the user's to mend, and a loss that a new start mends."""
 
+import errno
+
+USERS_TO_MEND = (
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS,
+    errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP,
+)  # fmt: skip
+
 
 class UserError(ValueError):
     """A mistake in what the user gave: one line that says what, where, why and what to do.
 
     The command line prints the message and exits with a non-zero status; it never shows a traceback for it.
+    echoed: raised on this rank because of rank 0, which tells it; here the command line prints nothing.
     """
+
+    echoed = False
 
 
 class LostError(UserError):
@@ -13,3 +23,8 @@ class LostError(UserError):
 
     The same command, given again, goes on.
     """
+
+
+def disk_error(error: OSError, message: str) -> UserError:
+    """What to raise for an error of a disk: the user's to mend (it is full), or a loss (it was away)."""
+    return UserError(message) if error.errno in USERS_TO_MEND else LostError(message)

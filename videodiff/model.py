@@ -7,7 +7,6 @@ The video and interpolation stages store only what they train; their frozen spat
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 import shutil
@@ -21,7 +20,7 @@ from typing import Annotated, Literal, TypeAlias
 import torch
 from pydantic import Field
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from videodiff import config as configs
@@ -39,6 +38,7 @@ from videodiff.networks.t5 import T5Tower
 from videodiff.networks.text import PretrainedText, TextConfig, TextTower
 from videodiff.networks.towers import TextTowers
 from videodiff.networks.unet import UNet, UNetConfig, is_temporal
+from videodiff.tensor_files import save_file
 
 DESCRIPTION = "model.yaml"
 VOCABULARY, WORDS = "vocabulary.txt.gz", "words.txt"
@@ -367,15 +367,12 @@ def _digest(file) -> str:  # type: ignore[no-untyped-def]  # Python 3.10 has no 
 def write_weights(folder: Path, name: str, state: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> File:
     """Write a stage's weights into a model folder as safetensors; returns what `model.yaml` says of the file.
 
-    Raises OSError, which names the file, when it can't be written: safetensors' own error says neither.
+    Raises OSError when it can't be written.
     """
     tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
     if dtype is not None:
         tensors = {key: value.to(dtype) if value.is_floating_point() else value for key, value in tensors.items()}
-    try:
-        save_file(tensors, folder / name)
-    except SafetensorError as error:
-        raise OSError(errno.EIO, str(error), str(folder / name)) from None
+    save_file(tensors, folder / name)
     return File(name=name, sha256=sha256(folder / name))
 
 

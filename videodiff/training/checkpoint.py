@@ -5,23 +5,24 @@ manifest.json, memory.safetensors (what the task learned besides weights, if any
 files, if the task has one), and ema.safetensors, raw.safetensors and model.yaml, by which it opens as a Model.
 """
 
-import errno
+import contextlib
 import hashlib
 import json
 import os
 import shutil
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 from safetensors import SafetensorError
 
-from videodiff.errors import LostError, UserError
+from videodiff.errors import LostError, UserError, disk_error
 from videodiff.model import Model, export
 from videodiff.training.distributed import barrier, from_first, raise_from_first, rank
 
 MANIFEST = "manifest.json"
-USERS_TO_MEND = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS)
+READ_PAUSES = (2.0, 10.0)  # seconds before a checkpoint that the disk would not give is read again
 
 
 class Checkpoints:
@@ -42,7 +43,8 @@ class Checkpoints:
     def newest(self) -> Path | None:
         """The newest checkpoint that verifies; None when there is none. Broken ones are named in a warning.
 
-        Raises UserError when there are checkpoints but none is sound: starting anew would hide the loss.
+        Raises UserError when there are checkpoints but none is sound: starting anew would hide the loss. Raises
+        LostError when the disk does not give one: to go on from an older one would throw it away.
         """
         chosen, problem = self._choose() if rank() == 0 else (None, None)
         raise_from_first(problem)
@@ -71,10 +73,9 @@ class Checkpoints:
         # a peer that is gone, not the disk.
         except (OSError, SafetensorError) as error:
             shutil.rmtree(draft, ignore_errors=True)
-            mendable = not isinstance(error, OSError) or error.errno in USERS_TO_MEND
-            raise (UserError if mendable else LostError)(self._failed(step, error)) from error
+            raise self._failed(step, error) from error
         barrier()
-        problem = None
+        problem: str | UserError | None = None
         if rank() == 0 and (problem := verify(draft)) is not None:
             shutil.rmtree(draft, ignore_errors=True)
         elif rank() == 0:
@@ -91,23 +92,29 @@ class Checkpoints:
     def _found(self) -> list[Path]:
         return sorted(self.folder.glob("step-*[0-9]"))
 
-    def _choose(self) -> tuple[str | None, str | None]:
+    def _choose(self) -> tuple[str | None, str | UserError | None]:
         found = self._found()[::-1]
         for path in found:
-            reason = fault(path)
+            try:
+                reason = _patiently(fault, path)
+            except OSError as error:
+                return None, LostError(
+                    f"{path}: can't be read now ({error.strerror or error}); the same command tries again; if the disk "
+                    "never gives it, move this checkpoint away to go on from the one before"
+                )
             if reason is None:
                 return path.name, None
             warnings.warn(f"{path}: skipped, {reason}", stacklevel=2)
         if found:
             names = ", ".join(path.name for path in found)
-            return None, f"{self.folder}: no checkpoint is sound ({names}); restore one, or remove them to start anew"
+            return None, f"{self.folder}: no checkpoint is sound ({names}); restore one, or name a new run.dir"
         return None, None
 
-    def _start(self, draft: Path, num_bytes: int) -> str | None:
+    def _start(self, draft: Path, num_bytes: int) -> str | UserError | None:
         self.may_publish()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for leftover in self.folder.glob("step-*.tmp"):
+            for leftover in (*self.folder.glob("step-*.tmp"), *self.folder.glob(".average-*.tmp")):
                 shutil.rmtree(leftover, ignore_errors=True)  # an attempt that was replaced may still write into its own
             free = shutil.disk_usage(self.folder).free
             if free < num_bytes:
@@ -117,10 +124,11 @@ class Checkpoints:
                 )
             draft.mkdir()
         except OSError as error:
-            return f"{self.folder}: can't be written ({error.strerror or error}); check run.dir and its disk"
+            message = f"{self.folder}: can't be written ({error.strerror or error}); check run.dir and its disk"
+            return disk_error(error, message)
         return None
 
-    def _finish(self, draft: Path, final: Path, step: int) -> str | None:
+    def _finish(self, draft: Path, final: Path, step: int) -> UserError | None:
         try:
             seal(draft)
             self.may_publish()
@@ -146,19 +154,23 @@ class Checkpoints:
             shutil.rmtree(useless, ignore_errors=True)
 
     def _keep_average(self, checkpoint: Path) -> None:
-        """A model of the averaged weights alone, beside the checkpoints."""
+        """A model of the averaged weights alone, beside the checkpoints; a warning where there can be none."""
         target = checkpoint.with_name(f"average-{checkpoint.name[5:]}")
-        if not target.exists():
-            export(Model.load(checkpoint), target)
+        try:
+            if not target.exists():
+                export(Model.load(checkpoint), target)
+        except (UserError, OSError, SafetensorError) as error:  # the run has just been saved: no reason to end it
+            warnings.warn(f"{target}: not kept: {' '.join(str(error).split())}", stacklevel=2)
 
-    def _failed(self, step: int, error: Exception) -> str:
+    def _failed(self, step: int, error: OSError | SafetensorError) -> UserError:
         reason = (error.strerror if isinstance(error, OSError) else None) or str(error).splitlines()[0]
         sound = self._found()
         last = f"{sound[-1].name} is untouched" if sound else "there is none before it"
-        return (
+        message = (
             f"{self.folder}: the checkpoint of step {step} could not be written ({reason}); {last}; "
             "make room or name another run.dir, then give the same command again"
         )
+        return disk_error(error, message) if isinstance(error, OSError) else UserError(message)
 
 
 def seal(folder: Path) -> None:
@@ -177,20 +189,34 @@ def seal(folder: Path) -> None:
 
 
 def fault(folder: Path) -> str | None:
-    """What is wrong with a checkpoint according to its manifest; None when it is sound."""
+    """What is wrong with a checkpoint according to its manifest; None when it is sound.
+
+    Raises OSError when the disk does not answer: nothing is known then.
+    """
     try:
         entries = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
         for name, entry in entries.items():
             path = folder / name
-            if not path.is_file():
+            try:
+                as_written = path.stat().st_size == entry["bytes"] and _sha256(path) == entry["sha256"]
+            except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
                 return f"{name} is missing"
-            if path.stat().st_size != entry["bytes"] or _sha256(path) != entry["sha256"]:
+            if not as_written:
                 return f"{name} is not what was written"
     except FileNotFoundError:
         return f"it has no {MANIFEST}"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         return f"its {MANIFEST} can't be read ({error})"
     return None
+
+
+def _patiently(look: Callable[[Path], str | None], path: Path) -> str | None:
+    """`look(path)`, again after a while when the disk does not answer."""
+    for pause in READ_PAUSES:
+        with contextlib.suppress(OSError):
+            return look(path)
+        time.sleep(pause)
+    return look(path)
 
 
 def _sha256(path: Path) -> str:

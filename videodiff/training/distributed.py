@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from videodiff.errors import UserError
+from videodiff.errors import LostError, UserError
 
 Value = TypeVar("Value")
 
@@ -131,10 +131,15 @@ def from_first(value: Value) -> Value:
     return box[0]
 
 
-def raise_from_first(problem: str | None) -> None:
-    """Raise UserError on every process when rank 0 found a problem, so that none is left waiting for another."""
-    if (message := from_first(problem)) is not None:
-        raise UserError(message)
+def raise_from_first(problem: str | UserError | None) -> None:
+    """Raise UserError (or LostError, where `problem` is one) on every process when rank 0 found a problem, so that none
+    is left waiting for another. It is told once, by rank 0."""
+    told = from_first(None if problem is None else (str(problem), isinstance(problem, LostError)))
+    if told is not None:
+        message, lost = told
+        error = (LostError if lost else UserError)(message)
+        error.echoed = rank() != 0
+        raise error
 
 
 def gather_rows(rows: Tensor) -> Tensor:

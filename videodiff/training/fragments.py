@@ -16,10 +16,10 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from videodiff.errors import UserError
+from videodiff.tensor_files import save_file
 
 PATTERN = "rank-*.safetensors"
 
@@ -35,7 +35,10 @@ class Part:
 
 
 def write(folder: Path, rank: int, parts: Iterable[Part], counters: Mapping[str, float]) -> None:
-    """Write a rank's file into `folder`. counters: numbers of the whole state, equal on all ranks."""
+    """Write a rank's file into `folder`. counters: numbers of the whole state, equal on all ranks.
+
+    Raises OSError when it can't be written.
+    """
     tensors = {f"{part.kind}|{part.start}|{part.name}": part.values.detach().cpu().contiguous() for part in parts}
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"rank-{rank:05d}.safetensors"

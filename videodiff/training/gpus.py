@@ -7,20 +7,25 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class GPU:
-    """Memory in bytes, dense matrix operations a second in bf16 (fp16 where there is none), bytes a second to peers."""
+    """Memory in bytes, dense matrix operations a second in bf16 (fp16 where there is none), bytes a second to peers.
+
+    flops_fp32: of plain fp32. torch multiplies matrices in it, and not in TF32, unless told otherwise.
+    """
 
     memory: float
     flops: float
     link: float
+    flops_fp32: float
 
 
 # GiB as drivers tell them; from data sheets dense TFLOP/s, and GB/s a direction between the GPUs of a node.
 GPUS = {
-    name: GPU(memory * GIB, flops * 1e12, link * 1e9)
-    for name, (memory, flops, link) in {
-        "b200": (179, 2250, 900), "h200": (140, 989, 450), "h100": (79.6, 989, 450), "a100": (79.3, 312, 300),
-        "a100-40": (39.6, 312, 300), "l40s": (44.7, 362, 32), "a10": (22.5, 125, 32), "v100": (31.7, 125, 150),
-        "rtx4090": (23.6, 165, 32), "rtx3090": (23.7, 71, 32),
+    name: GPU(memory * GIB, flops * 1e12, link * 1e9, fp32 * 1e12)
+    for name, (memory, flops, link, fp32) in {
+        "b200": (179, 2250, 900, 75), "h200": (140, 989, 450, 67), "h100": (79.6, 989, 450, 67),
+        "a100": (79.3, 312, 300, 19.5), "a100-40": (39.6, 312, 300, 19.5), "l40s": (44.7, 362, 32, 91.6),
+        "a10": (22.5, 125, 32, 31.2), "v100": (31.7, 125, 150, 15.7), "rtx4090": (23.6, 165, 32, 82.6),
+        "rtx3090": (23.7, 71, 32, 35.6),
     }.items()
 }  # fmt: skip
 

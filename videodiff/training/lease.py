@@ -114,6 +114,9 @@ class Lease:
 
     def _problem(self) -> str:
         now = read(self.path.parent)
+        if not self._lost and now is None:  # who lost a race for it may have it in hand, and puts it back: look twice
+            time.sleep(BEAT_SECONDS / 5)
+            now = read(self.path.parent)
         if not self._lost and (now is None or now.token != self.holder.token):
             what = f"{now} has taken over" if now is not None else "its lease is gone"
             self._lost = (
@@ -126,9 +129,10 @@ class Lease:
         self._over.set()
         if self._thread is not None:
             self._thread.join()
-            now = read(self.path.parent)
-            if now is not None and now.token == self.holder.token:
-                self.path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # it lapses by itself, and what ended the run must be heard
+                now = read(self.path.parent)
+                if now is not None and now.token == self.holder.token:
+                    self.path.unlink(missing_ok=True)
 
     def _keep(self) -> None:
         while not self._over.wait(BEAT_SECONDS):

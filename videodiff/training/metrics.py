@@ -1,19 +1,20 @@
 """What a run says while it trains: metrics.jsonl, TensorBoard, a bar on a terminal, a line now and then in a file."""
 
+import contextlib
 import hashlib
 import json
 import math
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from videodiff.errors import UserError
+from videodiff.errors import UserError, disk_error
 
 LINE_EVERY_SECONDS = 10.0
 
@@ -22,10 +23,12 @@ def cut_back(path: Path, step: int) -> None:
     """Keep the lines of steps 1..`step` of a metrics file; a torn last line goes too. No file: nothing to do."""
     if not path.is_file():
         return
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    kept = [line + "\n" for line in lines if 0 < _step_of(line) <= step]
     draft = path.with_name(f"{path.name}.tmp")
-    draft.write_text("".join(kept), encoding="utf-8")
+    # Line by line: with all keys of all samples, a long run's file is larger than memory.
+    with open(path, encoding="utf-8", errors="replace") as old, open(draft, "w", encoding="utf-8") as new:
+        for line in old:
+            if 0 < _step_of(line) <= step:
+                new.write(line.rstrip("\n") + "\n")
     os.replace(draft, path)
 
 
@@ -47,9 +50,12 @@ class Report:
         self._since = time.perf_counter()
         if silent:
             return
-        cut_back(folder / "metrics.jsonl", step)
-        self._file = open(folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115 - closed with the report
-        self._board = self._tensorboard(folder / "tensorboard", step)
+        self._folder = folder
+        with _named(folder / "metrics.jsonl"):
+            cut_back(folder / "metrics.jsonl", step)
+            self._file = open(folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115 - closed with the report
+        with _named(folder / "tensorboard"):
+            self._board = self._tensorboard(folder / "tensorboard", step)
         self._wandb = _wandb(folder, wandb) if wandb is not None else None
         console = Console(file=sys.stdout)
         if console.is_terminal:
@@ -66,11 +72,13 @@ class Report:
             return
         if self._bar is not None:
             self._bar.stop()
-        if self._board is not None:
-            self._board.close()
+        with contextlib.suppress(OSError):  # all lines are written already, or the error that ends the run says it
+            self._file.close()
+        with contextlib.suppress(OSError):
+            if self._board is not None:
+                self._board.close()
         if self._wandb is not None:
             self._wandb.finish()
-        self._file.close()
 
     def say(self, text: str) -> None:
         """One line to the reader."""
@@ -84,12 +92,14 @@ class Report:
         if self.silent:
             return
         finite = {key: None if _is_odd(value) else value for key, value in record.items()}
-        self._file.write(json.dumps(finite) + "\n")
-        self._file.flush()
+        with _named(self._folder / "metrics.jsonl"):
+            self._file.write(json.dumps(finite) + "\n")
+            self._file.flush()
         if self._board is not None:
-            for key, value in record.items():
-                if key != "step" and isinstance(value, (int, float)):
-                    self._board.add_scalar(key, value, record["step"])
+            with _named(self._folder / "tensorboard"):
+                for key, value in record.items():
+                    if key != "step" and isinstance(value, (int, float)):
+                        self._board.add_scalar(key, value, record["step"])
         if self._wandb is not None:
             numbers = {key: value for key, value in record.items() if isinstance(value, (int, float))}
             self._wandb.log(numbers, step=record["step"])
@@ -125,6 +135,19 @@ class Report:
             self.say("no TensorBoard events: tensorboard is not installed (pip install tensorboard)")
             return None
         return SummaryWriter(str(folder), purge_step=step + 1)
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """An OSError of what is written to `path` as one line that names it: such errors don't by themselves."""
+    try:
+        yield
+    except OSError as error:
+        message = (
+            f"{path}: can't be written ({error.strerror or error}); make room or see to the disk, then the same "
+            "command goes on from the last checkpoint"
+        )
+        raise disk_error(error, message) from error
 
 
 def _wandb(folder: Path, project: str) -> Any:

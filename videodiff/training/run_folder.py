@@ -13,7 +13,7 @@ import torch
 
 from videodiff import config as configs
 from videodiff.config import Config
-from videodiff.errors import LostError, UserError
+from videodiff.errors import LostError, UserError, disk_error
 from videodiff.training import status
 from videodiff.training.checkpoint import Checkpoints
 from videodiff.training.distributed import from_first, gather_to_first, raise_from_first, rank
@@ -39,16 +39,17 @@ class Attempt:
         self._status = Status()
         self._lease: Lease | None = None
         self._written = 0.0
+        self._complained = False  # of a status that can't be written
 
     def __enter__(self) -> "Attempt":
-        problem = None
+        problem: str | UserError | None = None
         if rank() == 0:
             try:
                 problem = self._open()
             except UserError as error:
-                problem = str(error)
+                problem = error
             except OSError as error:
-                problem = cannot_write(self.folder, error)
+                problem = disk_error(error, cannot_write(self.folder, error))
         try:
             raise_from_first(problem)
             self.token = from_first(self._lease.holder.token if self._lease is not None else "")
@@ -93,12 +94,12 @@ class Attempt:
             now.seconds_per_step = seconds if before is None else 0.95 * before + 0.05 * seconds
         now.skipped = record.get("skipped", now.skipped)
         if time.monotonic() - self._written > STATUS_SECONDS:
-            self._write()
+            self._try_write()
 
     def saved(self, step: int) -> None:
         """Note a checkpoint."""
         self._status.save(step)
-        self._write()
+        self._try_write()
 
     def complete(self, step: int) -> None:
         """Note that all is done."""
@@ -126,8 +127,14 @@ class Attempt:
         self._status = status.read(self.folder) or Status()
         self._status.open(self.steps)
         self._write()
+        begun = Checkpoints(self.folder / CHECKPOINTS, 1).exist()
+        if self._status.checkpoint and not begun:
+            return (
+                f"{self.folder / CHECKPOINTS}: no checkpoint is there, but {status.FILE} tells of one "
+                f"({self._status.checkpoint}); copy {CHECKPOINTS}/ too, or name a new run.dir to start anew"
+            )
         # Without a checkpoint there is nothing to go on with: the start failed, and this may be the command mended.
-        if path.is_file() and Checkpoints(self.folder / CHECKPOINTS, 1).exist():
+        if path.is_file() and begun:
             changes = configs.differences(configs.load(type(self.config), path), self.config)
             if forbidden := [str(change) for change in changes if not change.operational]:
                 return (
@@ -153,6 +160,18 @@ class Attempt:
             self._lease.check()
             self._write()
         self._lease.give_back()
+
+    def _try_write(self) -> None:
+        """The status is for readers: one that can't be written now is no reason to end a run, and is tried again."""
+        try:
+            self._write()
+            self._complained = False
+        except OSError as error:
+            self._written = time.monotonic()
+            if not self._complained:
+                self._complained = True
+                name = self.folder / status.FILE
+                print(f"{name}: can't be written ({error.strerror or error}); training goes on", flush=True)
 
     def _write(self) -> None:
         if self._lease is not None:

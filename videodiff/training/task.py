@@ -76,8 +76,8 @@ class Counts(Protocol):
     """A task that knows its work."""
 
     def operations(self, batch: VideoBatch) -> float | None:
-        """Of a training step on these samples: forward, backward, and what activation checkpointing repeats; None when
-        it is not known."""
+        """Of a training step on these samples, forward and backward; what activation checkpointing repeats is no work
+        of the model's (PaLM, appendix B: MFU). None when it is not known."""
 
 
 @runtime_checkable

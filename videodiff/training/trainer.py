@@ -15,13 +15,14 @@ from pathlib import Path
 
 import torch
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from videodiff.batch import VideoBatch
 from videodiff.config import Config, operational
 from videodiff.errors import UserError
 from videodiff.seeding import generator
+from videodiff.tensor_files import save_file
 from videodiff.training import distributed
 from videodiff.training.checkpoint import Checkpoints
 from videodiff.training.distributed import (
@@ -29,6 +30,7 @@ from videodiff.training.distributed import (
     from_first,
     gather_rows,
     gather_to_first,
+    raise_from_first,
     rank,
     sum_over_ranks,
     world,
@@ -52,7 +54,7 @@ class RunConfig(Config):
 
     wandb: the project of Weights & Biases that hears of it too, offline unless WANDB_MODE says otherwise; None: none.
     keep_average_every: of the checkpoints of each so many steps the averaged weights stay for good; 0: of none.
-    patience: seconds without a finished step after which a run takes itself for hung and ends.
+    patience: seconds that a step, a save or the drawing of samples may take; then a run takes itself for hung and ends.
     max_fruitless: starts in a row that save nothing, after which `videodiff status` advises a job against another.
     """
 
@@ -139,12 +141,14 @@ class _Trainer:
                     stop = self._step(batches, signals, report)
                     is_last = progress.step == run.steps
                     if is_last or stop or progress.step % run.save_every == 0:
+                        self.watch.at(progress.step - 1, 3)
                         self._save()
                     if stop and not is_last:
                         self.attempt.stopped(f"stopped by {signal.Signals(stop).name}")
                         report.say(self._goodbye(stop))
                         raise SystemExit(128 + stop)
                     if run.sample_every and progress.step % run.sample_every == 0:
+                        self.watch.at(progress.step - 1, 4)
                         self._sample()
             finally:
                 if callable(close := getattr(batches, "close", None)):
@@ -301,11 +305,10 @@ class _Trainer:
         if error is not None and problem is None:
             name = type(error).__name__
             problem = f"step {self.progress.step}: rank 0 could not draw samples ({name}), see its message"
-        problem = from_first(problem)
         if error is not None:
+            from_first(problem)
             raise error
-        if problem is not None:
-            raise UserError(problem)
+        raise_from_first(None)
 
     @cached_property
     def _shown(self) -> VideoBatch:
@@ -337,7 +340,7 @@ class _Trainer:
         return (
             f"{self.folder}: {begin}, to step {self.run.steps}; batch {self.batch_size} = {world()} processes x "
             f"{engine.accumulation} x {engine.micro_batch} samples; ZeRO {config.zero_stage}, parameters "
-            f"{config.precision}, gradients, masters and EMA fp32, on {device()}"
+            f"{config.precision}, gradients {config.accumulation_dtype}, masters and EMA fp32, on {device()}"
         )
 
     def _goodbye(self, number: int) -> str:

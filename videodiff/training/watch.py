@@ -22,7 +22,7 @@ from videodiff.training.distributed import barrier, rank, world
 BEAT_SECONDS = 1.0
 DEAD_SECONDS = 60.0  # without a sign of life
 TOLD_SECONDS = 10.0  # that a rank may take to notice by itself that another stopped with a problem
-PHASES = ("waiting for data", "computing", "with its step finished")
+PHASES = ("waiting for data", "computing", "with its step finished", "saving", "drawing samples")
 GO_ON = "the same command goes on from the last checkpoint"
 
 
@@ -132,7 +132,7 @@ class Watch:
                 return
             if silent := self._silent(DEAD_SECONDS, or_never=False):  # who comes late is no dead one
                 self._end(f"step {self._step + 1}: no sign of life from {silent} for {DEAD_SECONDS:.0f} s")
-            told = [sign for sign in self._signs.values() if sign.problem and sign.rank != rank()]
+            told = [sign for sign in list(self._signs.values()) if sign.problem and sign.rank != rank()]
             problem_since = (problem_since or now) if told else None
             if problem_since is not None and now - problem_since > TOLD_SECONDS:
                 self._end(f"{told[0]} stopped: {told[0].problem}", told[0].mistake)
@@ -148,8 +148,9 @@ class Watch:
         moved = f"step {self._step + 1}: nothing moved for {self.patience:.0f} s (run.patience)"
         if silent := self._silent(5 * BEAT_SECONDS):
             return f"{moved}; no sign of life from {silent}"
-        last = min((sign.step, sign.phase) for sign in self._signs.values())
-        behind = [str(sign) for sign in self._signs.values() if (sign.step, sign.phase) == last]
+        signs = list(self._signs.values())
+        last = min((sign.step, sign.phase) for sign in signs)
+        behind = [str(sign) for sign in signs if (sign.step, sign.phase) == last]
         names = ", ".join(behind) if len(behind) < world() else "every rank"
         return f"{moved}; {PHASES[last[1]]}: {names}"
 
@@ -166,7 +167,7 @@ class Watch:
         """After a collective failed: who told of a problem, else who does not tell anything any more."""
         began = time.monotonic()
         while time.monotonic() - began < DEAD_SECONDS:
-            if told := [sign for sign in self._signs.values() if sign.problem and sign.rank != rank()]:
+            if told := [sign for sign in list(self._signs.values()) if sign.problem and sign.rank != rank()]:
                 return f"{told[0]} stopped: {told[0].problem}", told[0].mistake
             if self._lost_store:
                 break
