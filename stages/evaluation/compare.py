@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from stages.evaluation.figures import FIGURES, LEAST, LIKE, WIDE, distances, of_samples
-from stages.evaluation.kept import FeatureFiles, read_samples
+from stages.evaluation.kept import FeatureFiles, differences, read_samples
 from stages.evaluation.measures import MEASURES
 from stages.evaluation.report import evaluations
 from stages.evaluation.statistics import ROWS, SPLITS, right, truth_of
@@ -176,26 +176,9 @@ def _set_line(
     return {**told, "more": 0 if verdict != "can't tell" else more}
 
 
-def differences(one: Any, other: Any, where: str = "") -> Iterator[str]:
-    """Every place at which two trees of JSON differ, with both values."""
-    if isinstance(one, dict) and isinstance(other, dict):
-        for key in sorted({*one, *other}):
-            yield from differences(one.get(key), other.get(key), f"{where}.{key}" if where else key)
-    elif isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
-        for i, (a, b) in enumerate(zip(one, other, strict=True)):
-            yield from differences(a, b, f"{where}.{i}")
-    elif one != other:
-        yield f"{where}: {_short(one)} and {_short(other)}"
-
-
 def _newest(folder: Path) -> Path:
     """Where the evaluation lies, of several checkpoints that of the last one."""
     return folder / evaluations(folder)[-1].name
-
-
-def _short(value: object) -> str:
-    text = str(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _table(told: list[dict[str, Any]], first: Path, second: Path) -> Table:

@@ -130,7 +130,7 @@ class Gauge:
                     if extractor.classes is not None:
                         classes = extractor.probabilities(np.ascontiguousarray(frames[:, 0]))
                         found[f"{number}/{name}/classes"] = classes
-                elif frames.shape[1] > 1 and extractor.frames in (None, frames.shape[1]):
+                elif sees(extractor, frames.shape[1]):
                     given = np.ascontiguousarray(frames)
                     if extractor.classes is None:
                         seen = extractor(given)
@@ -140,6 +140,17 @@ class Gauge:
             if extractor.has_texts:
                 found[f"{number}/texts"] = extractor.texts(texts)
         return found
+
+    def unseen(self, lengths: Mapping[str, int]) -> dict[str, str]:
+        """Which network says nothing of which rows, and why. lengths: how many frames each row's clips have; that one
+        for clips says nothing of a picture is understood."""
+        told = {}
+        for extractor in self.extractors:
+            for count in sorted({count for count in lengths.values() if count > 1 and not sees(extractor, count)}):
+                rows = ", ".join(row for row, length in lengths.items() if length == count)
+                reason = f"it takes clips of {extractor.frames} frames, these have {count}"
+                told[f"{extractor.name} on {rows}"] = reason
+        return told
 
     def from_features(self, row: str, features: Mapping[str, Tensor], count: int) -> list[dict[str, float | None]]:
         """What features say of each of `count` clips: how near they are to the text, and frames to one another."""
@@ -160,6 +171,11 @@ class Gauge:
                     told[i]["consistency"] = consistency(frames[i]).both if bool(frames[i].any(1).all()) else None
                 break
         return told
+
+
+def sees(extractor: FeatureExtractor, count: int) -> bool:
+    """Whether a network can judge clips of so many frames, or a picture, which has one."""
+    return extractor.takes == "pictures" or (count > 1 and extractor.frames in (None, count))
 
 
 def has_flow() -> bool:

@@ -23,6 +23,8 @@ from videodiff.model import Sampling
 
 IMAGE_ATTRIBUTES = tuple(name for name in ATTRIBUTES if name != "motion")
 STRIP = 5  # frames of a clip that its picture shows
+LOW_RATE = ("real", "autoencoder", "video_real", "video_generated")
+SMOOTH = ("real_smooth", "interpolation", "whole")
 ONE_FRAME = {"real", "image"}  # where these are all rows, no more of the real clips is needed than the first frame
 
 
@@ -60,6 +62,13 @@ class Plan:
         """The real clips that the rows need, at the smooth rate."""
         count = 1 if set(self.rows) == ONE_FRAME else (self.frames - 1) * self.factor + 1
         return Clips(self.size, count, self.fps * self.factor)
+
+    @property
+    def lengths(self) -> dict[str, int]:
+        """Of each row of the road how many frames its clips have."""
+        whole = self.clips.count
+        lengths = {**dict.fromkeys(LOW_RATE, min(self.frames, whole)), "image": 1, **dict.fromkeys(SMOOTH, whole)}
+        return {row: lengths[row] for row in self.rows if row in lengths}
 
 
 @dataclass

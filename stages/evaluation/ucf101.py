@@ -15,9 +15,8 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.decoders import ClipError
-from data_pipeline.decoding import DecodePool
 from data_pipeline.world import rng
-from stages.evaluation.questions import DEADLINE_SECONDS, Clips, Prompt
+from stages.evaluation.questions import Clips, Decoder, Prompt
 from videodiff.errors import UserError
 
 PREFIX = "ucf101:"  # of --data
@@ -34,7 +33,7 @@ class UCF101Questions:
     """
 
     def __init__(self, folder: Path, num: int, seed: int, sentences: Path | None = None) -> None:
-        self._pool: DecodePool | None = None
+        self._decoder = Decoder()
         self.problems: list[str] = []
         self._folder, self._seed = folder, seed
         self._videos = _videos_by_class(folder)
@@ -66,20 +65,13 @@ class UCF101Questions:
         order = rng("ucf101", self._seed, name, prompt.turn // len(videos)).permutation(len(videos))
         path = videos[int(order[prompt.turn % len(videos)])]
         position = float(rng("ucf101 position", self._seed, name, prompt.turn).random())
-        job = {
-            "video": path.read_bytes(), "suffix": path.suffix.removeprefix("."), "fps": clips.fps,
-            "frames": clips.count, "size": clips.size, "position": position,
-        }  # fmt: skip
-        if self._pool is None:
-            self._pool = DecodePool(1, DEADLINE_SECONDS)
-        (found,) = self._pool.map([job])
-        if isinstance(found, ClipError):
-            raise ClipError(found.reason, f"{path.name}: {found}")
-        return found.frames
+        try:
+            return self._decoder.frames(path.read_bytes(), path.suffix.removeprefix("."), clips, position=position)
+        except ClipError as error:
+            raise ClipError(error.reason, f"{path.name}: {error}") from None
 
     def close(self) -> None:
-        if self._pool is not None:
-            self._pool.close()
+        self._decoder.close()
 
     def _text(self, name: str) -> str:
         return bare_name(name) if self._sentences is None else self._sentences[name]
