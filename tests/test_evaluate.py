@@ -1,6 +1,10 @@
 """The evaluation tells an oracle from stages that err, keeps what is finished, and never mixes two protocols."""
 
 import json
+import os
+import socket
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -12,7 +16,7 @@ from rich.console import Console
 from data_pipeline.world import COLOURS, Combination, combinations, render, sample_scene, split
 from data_pipeline.world_captions import parse
 from stages.evaluation.command import STAGE_ROWS
-from stages.evaluation.judging import evaluate
+from stages.evaluation.judging import Job, evaluate
 from stages.evaluation.kept import Samples
 from stages.evaluation.measures import Gauge
 from stages.evaluation.questions import WorldQuestions, planned_prompts
@@ -32,7 +36,7 @@ QUIET = Console(quiet=True)
 
 
 def judge(road: "Oracle", plan: Plan, folder: Path, num: int, num_held_out: int) -> dict:
-    report = evaluate(road, plan, WorldQuestions(num, num_held_out, 5), Gauge(), IDENTITY, folder, QUIET)
+    report = evaluate(Job(road, plan, WorldQuestions(num, num_held_out, 5), Gauge(), IDENTITY, folder), QUIET)
     assert report is not None
     return report
 
@@ -48,6 +52,9 @@ class Oracle:
 
     def decode(self, latents: torch.Tensor) -> np.ndarray:
         return latents.permute(0, 2, 3, 4, 1).round().clamp(0, 255).numpy().astype(np.uint8)
+
+    def decode_checked(self, latents: torch.Tensor) -> tuple[np.ndarray, list[bool]]:
+        return self.decode(latents), [True] * len(latents)
 
     def clip(self, key, frames: int, fps: float) -> np.ndarray:
         combination = Combination(**parse(key.prompt))
@@ -184,6 +191,60 @@ def test_a_stopped_run_goes_on_and_gives_the_same(tmp_path: Path) -> None:
     again = Oracle()
     assert judge(again, plan, folder, 9, 9) == whole
     assert again.prompts == 0
+
+
+LATE = """
+import sys
+from pathlib import Path
+from data_pipeline.decoders import ClipError
+from stages.evaluation.judging import Job, evaluate
+from stages.evaluation.measures import Gauge
+from stages.evaluation.questions import WorldQuestions
+from tests.test_evaluate import IDENTITY, QUIET, SAMPLING, Oracle, Plan
+from videodiff.errors import UserError
+from videodiff.training import distributed
+
+class Late(WorldQuestions):
+    def clip(self, prompt, clips):
+        if distributed.rank() == 1:
+            raise ClipError("deadline", "no answer in 60 s")
+        return super().clip(prompt, clips)
+
+distributed.start()
+try:
+    plan = Plan(("image",), 64, 16, 8.0, 1, 5, SAMPLING, batch=1)
+    evaluate(Job(Oracle(), plan, Late(3, 0, 5), Gauge(), IDENTITY, Path(sys.argv[1])), QUIET)
+except UserError as error:
+    print(error)
+"""
+
+
+def test_what_one_rank_meets_is_told_by_all(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", LATE, str(tmp_path)], env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            text=True, stdout=subprocess.PIPE,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    for rank in ranks:
+        assert "deadline: no answer in 60 s (this machine is busy" in rank.communicate(timeout=120)[0]
+    # What the other rank had to do is done.
+    assert (tmp_path / "samples.jsonl").read_bytes().count(b"\n") == 1 + 2
+
+
+def test_a_full_disk_is_a_plain_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: object) -> None:
+        raise OSError(28, "No space left on device", str(tmp_path / "samples.jsonl"))
+
+    monkeypatch.setattr(Samples, "keep", full)
+    with pytest.raises(UserError, match=r"samples\.jsonl: No space left on device; mend that"):
+        judge(Oracle(), Plan(("image",), 64, 16, 8.0, 1, 5, SAMPLING), tmp_path, 1, 0)
 
 
 def test_samples_of_another_protocol_are_refused(tmp_path: Path) -> None:

@@ -4,19 +4,22 @@ import json
 import shutil
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from data_pipeline.shards import write_world_shards
-from stages.evaluation import checkpoints
+from stages.evaluation import checkpoints, command
 from stages.evaluation.checkpoints import Choice, subjects
 from stages.evaluation.command import Request, main
 from stages.evaluation.compare import compared
 from stages.evaluation.report import write_report
+from tests.test_features import saved_script
 from videodiff import config as configs
 from videodiff.errors import UserError
 from videodiff.model import File, ModelConfig, sha256
@@ -66,10 +69,13 @@ def test_which_checkpoints_are_judged(run: Path, toy_model: Path) -> None:
     for choice, message in (
         ("each", "say last, all, or every:N"),
         ("every:0", "say last"),
-        ("every:7", "multiple of 7"),
+        ("every:7", "multiple of 7; say all, or name another run"),
     ):
         with pytest.raises(UserError, match=message):
             subjects(str(run), Choice.parse(choice), "ema")
+    (run.parent / "empty/checkpoints").mkdir(parents=True)
+    with pytest.raises(UserError, match="holds no checkpoint yet; train further, or name another run"):
+        subjects(str(run.parent / "empty"), Choice.parse("all"), "ema")
     with pytest.raises(UserError, match="not a run with checkpoints"):
         subjects(str(toy_model), Choice.parse("all"), "ema")
 
@@ -162,7 +168,7 @@ def test_a_better_checkpoint_is_told_from_a_worse_one(run: Path, tmp_path: Path)
     assert {line["verdict"] for line in same} == {"can't tell"}
     assert {line["difference"] for line in same} == {0.0}
     main(Request(str(run), "video", 6, 4, tmp_path / "other", 0))
-    with pytest.raises(UserError, match=r"unequal protocols \(seed: 3 and 4\)"):
+    with pytest.raises(UserError, match=r"unequal protocols \(prompts: .*; seed: 3 and 4\)"):
         compared(tmp_path / "40", tmp_path / "other")
     with pytest.raises(UserError, match="holds no finished evaluation"):
         compared(tmp_path / "40", tmp_path)
@@ -242,6 +248,116 @@ def test_clips_that_can_not_be_read_are_counted(toy_model: Path, tmp_path: Path)
     write_world_shards(shards, num_clips=4, size=32, frames=2, fps=16, seed=1)  # shorter than the model's
     with pytest.raises(UserError, match="too short"):
         main(Request(str(toy_model), "video", 4, 0, tmp_path / "out", data=str(shards)))
+
+
+def test_a_network_that_sees_no_row_is_named_and_nothing_is_made_twice(toy_model: Path, tmp_path: Path) -> None:
+    told = saved_script(nn.Flatten(), tmp_path / "clips.pt")
+    judges = tmp_path / "judges.yaml"
+    judges.write_text(
+        f"features:\n  - {{kind: torchscript, name: I3D, path: {told['path']}, sha256: {told['sha256']}, takes: clips, "
+        "size: 16, range: [0, 1], frames: 16}\n"
+    )
+    request = Request(str(toy_model), "video", 2, 0, tmp_path / "out", 0, judges=judges)
+    main(request)
+    result = json.loads((tmp_path / "out/evaluation.json").read_text())
+    reason = "it takes clips of 16 frames, these have 4"
+    assert result["skipped"] == {"I3D on real, video_real, video_generated": reason}
+    (kept,) = (tmp_path / "out/features").iterdir()
+    before = kept.stat().st_mtime_ns
+    main(request)
+    assert kept.stat().st_mtime_ns == before
+
+
+def test_the_towers_of_a_text_run_are_compared(toy_model: Path, tmp_path: Path) -> None:
+    """Each judges itself; the raw weights are judged as the raw weights."""
+    other = tmp_path / "other"
+    shutil.copytree(toy_model, other)
+    told = configs.load(ModelConfig, other / "model.yaml")
+    state = load_file(other / "text.safetensors")
+    save_file({key: -value if key == "text_projection" else value for key, value in state.items()}, other / "raw.st")
+    assert told.text is not None
+    raw = File(name="raw.st", sha256=sha256(other / "raw.st"))
+    configs.save(ModelConfig(text=told.text.model_copy(update={"raw": raw})), other / "model.yaml")
+    main(Request(str(other), "text", 24, 0, tmp_path / "out", 0, weights="both"))
+    ema, unlike = (json.loads((tmp_path / "out" / n / "evaluation.json").read_text()) for n in ("ema", "raw"))
+    assert ema["protocol"]["features"][0]["sha256"] == told.text.weights.sha256
+    assert unlike["protocol"]["features"][0]["sha256"] == raw.sha256
+    found = compared(tmp_path / "out/ema", tmp_path / "out/raw")
+    assert {line["row"] for line in found} == {"real"}
+    assert {"CLIP score", "captions that the text tower cuts, %"} < {line["figure"] for line in found}
+    assert sum(line["figure"].startswith("clips found by their texts") for line in found) == 6  # by frames and by clips
+
+
+def test_training_clips_are_looked_at_before_anything_is_computed(
+    toy_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short = tmp_path / "short"
+    write_world_shards(short, num_clips=3, size=32, frames=2, fps=8, seed=1)
+    request = Request(str(toy_model), "video", 1, 0, tmp_path / "out", 0, training=str(short))
+    with pytest.raises(UserError, match="--training: none of 3 clips has 4 frames at 8 fps; name the shards that"):
+        main(request)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(UserError, match="nowhere"):
+        main(replace(request, training=str(tmp_path / "nowhere")))
+    # A clip that fails later costs its figure alone.
+    long = tmp_path / "long"
+    write_world_shards(long, num_clips=3, size=32, frames=4, fps=8, seed=1)
+
+    def broken(*arguments: object) -> None:
+        raise UserError(f"{long}/000.tar: torn")
+
+    monkeypatch.setattr(command, "nearest_training_clips", broken)
+    main(replace(request, training=str(long)))
+    told = json.loads((tmp_path / "out/evaluation.json").read_text())
+    assert told["skipped"] == {"nearest training clips": "--training/000.tar: torn"}
+    assert told["memorized"] is None
+
+
+def test_a_checkpoint_that_went_half_way_is_judged_by_the_average_that_was_kept(run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    request = Request(str(run), "image", 1, 0, out, 0, checkpoints="every:20")
+    main(request)
+    (out / "step-00000020-ema/evaluation.json").unlink()  # as if killed before the end
+    kept = (run / "checkpoints/step-00000020").rename(run / "checkpoints/average-00000020")
+    (kept / "model.yaml").write_text((kept / "model.yaml").read_text() + "\n# written anew\n")
+    for _ in range(2):
+        main(request)
+        told = json.loads((out / "checkpoints.json").read_text())
+        assert [entry["name"] for entry in told["checkpoints"]] == ["average-00000020-ema", "step-00000040-ema"]
+
+
+def test_a_page_is_of_one_run_and_one_protocol(run: Path, toy_model: Path, tmp_path: Path) -> None:
+    request = Request(str(run), "image", 1, 0, tmp_path / "out", 0, checkpoints="every:40")
+    main(request)
+    before = (tmp_path / "out/checkpoints.json").read_bytes()
+    add_checkpoint(tmp_path / "other", toy_model, 80)
+    for change, message in (
+        ({"model": str(tmp_path / "other"), "checkpoints": "all"}, "holds evaluations of .*run, and this is .*other"),
+        ({"seed": 1, "checkpoints": "every:30"}, r"by another protocol \(prompts: .*; seed: 0 and 1\); name another"),
+        ({"checkpoints": "last"}, "evaluations of 1 checkpoints, of which a single one would write over the index"),
+    ):
+        with pytest.raises(UserError, match=message):
+            main(replace(request, **change))
+    assert (tmp_path / "out/checkpoints.json").read_bytes() == before
+
+
+def test_a_checkpoint_is_done_when_it_is_judged(
+    toy_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That of step 20 is pruned to its average while that of step 10 is judged."""
+    monkeypatch.setattr(checkpoints, "POLL_SECONDS", 0.0)
+    for step in (10, 20):
+        add_checkpoint(tmp_path, toy_model, step)
+    Status(step=20, steps=20, state="complete").write(tmp_path)
+    done: list[checkpoints.Subject] = []
+    given = []
+    for subject in checkpoints.follow(str(tmp_path), Choice.parse("all"), "ema", done, print):
+        given.append(subject.folder.name)
+        if subject.step == 10:
+            (tmp_path / "checkpoints/step-00000020").rename(tmp_path / "checkpoints/average-00000020")
+        if subject.folder.exists():
+            done.append(subject)
+    assert given == ["step-00000010", "step-00000020", "average-00000020"]
 
 
 def test_a_page_of_nothing_is_refused(tmp_path: Path) -> None:

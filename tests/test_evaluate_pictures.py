@@ -15,7 +15,7 @@ from data_pipeline.world import Scene, render
 from data_pipeline.world_captions import parse
 from data_pipeline.world_reader import read_image
 from stages.evaluation.command import Request, main, plan_for
-from stages.evaluation.judging import evaluate
+from stages.evaluation.judging import Job, evaluate
 from stages.evaluation.measures import Gauge
 from stages.evaluation.questions import WorldQuestions
 from stages.evaluation.sheets import table
@@ -54,7 +54,7 @@ class Deaf(Follower):
 
 
 def judge(road: Oracle, folder: Path) -> dict:
-    report = evaluate(road, BESIDE, WorldQuestions(3, 2, 5), Gauge(), IDENTITY, folder, QUIET)
+    report = evaluate(Job(road, BESIDE, WorldQuestions(3, 2, 5), Gauge(), IDENTITY, folder), QUIET)
     assert report is not None
     return report
 
@@ -83,6 +83,7 @@ def test_a_follower_is_told_from_one_who_is_deaf(tmp_path: Path) -> None:
     assert entry["measures"]["controlled"]["mean"] == entry["measures"]["free"]["mean"]
     assert set(shares(report, "upscale").values()) == {0.0}
     assert next(e for e in report["rows"] if e["row"] == "upscale")["not_finite"] == 3
+    assert "upscaled" not in next(e for e in report["rows"] if e["row"] == "upscale")["measures"]
 
 
 def test_the_command_judges_what_a_model_has(

@@ -6,10 +6,12 @@ import json
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+from stages.evaluation.kept import differences, protocol_of, without_model
 from videodiff.errors import UserError
 from videodiff.model import DESCRIPTION, Weights, find
 from videodiff.training import distributed, status
@@ -53,7 +55,7 @@ class Choice:
 def subjects(model: str, choice: Choice, weights: Chosen, known: Sequence[Subject] = ()) -> list[Subject]:
     """What is to be judged of a model, a checkpoint or a run, by step. Collective: rank 0 looks for all.
 
-    known: what was judged before, see `judged_before`. Raises UserError on all ranks when there is nothing.
+    known: what was judged before, see `Index`. Raises UserError on all ranks when there is nothing.
     """
     found, problem = None, None
     if distributed.rank() == 0:
@@ -75,30 +77,32 @@ def _subjects(model: str, choice: Choice, weights: Chosen, known: Sequence[Subje
         raise UserError(f"{model}: not a run with checkpoints, --checkpoints chooses among them; leave it out")
     found = _found(run, choice, kinds)
     if not found:
-        raise UserError(f"{model}: holds no checkpoint with a step that is a multiple of {choice.every}; say all")
+        of = (
+            f" with a step that is a multiple of {choice.every}; say all" if choice.every > 1 else " yet; train further"
+        )
+        raise UserError(f"{model}: holds no checkpoint{of}, or name another run")
     return [subject for subject in found if not _is_kept_of(subject, known)]
 
 
 def follow(
-    model: str, choice: Choice, weights: Chosen, known: Sequence[Subject], say: Callable[[str], None]
+    model: str, choice: Choice, weights: Chosen, done: Sequence[Subject], say: Callable[[str], None]
 ) -> Iterator[Subject]:
     """The checkpoints of a run that trains, each as soon as it is there, until the run is complete or has failed.
 
-    Collective: rank 0 looks, and all ranks are given the same. Raises UserError for what can't become a run.
+    done: what is judged, to which the caller adds each when it is. One that was gone before it could be is given again
+    when its averaged weights were kept. Collective: rank 0 looks, and all ranks are given the same. Raises UserError
+    for what can't become a run.
     """
     run = Path(model)
     if choice.last:
         raise UserError("--watch judges each new checkpoint; say --checkpoints all or every:N")
     if (run / DESCRIPTION).is_file() or not run.absolute().parent.is_dir():
         raise UserError(f"{model}: not the folder of a run; name the one that run.dir names in its YAML")
-    done: set[str] = set()
     told = -TOLD_SECONDS
     while True:
-        look = _look(run, choice, _kinds(weights), known) if distributed.rank() == 0 else None
-        state, step, silent, found = distributed.from_first(look) or ("", 0, 0.0, [])
-        new = [subject for subject in found if subject.name not in done]
+        look = _look(run, choice, _kinds(weights), done) if distributed.rank() == 0 else None
+        state, step, silent, new = distributed.from_first(look) or ("", 0, 0.0, [])
         yield from new
-        done |= {subject.name for subject in new}
         if state in ("complete", "failed") and not new:
             say(f"{run}: {state} at step {step}")
             return
@@ -110,28 +114,64 @@ def follow(
             time.sleep(POLL_SECONDS)
 
 
-def judged_before(out: Path) -> list[Subject]:
-    """What an earlier call judged in `out`: the checkpoints may be gone, what is known of them is not. Collective."""
-    return distributed.from_first(_judged_before(out) if distributed.rank() == 0 else [])
+class Index:
+    """`checkpoints.json` of a folder: which models were judged into folders of it, of which run and by which protocol.
+    They may be gone, what is known of them is not. A single evaluation lies in the folder itself and has no index.
+
+    done: they, and what this call judges, see `add`. Collective: rank 0 reads and writes.
+    """
+
+    def __init__(self, out: Path, model: str) -> None:
+        self._path, self._run = out / INDEX, str(Path(model).resolve())
+        self._told, known = distributed.from_first(self._read() if distributed.rank() == 0 else ({}, []))
+        self.known: tuple[Subject, ...] = tuple(known)
+        self.done: list[Subject] = list(known)
+
+    def _read(self) -> tuple[dict[str, Any], list[Subject]]:
+        try:
+            told = json.loads(self._path.read_text(encoding="utf-8"))
+            found = [Subject(Path(), e["weights"], e["name"], e["step"]) for e in told["checkpoints"]]
+        except (OSError, ValueError, KeyError, TypeError):
+            return {}, []
+        return told, [each for each in found if (self._path.parent / each.name / "evaluation.json").is_file()]
+
+    def check(self, subject: Subject, protocol: dict[str, Any]) -> None:
+        """Raise UserError, on every rank, where a model may not stand on one page with those that are there."""
+        distributed.raise_from_first(self._problem(subject, protocol) if self.known else None)
+
+    def _problem(self, subject: Subject, protocol: dict[str, Any]) -> str | None:
+        run = self._told.get("run")
+        unlike = differences(self._told.get("protocol", {}), without_model(protocol, own_tower=True))
+        if not subject.name:
+            problem = f"evaluations of {len(self.known)} checkpoints, of which a single one would write over the index"
+        elif run != self._run:
+            problem = f"evaluations of {run}, and this is {self._run} (if it has moved, write so into {INDEX})"
+        elif first := list(islice(unlike, 3)):
+            problem = f"evaluations by another protocol ({'; '.join(first)})"
+        else:
+            return None
+        return f"{self._path.parent}: holds {problem}; name another folder with --out"
+
+    def add(self, subject: Subject, protocol: dict[str, Any]) -> None:
+        """A model is judged: say so, unless it is a single one, which lies in the folder itself."""
+        self.done[:] = [*(before for before in self.done if before.name != subject.name), subject]
+        if distributed.rank() > 0:
+            return
+        if not subject.name:
+            self._path.unlink(missing_ok=True)  # of checkpoints whose evaluations are gone: see `check`
+            return
+        ordered = sorted(self.done, key=lambda each: (each.step or 0, each.weights))
+        told = [{"name": each.name, "step": each.step, "weights": each.weights} for each in ordered]
+        alike = without_model(protocol, own_tower=True)
+        write_json(self._path, {"run": self._run, "protocol": alike, "checkpoints": told})
 
 
-def _judged_before(out: Path) -> list[Subject]:
-    try:
-        told = json.loads((out / INDEX).read_text(encoding="utf-8"))["checkpoints"]
-        found = [Subject(Path(), entry["weights"], entry["name"], entry["step"]) for entry in told]
-    except (OSError, ValueError, KeyError, TypeError):
-        return []
-    return [subject for subject in found if (out / subject.name / "evaluation.json").is_file()]
-
-
-def write_index(out: Path, done: Sequence[Subject]) -> None:
-    """Say which evaluations lie in folders of `out`; of a single one, which lies in `out` itself, nothing."""
-    if not any(subject.name for subject in done):
-        (out / INDEX).unlink(missing_ok=True)
-        return
-    ordered = sorted(done, key=lambda subject: (subject.step or 0, subject.weights))
-    told = [{"name": subject.name, "step": subject.step, "weights": subject.weights} for subject in ordered]
-    write_json(out / INDEX, {"checkpoints": told})
+def placed(subject: Subject, out: Path, model: str) -> Subject:
+    """Averaged weights under a name of their own, where their folder in `out` holds samples of another model: of the
+    whole checkpoint, which went before its evaluation was finished. Collective. model: what protocols call it."""
+    told = protocol_of(out / subject.name) if distributed.rank() == 0 and _is_average(subject) else None
+    is_other = distributed.from_first(told is not None and told.get("model") != model)
+    return replace(subject, name=f"{subject.folder.name}-{subject.weights}") if is_other else subject
 
 
 def _kinds(weights: Chosen) -> tuple[Weights, ...]:
@@ -139,12 +179,12 @@ def _kinds(weights: Chosen) -> tuple[Weights, ...]:
 
 
 def _look(
-    run: Path, choice: Choice, kinds: tuple[Weights, ...], known: Sequence[Subject]
+    run: Path, choice: Choice, kinds: tuple[Weights, ...], done: Sequence[Subject]
 ) -> tuple[str, int, float, list[Subject]]:
     """State, step, seconds for which a run that trains has been silent, and checkpoints; these after the state, so that
     the last one is there when a run is complete."""
     told = status.read(run)
-    found = [subject for subject in _found(run, choice, kinds) if not _is_kept_of(subject, known)]
+    found = [each for each in _found(run, choice, kinds) if each not in done and not _is_kept_of(each, done)]
     if told is None:
         return "", 0, 0.0, found
     return told.state, told.step, time.time() - told.written if told.state == "training" else 0.0, found
@@ -153,7 +193,11 @@ def _look(
 def _is_kept_of(subject: Subject, known: Sequence[Subject]) -> bool:
     """Whether this is the averaged weights that were kept of a checkpoint which was judged when it was whole: another
     file of equal weights."""
-    return subject.folder.name.startswith("average-") and subject.name in {before.name for before in known}
+    return _is_average(subject) and (subject.step, subject.weights) in {(each.step, each.weights) for each in known}
+
+
+def _is_average(subject: Subject) -> bool:
+    return subject.folder.name.startswith("average-")
 
 
 def _found(run: Path, choice: Choice, kinds: tuple[Weights, ...]) -> list[Subject]:

@@ -14,15 +14,12 @@ from typing import Any
 
 from rich.console import Console
 
-from data_pipeline.index import open_shards
-from stages.evaluation.checkpoints import Choice, Chosen, Subject, follow, judged_before, subjects, write_index
+from stages.evaluation.checkpoints import Choice, Chosen, Index, Subject, follow, placed, subjects
 from stages.evaluation.classifier import classifier_scale_for
 from stages.evaluation.extras import EXTRA_NEEDS, EXTRA_STAGES
 from stages.evaluation.judges import open_gauge, without
-from stages.evaluation.judging import evaluate, software
-from stages.evaluation.kept import FeatureFiles
-from stages.evaluation.measures import Gauge
-from stages.evaluation.neighbours import nearest_training_clips
+from stages.evaluation.judging import Job, evaluate, software
+from stages.evaluation.neighbours import check_training, nearest_training_clips, training_questions
 from stages.evaluation.questions import Questions, ShardQuestions, WorldQuestions
 from stages.evaluation.report import write_report
 from stages.evaluation.road import Plan
@@ -89,42 +86,53 @@ def main(request: Request) -> None:
 def _main(request: Request) -> None:
     if request.num_prompts < 1:
         raise UserError(f"--num-prompts {request.num_prompts}: there is nothing to judge; ask for at least 1")
-    if request.training is not None:
-        open_shards(request.training)  # a mistake is told before anything is computed
     console = Console(stderr=True, soft_wrap=True, quiet=distributed.rank() > 0)
     choice = Choice.parse(request.checkpoints)
     many = request.watch or not choice.last
-    known = judged_before(request.out) if many else []
+    index = Index(request.out, request.model)
     if request.watch:
         chosen: Iterable[Subject] = follow(
-            request.model, choice, request.weights, known, lambda line: console.print(line, markup=False)
+            request.model, choice, request.weights, index.done, lambda line: console.print(line, markup=False)
         )
     else:
-        chosen = subjects(request.model, choice, request.weights, known)
-    questions = _questions(request)
-    done = list(known)
+        chosen = subjects(request.model, choice, request.weights, index.known if many else ())
+    questions, training = _questions(request), _training(request)
     try:
         for subject in chosen:
-            opened = _opened(request, subject, questions, console, may_go=many)
+            opened = _opened(request, subject, questions, training, console, may_go=many)
             if opened is not None:
-                _judge(request, opened, questions, console)
-                done = [*(before for before in done if before.name != subject.name), subject]
-                _publish(request.out, done)
+                index.check(opened.subject, opened.job.protocol)
+                _judge(request, opened, training, console)
+                index.add(opened.subject, opened.job.protocol)
+                _publish(request.out)
     finally:
         questions.close()
-    if not done:
+        if training is not None:
+            training.close()
+    if not index.done:
         raise UserError(f"{request.model}: no checkpoint could be judged; the run has none that is still there")
 
 
-def _publish(out: Path, done: Sequence[Subject]) -> None:
-    """What is known so far, for people: the page, and which checkpoints it is of."""
+def _publish(out: Path) -> None:
+    """What is known so far, for people."""
     if distributed.rank() > 0:
         return
-    write_index(out, done)
     try:
         print(write_report(out))
     except UserError as error:  # without jinja2 there is all but the page
         print(f"no page: {error}")
+
+
+def _training(request: Request) -> ShardQuestions | None:
+    """The training clips, on rank 0, which looks at them. Raises UserError on all ranks for a location without any."""
+    found, problem = None, None
+    if request.training is not None and distributed.rank() == 0:
+        try:
+            found = training_questions(request.training, request.seed)
+        except UserError as error:
+            problem = str(error)
+    distributed.raise_from_first(problem)
+    return found
 
 
 def _questions(request: Request) -> Questions:
@@ -149,14 +157,18 @@ class Opened:
     """A model with all its networks in memory: its files may go while it is judged."""
 
     subject: Subject
-    road: Pipeline
-    plan: Plan
-    gauge: Gauge
-    identity: dict[str, Any]
+    job: Job
     skipped: dict[str, str]
 
 
-def _opened(request: Request, subject: Subject, questions: Questions, console: Console, may_go: bool) -> Opened | None:
+def _opened(
+    request: Request,
+    subject: Subject,
+    questions: Questions,
+    training: ShardQuestions | None,
+    console: Console,
+    may_go: bool,
+) -> Opened | None:
     """The model on every rank, or on none: a run that goes on removes old checkpoints, perhaps under one rank's hands.
 
     Raises UserError on all of them; None for one that is gone, where `may_go`.
@@ -164,6 +176,8 @@ def _opened(request: Request, subject: Subject, questions: Questions, console: C
     opened, problem = None, None
     try:
         opened = _open(request, subject, questions)
+        if training is not None:
+            check_training(training, opened.job.plan, opened.job.gauge)
     except UserError as error:
         problem = str(error)
     except OSError as error:
@@ -177,6 +191,8 @@ def _opened(request: Request, subject: Subject, questions: Questions, console: C
         console.print(f"skipped {subject.name}: it is gone", style="yellow", markup=False)
         return None
     assert opened is not None
+    subject = placed(subject, request.out, opened.job.identity["model"])
+    opened = replace(opened, subject=subject, job=replace(opened.job, out=request.out / subject.name))
     for name, reason in opened.skipped.items():
         console.print(f"skipped {name}: {reason}", style="yellow", markup=False, highlight=False)
     return opened
@@ -195,26 +211,27 @@ def _open(request: Request, subject: Subject, questions: Questions) -> Opened:
     }  # fmt: skip
     road = Pipeline(model, device)
     road.load()
-    return Opened(subject, road, plan, gauge, identity, {**skipped, **left_out})
+    skipped = {**skipped, **left_out, **gauge.unseen(plan.lengths)}
+    return Opened(subject, Job(road, plan, questions, gauge, identity, request.out / subject.name), skipped)
 
 
-def _judge(request: Request, opened: Opened, questions: Questions, console: Console) -> None:
+def _judge(request: Request, opened: Opened, training: ShardQuestions | None, console: Console) -> None:
     """One model; what is said of it goes to `out`, or of several to a folder there."""
-    out, skipped = request.out / opened.subject.name, dict(opened.skipped)
+    out, skipped = opened.job.out, dict(opened.skipped)
     began = time.perf_counter()
-    report = evaluate(opened.road, opened.plan, questions, opened.gauge, opened.identity, out, console)
+    report = evaluate(opened.job, console)
     problem = None
     if report is not None:
         try:
             memorized = None
-            if request.training is not None:
-                files = FeatureFiles(out, report["protocol"])
-                split = questions.prompts[0].split
-                memorized = nearest_training_clips(
-                    out, files, opened.plan, opened.gauge, request.training, split, request.out
-                )
-                if memorized is None:
-                    skipped["nearest training clips"] = "no generated videos, or no network that sees them"
+            if training is not None:
+                try:
+                    memorized = nearest_training_clips(opened.job, training, request.out)
+                    reason = None if memorized else "no generated videos, or no network that sees them"
+                except (UserError, OSError) as error:  # all the rest is known: it must not be lost
+                    reason = str(error).replace(str(request.training), "--training")
+                if reason is not None:
+                    skipped["nearest training clips"] = reason
             line = protocol_line(report["protocol"], report["figures"])
             write_json(out / "evaluation.json", {"skipped": skipped, **report, "memorized": memorized, "ucf101": line})
             # Apart from the figures, which are the same when they are made again.

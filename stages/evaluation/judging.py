@@ -8,6 +8,8 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -26,103 +28,119 @@ from stages.evaluation.measures import Gauge
 from stages.evaluation.questions import Prompt, Questions
 from stages.evaluation.road import Plan, Road, measure, record
 from stages.evaluation.sheets import clip_path, is_shown, picture_path, write_sheets
-from stages.evaluation.statistics import SPLITS, in_words, losses, step_intervals, summary
+from stages.evaluation.statistics import SPLITS, in_words, losses, summary
 from stages.pipeline import Pipeline
 from videodiff import config as configs
 from videodiff.errors import UserError
 from videodiff.training import distributed
 from videodiff.video_io import write_png, write_video
 
+FORMAT = 3  # of the samples: figures of another one can't be compared
 LOG_SECONDS = 60.0
 PASSING = ("deadline", "crash")  # what is wrong with a clip's decoder and not with the clip
 
 
-def evaluate(
-    road: Road,
-    plan: Plan,
-    questions: Questions,
-    gauge: Gauge,
-    identity: dict[str, Any],
-    out: Path,
-    console: Console,
-) -> dict[str, Any] | None:
+@dataclass(frozen=True)
+class Job:
+    """One model on all prompts. identity: which model it is, and with which software it is judged; out: the folder
+    where what is found is kept."""
+
+    road: Road
+    plan: Plan
+    questions: Questions
+    gauge: Gauge
+    identity: dict[str, Any]
+    out: Path
+
+    @cached_property
+    def protocol(self) -> dict[str, Any]:
+        """All that the figures follow from, as JSON gives it back: samples of another one are never mixed in."""
+        plan, gauge = self.plan, self.gauge
+        told = {name: value for name, value in vars(plan).items() if name != "sampling" and value is not None}
+        told["sampling"] = {stage: configs.to_dict(sampling) for stage, sampling in plan.sampling.items()}
+        told |= {"features": [extractor.protocol() for extractor in gauge.extractors]}
+        told |= {"perceptual": gauge.perceptual_name, "flow": gauge.flow}
+        return json.loads(json.dumps({"format": FORMAT, **self.identity, **self.questions.identity(), **told}))
+
+
+def evaluate(job: Job, console: Console) -> dict[str, Any] | None:
     """Measure every prompt that is not finished yet; on rank 0 the protocol, the rows, the figures of sets, the losses
     by stage, the verdict in words and how many samples could not be read, by reason.
 
-    `identity` says what is judged, and with which software: samples of another identity or plan are never mixed in.
+    Collective: a UserError that one rank meets is raised on all of them, when the others have finished their share.
     """
-    protocol = _protocol(plan, questions, gauge, identity)
-    samples, files = Samples(out, protocol, distributed.rank()), FeatureFiles(out, protocol)
-    distributed.barrier()  # every rank has read what is finished before any adds to it
-    prompts, size = questions.prompts, plan.batch
-    batches = list(enumerate(prompts[i : i + size] for i in range(0, len(prompts), size)))
-    own = batches[distributed.rank() :: distributed.world()]
-    with _progress(console, sum(len(batch) for _, batch in own)) as advance:
-        for number, batch in own:
-            if not _finished(batch, number, samples, files, gauge):
-                _measure(road, plan, questions, gauge, out, number, batch, samples, files)
-            advance(len(batch))
-    distributed.barrier()
-    report, problem = None, None
+    samples, files, problem = None, FeatureFiles(job.out, job.protocol), None
+    try:
+        samples = Samples(job.out, job.protocol, distributed.rank())
+    except UserError as error:
+        problem = str(error)
+    distributed.raise_from_any(problem)  # and every rank has read what is finished before any adds to it
+    assert samples is not None
+    try:
+        _measure_all(job, samples, files, console)
+    except UserError as error:
+        problem = str(error)
+    except OSError as error:
+        place = error.filename or job.out
+        problem = f"{place}: {error.strerror or error}; mend that, then the same command goes on where it stopped"
+    distributed.raise_from_any(problem)
+    report = None
     if distributed.rank() == 0:
-        samples.read(protocol)
+        samples.read(job.protocol)
         try:
-            report = _report(plan, questions, gauge, protocol, out, samples, files)
+            report = _report(job, samples, files)
         except UserError as error:  # the others wait: they must hear of it
             problem = str(error)
     distributed.raise_from_first(problem)
     return report
 
 
-def _finished(batch: Sequence[Prompt], number: int, samples: Samples, files: FeatureFiles, gauge: Gauge) -> bool:
+def _measure_all(job: Job, samples: Samples, files: FeatureFiles, console: Console) -> None:
+    """This rank's share of the batches."""
+    prompts, size = job.questions.prompts, job.plan.batch
+    batches = list(enumerate(prompts[i : i + size] for i in range(0, len(prompts), size)))
+    own = batches[distributed.rank() :: distributed.world()]
+    with _progress(console, sum(len(batch) for _, batch in own)) as advance:
+        for number, batch in own:
+            if not _finished(batch, number, samples, files):
+                _measure(job, number, batch, samples, files)
+            advance(len(batch))
+
+
+def _finished(batch: Sequence[Prompt], number: int, samples: Samples, files: FeatureFiles) -> bool:
     told = [samples.found.get((prompt.split, prompt.number)) for prompt in batch]
     if any(sample is None for sample in told):
         return False
-    return not gauge.extractors or all("bad" in sample for sample in told if sample) or files.has(number)
+    return all("bad" in sample for sample in told if sample) or files.has(number)
 
 
-def _report(
-    plan: Plan,
-    questions: Questions,
-    gauge: Gauge,
-    protocol: dict[str, Any],
-    out: Path,
-    samples: Samples,
-    files: FeatureFiles,
-) -> dict[str, Any]:
-    told = [samples.found[(p.split, p.number)] for p in questions.prompts]
+def _report(job: Job, samples: Samples, files: FeatureFiles) -> dict[str, Any]:
+    plan, out = job.plan, job.out
+    told = [samples.found[(p.split, p.number)] for p in job.questions.prompts]
     finished = [sample for sample in told if "bad" not in sample]
     if not finished:
         raise UserError(f"{out}: none of {len(told)} samples could be judged (the first: {told[0]['detail']})")
     entries = summary(finished, plan.rows)
-    figures = [
-        {"split": name, **figure}
-        for split, name in SPLITS.items()
-        for figure in set_figures(plan.rows, files.of_split(split)[1], gauge.extractors, plan.seed, split)
-    ]
+    figures = []
+    for split, name in SPLITS.items():
+        numbers, features = files.of_split(split)
+        texts = [samples.found[(split, number)]["prompt"] for number in numbers]
+        found = set_figures(plan.rows, features, texts, job.gauge.extractors, plan.seed, split)
+        figures += [{"split": name, **figure} for figure in found]
     write_sheets(out, finished, plan.rows)
-    lost = {name: {**losses(entries, name), "intervals": step_intervals(finished, name)} for name in SPLITS.values()}
-    verdict = in_words(lost["seen"]) or in_words(lost["data"])
-    bad = Counter([*(sample["bad"] for sample in told if "bad" in sample), *questions.problems])
+    lost = {name: losses(finished, name) for name in SPLITS.values()}
+    verdict = in_words(lost["seen"], "seen combinations") or in_words(lost["data"], "the data")
+    bad = Counter([*(sample["bad"] for sample in told if "bad" in sample), *job.questions.problems])
     return {
-        "protocol": protocol, "rows": entries, "figures": figures, "losses": lost, "verdict": verdict,
+        "protocol": job.protocol, "rows": entries, "figures": figures, "losses": lost, "verdict": verdict,
         "bad": dict(sorted(bad.items())),
     }  # fmt: skip
 
 
-def _measure(
-    road: Road,
-    plan: Plan,
-    questions: Questions,
-    gauge: Gauge,
-    out: Path,
-    number: int,
-    batch: Sequence[Prompt],
-    samples: Samples,
-    files: FeatureFiles,
-) -> None:
+def _measure(job: Job, number: int, batch: Sequence[Prompt], samples: Samples, files: FeatureFiles) -> None:
     """Everything of one batch, kept: first the features, then a line for each prompt, which says that it is done."""
-    read = {prompt: _clip(questions, prompt, plan) for prompt in batch}
+    road, plan, gauge = job.road, job.plan, job.gauge
+    read = {prompt: _clip(job.questions, prompt, plan) for prompt in batch}
     for prompt, error in read.items():
         if isinstance(error, ClipError) and error.reason in PASSING:
             raise UserError(f"{error} (this machine is busy, or out of memory); give the same command again")
@@ -143,16 +161,16 @@ def _measure(
     for name, told in _by_the_model(road, plan, good, real):
         for measured, more in zip(made, told, strict=True):
             measured.rows[name]["measures"] |= more
-    if features:
-        finite = {f"finite/{name}": torch.tensor(row.finite) for name, row in rows.items()}
-        files.keep(number, good, {**features, **finite})
+    # Kept without any features too: it says that the batch is finished.
+    finite = {f"finite/{name}": torch.tensor(row.finite) for name, row in rows.items()}
+    files.keep(number, good, {**features, **finite})
     for i, (prompt, measured) in enumerate(zip(good, made, strict=True)):
         if is_shown(prompt):
             for row, picture in measured.pictures.items():
-                write_png(picture_path(out, row, prompt.split, prompt.number), picture)
+                write_png(picture_path(job.out, row, prompt.split, prompt.number), picture)
             for row, found in rows.items():
                 if found.frames.shape[1] > 1:
-                    write_video(clip_path(out, row, prompt.split, prompt.number), found.frames[i], found.fps)
+                    write_video(clip_path(job.out, row, prompt.split, prompt.number), found.frames[i], found.fps)
         samples.keep(record(prompt, measured))
 
 
@@ -177,15 +195,6 @@ def _clip(questions: Questions, prompt: Prompt, plan: Plan) -> np.ndarray | Clip
         return questions.clip(prompt, plan.clips)
     except ClipError as error:
         return error
-
-
-def _protocol(plan: Plan, questions: Questions, gauge: Gauge, identity: dict[str, Any]) -> dict[str, Any]:
-    """All that the figures follow from, as JSON gives it back."""
-    told = {name: value for name, value in vars(plan).items() if name != "sampling" and value is not None}
-    told["sampling"] = {stage: configs.to_dict(sampling) for stage, sampling in plan.sampling.items()}
-    told |= {"features": [extractor.protocol() for extractor in gauge.extractors], "perceptual": gauge.perceptual_name}
-    told |= {"flow": gauge.flow}
-    return json.loads(json.dumps({"format": 2, **identity, **questions.identity(), **told}))
 
 
 def software() -> dict[str, str]:

@@ -9,7 +9,7 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +35,11 @@ class Samples:
         try:
             out.mkdir(parents=True, exist_ok=True)
             self.read(protocol)
-            kept = self._read(self.path, protocol) if self.path.is_file() else b""
-            if not kept:
-                kept = (json.dumps({"protocol": protocol}) + "\n").encode()
-                self.path.write_bytes(kept)
-            elif len(kept) < self.path.stat().st_size:  # a line that a crash tore
-                os.truncate(self.path, len(kept))
+            whole = self._read(self.path, protocol) if self.path.is_file() else 0
+            if not whole:
+                self.path.write_text(json.dumps({"protocol": protocol}) + "\n", encoding="utf-8")
+            elif whole < self.path.stat().st_size:  # a line that a crash tore
+                os.truncate(self.path, whole)
         except OSError as error:
             raise UserError(f"{out}: can't be written ({error.strerror}); name another folder with --out") from None
 
@@ -49,25 +48,26 @@ class Samples:
         for path in sorted(self.path.parent.glob("samples*.jsonl")):
             self._read(path, protocol)
 
-    def _read(self, path: Path, protocol: dict[str, Any]) -> bytes:
-        """The whole lines of a file, taken into `found`; UserError when they were made by another protocol."""
-        kept = b""
-        for line in path.read_bytes().splitlines(keepends=True):
+    def _read(self, path: Path, protocol: dict[str, Any]) -> int:
+        """How many bytes of a file are whole lines, taken into `found`; UserError when they were made by another
+        protocol."""
+        whole = 0
+        for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
             if not line.endswith(NEWLINE):
                 break
             try:
                 value = json.loads(line)
-                if kept:
+                if number > 1:
                     self.found[(value["split"], value["number"])] = value
                 else:
                     self._check(path, value["protocol"], protocol)
             except (ValueError, KeyError, TypeError) as error:
                 if isinstance(error, UserError):
                     raise
-                what = f"line {kept.count(NEWLINE) + 1} is not one that evaluate wrote"
+                what = f"line {number} is not one that evaluate wrote"
                 raise UserError(f"{path}: {what}; remove the file or name another folder with --out") from None
-            kept += line
-        return kept
+            whole += len(line)
+        return whole
 
     def _check(self, path: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
         differing = sorted(name for name in {*old, *new} if old.get(name) != new.get(name))
@@ -95,15 +95,52 @@ def read_samples(out: Path) -> tuple[dict[str, Any], dict[tuple[str, int], dict[
     found: dict[tuple[str, int], dict[str, Any]] = {}
     try:
         for path in sorted(out.glob("samples*.jsonl")):
-            whole = (line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(NEWLINE))
-            first, *lines = map(json.loads, whole)
-            protocol = first["protocol"]
-            found |= {(line["split"], line["number"]): line for line in lines}
+            whole = [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(NEWLINE)]
+            if whole:  # a rank that died at once left an empty file
+                first, *lines = map(json.loads, whole)
+                protocol = first["protocol"]
+                found |= {(line["split"], line["number"]): line for line in lines}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{out}: its samples can't be read ({error}); evaluate again into another folder") from None
     if not found:
         raise UserError(f"{out}: holds no samples of an evaluation; name the folder of `videodiff evaluate --out`")
     return protocol, dict(sorted(found.items()))
+
+
+def protocol_of(out: Path) -> dict[str, Any] | None:
+    """What the samples of a folder were judged by; None where there are none."""
+    try:
+        with open(out / "samples.jsonl", encoding="utf-8") as file:
+            return json.loads(file.readline())["protocol"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def without_model(protocol: dict[str, Any], own_tower: bool) -> dict[str, Any]:
+    """A protocol without what tells the model alone. own_tower: the text tower that judges is the model's own and may
+    be another one too."""
+    told = {name: value for name, value in protocol.items() if name not in ("model", "weights")}
+    if own_tower:
+        bundled = [{**judge, "sha256": None} if judge["kind"] == "bundled" else judge for judge in told["features"]]
+        told["features"] = bundled
+    return told
+
+
+def differences(one: Any, other: Any, where: str = "") -> Iterator[str]:
+    """Every place at which two trees of JSON differ, with both values."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        for key in sorted({*one, *other}):
+            yield from differences(one.get(key), other.get(key), f"{where}.{key}" if where else key)
+    elif isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
+        for i, (a, b) in enumerate(zip(one, other, strict=True)):
+            yield from differences(a, b, f"{where}.{i}")
+    elif one != other:
+        yield f"{where}: {_short(one)} and {_short(other)}"
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def digest_of(protocol: dict[str, Any]) -> str:

@@ -14,9 +14,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from data_pipeline.decoders import ClipError
+from stages.evaluation.judging import Job
 from stages.evaluation.kept import FeatureFiles, digest_of, read_tensors, write_tensors
-from stages.evaluation.measures import Gauge, chosen_frames
-from stages.evaluation.questions import Clips, ShardQuestions
+from stages.evaluation.measures import Gauge, chosen_frames, sees
+from stages.evaluation.questions import Clips, Prompt, ShardQuestions
 from stages.evaluation.road import Plan, strip
 from stages.evaluation.sheets import clip_path
 from stages.evaluation.statistics import mean_interval, share
@@ -32,40 +33,71 @@ UNUSUAL = 5.0  # percent of unseen real clips that lie as near
 ROW = "video_generated"
 
 
-def nearest_training_clips(
-    out: Path, files: FeatureFiles, plan: Plan, gauge: Gauge, location: str, split: str, shared: Path
-) -> dict[str, Any] | None:
-    """Figures of what the video stage made against up to MOST clips of the training shards, by the first network that
-    sees clips (else frames); None where it made none. Pictures of the nearest pairs among the videos that are kept go
-    to `out`/neighbours. shared: where the features of the training clips are kept, for all checkpoints.
+def training_questions(location: str, seed: int) -> ShardQuestions:
+    """The training clips that are looked at. Raises UserError for shards that are none, or hold no videos."""
+    return ShardQuestions(location, MOST, seed, at_most=True, option="training")
+
+
+def check_training(questions: ShardQuestions, plan: Plan, gauge: Gauge) -> None:
+    """Raise UserError where no training clip can be compared with what a plan makes: before anything is computed."""
+    clips = _clips(plan)
+    if _judge_of(plan, gauge) is not None and all(_clip(questions, p, clips) is None for p in questions.prompts):
+        raise _too_short(questions, clips)
+
+
+def nearest_training_clips(job: Job, questions: ShardQuestions, shared: Path) -> dict[str, Any] | None:
+    """Figures of what the video stage made against the training clips, by the first network that sees clips (else
+    frames); None where it made none. Pictures of the nearest pairs among the videos that are kept go to the folder
+    `neighbours`. shared: where the features of the training clips are kept, for all checkpoints. Raises UserError where
+    no clip of one of both sides can be compared.
     """
+    out, plan, gauge, split = job.out, job.plan, job.gauge, job.questions.prompts[0].split
     clips_of = {i: path for i in range(SHOWN_CLIPS) if (path := clip_path(out, ROW, split, i)).is_file()}
-    number = next((i for i, e in enumerate(gauge.extractors) if e.takes == "clips"), 0)
-    numbers, features = files.of_split(split)
-    if not gauge.extractors or f"{number}/{ROW}" not in features:
+    number = _judge_of(plan, gauge)
+    numbers, features = FeatureFiles(out, job.protocol).of_split(split)
+    if number is None or f"{number}/{ROW}" not in features:
         return None
-    extractor = gauge.extractors[number]
-    clips = Clips(plan.size, plan.frames, plan.fps)
-    questions = ShardQuestions(location, MOST, plan.seed, at_most=True)
-    try:
-        training, places = _training(shared, questions, clips, extractor)
-        made, real = (nearest(features[f"{number}/{row}"].mean(1), training) for row in (ROW, "real"))
-        distances, usual = made.distances[:, 0].numpy(), real.distances[:, 0].numpy()
-        limit = float(np.percentile(usual, UNUSUAL))
-        order = [int(i) for i in np.argsort(distances, kind="stable") if numbers[int(i)] in clips_of][:SHOWN]
-        for rank, i in enumerate(order):
-            prompt = questions.prompts[places[int(made.indices[i, 0])]]
-            pair = [strip(read_video(clips_of[numbers[i]])[0]), strip(questions.clip(prompt, clips))]
+    extractor, clips = gauge.extractors[number], _clips(plan)
+    finite = features[f"finite/{ROW}"].bool()
+    if not bool(finite.any()):
+        raise UserError(f"none of {len(finite)} generated videos is finite; try other weights")
+    training, places = _training(shared, questions, clips, extractor)
+    made = nearest(features[f"{number}/{ROW}"][finite].mean(1), training)
+    real = nearest(features[f"{number}/real"].mean(1), training)
+    distances, usual = made.distances[:, 0].numpy(), real.distances[:, 0].numpy()
+    limit = float(np.percentile(usual, UNUSUAL))
+    judged = [n for n, whole in zip(numbers, finite.tolist(), strict=True) if whole]
+    order = [int(i) for i in np.argsort(distances, kind="stable") if judged[int(i)] in clips_of][:SHOWN]
+    for rank, i in enumerate(order):
+        prompt = questions.prompts[places[int(made.indices[i, 0])]]
+        if (twin := _clip(questions, prompt, clips)) is not None:
+            pair = [strip(read_video(clips_of[judged[i]])[0]), strip(twin)]
             write_png(out / "neighbours" / f"{rank:02d}.png", np.concatenate(pair))
-    finally:
-        questions.close()
     return {
-        "row": ROW, "features": extractor.name,
+        "row": ROW, "features": extractor.name, "not_finite": int((~finite).sum()),
         "training": questions.identity()["data"], "training_clips": len(training),
         "made": mean_interval(distances.tolist(), "neighbours", "made"),
         "unseen": mean_interval(usual.tolist(), "neighbours", "unseen"),
         "nearer_than_usual": share(bool(distance < limit) for distance in distances), "usual": UNUSUAL / 100,
     }  # fmt: skip
+
+
+def _judge_of(plan: Plan, gauge: Gauge) -> int | None:
+    """Which network sees what the video stage makes, one for clips before one for frames; None where none does."""
+    length = plan.lengths.get(ROW)
+    seeing = [] if length is None else [i for i, e in enumerate(gauge.extractors) if sees(e, length)]
+    return min(seeing, key=lambda i: gauge.extractors[i].takes != "clips", default=None)
+
+
+def _clips(plan: Plan) -> Clips:
+    return Clips(plan.size, plan.frames, plan.fps)
+
+
+def _too_short(questions: ShardQuestions, clips: Clips) -> UserError:
+    return UserError(
+        f"--training: none of {len(questions.prompts)} clips has {clips.count} frames at {clips.fps:g} fps; name "
+        "the shards that the video stage trained on"
+    )
 
 
 def _training(
@@ -84,10 +116,7 @@ def _training(
             found.append(extractor(np.ascontiguousarray(frames)).mean(0))
             places.append(place)
     if not found:
-        raise UserError(
-            f"--training: none of {len(questions.prompts)} clips has {clips.count} frames at {clips.fps:g} fps; name "
-            "the shards that the video stage trained on"
-        )
+        raise _too_short(questions, clips)
     features = torch.stack(found)
     write_tensors(path, {"features": features, "places": torch.tensor(places)}, {"protocol": protocol})
     return features, places
@@ -103,7 +132,7 @@ def _kept(path: Path, protocol: str) -> dict[str, Tensor] | None:
     return read_tensors(path) if same else None
 
 
-def _clip(questions: ShardQuestions, prompt: Any, clips: Clips) -> np.ndarray | None:
+def _clip(questions: ShardQuestions, prompt: Prompt, clips: Clips) -> np.ndarray | None:
     try:
         return questions.clip(prompt, clips)
     except ClipError:

@@ -51,6 +51,30 @@ class Clips:
     fps: float
 
 
+class Decoder:
+    """Decodes one clip after another, in a helper that starts with the first one and has a deadline for each."""
+
+    def __init__(self) -> None:
+        self._pool: DecodePool | None = None
+
+    def frames(self, video: bytes, suffix: str, clips: Clips, **more: Any) -> np.ndarray:
+        """Frames uint8 [count,S,S,3]; more: what else `data_pipeline.clips.decode_clip` takes. Raises ClipError."""
+        job = {
+            "video": video, "suffix": suffix, "fps": clips.fps, "frames": clips.count, "size": clips.size, **more,
+        }  # fmt: skip
+        if self._pool is None:
+            self._pool = DecodePool(1, DEADLINE_SECONDS)
+        (found,) = self._pool.map([job])
+        if isinstance(found, ClipError):
+            raise found
+        return found.frames
+
+    def close(self) -> None:
+        """End the helper."""
+        if self._pool is not None:
+            self._pool.close()
+
+
 class Questions(Protocol):
     """Prompts, and the real clip of each."""
 
@@ -101,12 +125,15 @@ class WorldQuestions:
 class ShardQuestions:
     """The first captions of `num` samples of shards, drawn by `seed`, and their clips from their beginning on."""
 
-    def __init__(self, location: str, num: int, seed: int, at_most: bool = False) -> None:
-        """at_most: fewer will do. Raises UserError for encoded shards, too few samples, and none with a caption."""
-        self._pool: DecodePool | None = None
+    def __init__(
+        self, location: str, num: int, seed: int, at_most: bool = False, option: Literal["data", "training"] = "data"
+    ) -> None:
+        """at_most: fewer will do. option: which one named the shards. Raises UserError for encoded shards, too few
+        samples, and none with a caption."""
+        self._decoder = Decoder()
         self._shards = open_shards(location)
         if any(shard.encoding for shard in self._shards):
-            raise UserError(f"--data {location}: these shards hold latents; name those of the videos")
+            raise UserError(f"--{option} {location}: these shards hold latents; name those of the videos")
         self._places = [(shard, number) for shard in self._shards for number in range(len(shard.offsets))]
         if len(self._places) < num and not at_most:
             raise UserError(
@@ -115,7 +142,8 @@ class ShardQuestions:
         self.problems: list[str] = []
         self.prompts = list(self._planned(num, rng("questions", seed).permutation(len(self._places)).tolist()))
         if not self.prompts:
-            raise UserError(f"--data {location}: no sample can be asked about ({self.problems[0]}); see data check")
+            reason = self.problems[0] if self.problems else "there is none"
+            raise UserError(f"--{option} {location}: no sample can be asked about ({reason}); see data check")
         if len(self.prompts) < num and not at_most:
             raise UserError(
                 f"--data {location}: {len(self.prompts)} samples can be asked about, --num-prompts {num} are asked "
@@ -146,19 +174,10 @@ class ShardQuestions:
         raw = try_sample(shard, number)
         if isinstance(raw, SampleError):
             raise ClipError(raw.reason, str(raw))
-        job = {
-            "video": raw.video, "suffix": raw.suffix, "fps": clips.fps, "frames": clips.count, "size": clips.size,
-        }  # fmt: skip
-        if self._pool is None:
-            self._pool = DecodePool(1, DEADLINE_SECONDS)
-        (found,) = self._pool.map([job])
-        if isinstance(found, ClipError):
-            raise found
-        return found.frames
+        return self._decoder.frames(raw.video, raw.suffix, clips)
 
     def close(self) -> None:
-        if self._pool is not None:
-            self._pool.close()
+        self._decoder.close()
 
 
 def planned_prompts(num: int, num_held_out: int, seed: int) -> list[Prompt]:

@@ -23,6 +23,8 @@ from videodiff.model import Sampling
 
 IMAGE_ATTRIBUTES = tuple(name for name in ATTRIBUTES if name != "motion")
 STRIP = 5  # frames of a clip that its picture shows
+LOW_RATE = ("real", "autoencoder", "video_real", "video_generated")
+SMOOTH = ("real_smooth", "interpolation", "whole")
 ONE_FRAME = {"real", "image"}  # where these are all rows, no more of the real clips is needed than the first frame
 
 
@@ -31,6 +33,7 @@ class Road(Protocol):
 
     def encode(self, frames: np.ndarray) -> Tensor: ...
     def decode(self, latents: Tensor) -> np.ndarray: ...
+    def decode_checked(self, latents: Tensor) -> tuple[np.ndarray, list[bool]]: ...
     def image(self, keys: Sequence[SampleKey], sampling: Sampling) -> Tensor: ...
     def video(self, keys: Sequence[SampleKey], first: Tensor, fps: float, sampling: Sampling) -> Tensor: ...
     def interpolation(self, keys: Sequence[SampleKey], clip: Tensor, fps: float, sampling: Sampling) -> Tensor: ...
@@ -60,6 +63,13 @@ class Plan:
         """The real clips that the rows need, at the smooth rate."""
         count = 1 if set(self.rows) == ONE_FRAME else (self.frames - 1) * self.factor + 1
         return Clips(self.size, count, self.fps * self.factor)
+
+    @property
+    def lengths(self) -> dict[str, int]:
+        """Of each row of the road how many frames its clips have."""
+        whole = self.clips.count
+        lengths = {**dict.fromkeys(LOW_RATE, min(self.frames, whole)), "image": 1, **dict.fromkeys(SMOOTH, whole)}
+        return {row: lengths[row] for row in self.rows if row in lengths}
 
 
 @dataclass
@@ -186,9 +196,10 @@ def blend(clip: np.ndarray, factor: int) -> np.ndarray:
 
 
 def decoded(road: Road, latents: Tensor) -> tuple[np.ndarray, list[bool]]:
-    """Frames uint8 [B,T,S,S,3], and whether each sample's latents were finite."""
-    finite = torch.isfinite(latents).flatten(1).all(1).tolist()
-    return road.decode(torch.nan_to_num(latents, 0.0, 0.0, 0.0)), finite
+    """Frames uint8 [B,T,S,S,3], and whether each sample was finite, in latents and when they were decoded."""
+    given = torch.isfinite(latents).flatten(1).all(1).tolist()
+    frames, finite = road.decode_checked(torch.nan_to_num(latents, 0.0, 0.0, 0.0))
+    return frames, [a and b for a, b in zip(given, finite, strict=True)]
 
 
 def strip(clip: np.ndarray) -> np.ndarray:

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.decoders import ClipError
-from data_pipeline.decoding import DecodePool
 from data_pipeline.world import rng
-from stages.evaluation.questions import DEADLINE_SECONDS, Clips, Prompt
+from stages.evaluation.figures import told_apart
+from stages.evaluation.questions import Clips, Decoder, Prompt
 from videodiff.errors import UserError
 
 PREFIX = "ucf101:"  # of --data
@@ -34,7 +34,7 @@ class UCF101Questions:
     """
 
     def __init__(self, folder: Path, num: int, seed: int, sentences: Path | None = None) -> None:
-        self._pool: DecodePool | None = None
+        self._decoder = Decoder()
         self.problems: list[str] = []
         self._folder, self._seed = folder, seed
         self._videos = _videos_by_class(folder)
@@ -66,20 +66,13 @@ class UCF101Questions:
         order = rng("ucf101", self._seed, name, prompt.turn // len(videos)).permutation(len(videos))
         path = videos[int(order[prompt.turn % len(videos)])]
         position = float(rng("ucf101 position", self._seed, name, prompt.turn).random())
-        job = {
-            "video": path.read_bytes(), "suffix": path.suffix.removeprefix("."), "fps": clips.fps,
-            "frames": clips.count, "size": clips.size, "position": position,
-        }  # fmt: skip
-        if self._pool is None:
-            self._pool = DecodePool(1, DEADLINE_SECONDS)
-        (found,) = self._pool.map([job])
-        if isinstance(found, ClipError):
-            raise ClipError(found.reason, f"{path.name}: {found}")
-        return found.frames
+        try:
+            return self._decoder.frames(path.read_bytes(), path.suffix.removeprefix("."), clips, position=position)
+        except ClipError as error:
+            raise ClipError(error.reason, f"{path.name}: {error}") from None
 
     def close(self) -> None:
-        if self._pool is not None:
-            self._pool.close()
+        self._decoder.close()
 
     def _text(self, name: str) -> str:
         return bare_name(name) if self._sentences is None else self._sentences[name]
@@ -102,22 +95,28 @@ def protocol_line(protocol: dict[str, Any], figures: list[dict[str, Any]]) -> st
         f"{protocol['frames']} frames at {protocol['fps']:g} a second (whole: times {protocol['factor']}), "
         f"{protocol['size']}x{protocol['size']}, against as many real clips at the same size, rate and length"
     ]
+    refused: list[str] = []
     for row in ROWS:
         for one in figures:
-            if one["row"] != row or one["figure"] not in ("frechet", "inception_clips") or "value" not in one:
+            if one["row"] != row or one["figure"] not in ("frechet", "inception_clips"):
                 continue
-            if one["figure"] == "frechet" and not _sees_clips(protocol, one["features"]):
+            if not _sees_clips(protocol, one["features"]):
+                continue
+            if "value" not in one:
+                refused.append(f"{row}: no figure by {one['features']} ({one['refused']})")
                 continue
             name = "FVD" if one["figure"] == "frechet" else "IS"
             low, high = one["interval"]
             said.append(f"{row}: {name} {one['value']:.1f} ({low:.1f} to {high:.1f}, N {one['n']}, {one['features']})")
     if len(said) == 1:
-        said.append("no network for clips among --judges saw them: no FVD, no inception score")
+        said += refused or ["no network for clips among --judges saw them: no FVD, no inception score"]
     return "; ".join(said)
 
 
 def _sees_clips(protocol: dict[str, Any], name: str) -> bool:
-    return any(told["name"] == name and told["takes"] == "clips" for told in protocol["features"])
+    judges = protocol["features"]
+    names = told_apart([told["name"] for told in judges])
+    return any(other == name and told["takes"] == "clips" for other, told in zip(names, judges, strict=True))
 
 
 def _videos_by_class(folder: Path) -> dict[str, list[Path]]:

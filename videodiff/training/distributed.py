@@ -142,6 +142,12 @@ def raise_from_first(problem: str | UserError | None) -> None:
         raise error
 
 
+def raise_from_any(problem: str | None) -> None:
+    """Raise UserError on every process when any of them found a problem: that of the first one that did."""
+    problems = gather_to_first(problem)
+    raise_from_first(None if problems is None else next(filter(None, problems), None))
+
+
 def gather_rows(rows: Tensor) -> Tensor:
     """The rows [B, ...] of all ranks, [world * B, ...] in the order of ranks, for losses that compare samples.
 
