@@ -27,7 +27,6 @@ from videodiff.training import distributed
 from videodiff.training.checkpoint import Checkpoints
 from videodiff.training.distributed import (
     device,
-    from_first,
     gather_rows,
     gather_to_first,
     raise_from_first,
@@ -305,10 +304,12 @@ class _Trainer:
         if error is not None and problem is None:
             name = type(error).__name__
             problem = f"step {self.progress.step}: rank 0 could not draw samples ({name}), see its message"
-        if error is not None:
-            from_first(problem)
-            raise error
-        raise_from_first(None)
+        try:
+            raise_from_first(problem)
+        except UserError:
+            if error is not None:
+                raise error from None
+            raise
 
     @cached_property
     def _shown(self) -> VideoBatch:
