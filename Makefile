@@ -1,9 +1,12 @@
 # make demo         a prompt becomes outputs/demo.mp4, from nothing but Python and pip
 # make install      install everything, the packages of training and tests too
 # make test         install everything and run all tests but the slow ones (make test-slow runs those)
-# make lint         ruff, format, types
+# make test-crash   kill a rank at a hundred file operations of a save, each time go on
+# make test-slurm   the job scripts on a real Slurm cluster that is started here (root, Debian's slurm-wlm munge iproute2)
+# make lint         ruff, format, types, shellcheck
 # make bench-digits train and measure the diffusion core on handwritten digits; writes docs/core-results.md
 # make bench-network our U-Net against those of diffusers, paired in one run; writes docs/network-speed.md
+# make bench-train  our training loop against plain PyTorch and accelerate; writes docs/training-speed.md
 # make bench-data   measure the loader against bare decoders and plain webdataset; writes docs/data-speed.md
 # make demo-model   train the bundled model again by its recorded recipe (hours on a CPU; run it again to go on);
 #                   INSTALL=1 puts the result in the place of the bundled one
@@ -18,7 +21,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # torch goes first and by its exact version: an unpinned one may bring gigabytes of CUDA packages that a CPU can't use.
 TORCH := $(shell sed -n 's/^\(torch==[^; ]*\).*/\1/p' constraints.txt)
 
-.PHONY: demo install demo-model bench-digits bench-network bench-data test test-slow lint clean
+.PHONY: demo install demo-model bench-digits bench-network bench-train bench-data test test-slow test-crash test-slurm lint clean
 
 demo: $(VENV)/.demo
 	@mkdir -p outputs
@@ -36,6 +39,9 @@ bench-digits: $(VENV)/.bench
 bench-network: $(VENV)/.all
 	$(BIN)/python -m benchmarks.network --out docs/network-speed.md
 
+bench-train: $(VENV)/.all $(VENV)/.bench
+	$(BIN)/python -m benchmarks.train --out docs/training-speed.md
+
 bench-data: $(VENV)/.all $(VENV)/.bench
 	$(BIN)/python -m benchmarks.data --out docs/data-speed.md
 
@@ -45,10 +51,17 @@ test: $(VENV)/.all
 test-slow: $(VENV)/.all
 	$(BIN)/python -m pytest -q -m slow
 
+test-crash: $(VENV)/.all
+	$(BIN)/python -m pytest -q -m crash
+
+test-slurm: $(VENV)/.all
+	$(BIN)/python -m pytest -q -m slurm
+
 lint: $(VENV)/.all
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy videodiff
+	$(BIN)/shellcheck -x slurm/*.sbatch slurm/*.sh
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

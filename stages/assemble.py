@@ -7,13 +7,14 @@ from itertools import chain
 from pathlib import Path
 from typing import Literal
 
+import torch
 from pydantic import ConfigDict
 
 from data_pipeline.loader import ShardSource
 from data_pipeline.shards import all_captions
 from stages import control, image, interpolation, text, upscale, video
 from stages.autoencoder import AutoencoderStage, AutoencoderTask
-from stages.base import StageConfig
+from stages.base import DiffusionStageConfig, StageConfig
 from stages.classifier import ClassifierStage, ClassifierTask
 from stages.control import ControlStage
 from stages.encode import encoder_digest
@@ -29,7 +30,9 @@ from videodiff.errors import UserError
 from videodiff.model import VOCABULARY, WORDS, Model
 from videodiff.networks.text import build_vocabulary
 from videodiff.training import distributed
-from videodiff.training.run_folder import cannot_write
+from videodiff.training.checkpoint import Checkpoints
+from videodiff.training.run_folder import CHECKPOINTS, cannot_write
+from videodiff.training.status import Status
 from videodiff.training.task import Task
 from videodiff.training.trainer import train
 
@@ -80,6 +83,26 @@ def make_task(config: StageConfig) -> Task:
     return interpolation.task(config, base)
 
 
+def begin_with(task: Task, stage: str, model: Model) -> None:
+    """Give what is trained the averaged weights of the same stage of `model`; UserError when they do not fit.
+
+    Frozen layers that it has must be equal to those here: what is trained was trained on them.
+    """
+    state, own = model.state(stage), task.module.state_dict()
+    trained = {name for name, _ in task.module.named_parameters() if task.trains(name)}
+    odd = sorted((trained - state.keys()) | (state.keys() - own.keys()))
+    odd = odd or sorted(name for name in state if state[name].shape != own[name].shape)
+    odd = odd or sorted(
+        name for name in state.keys() - trained if not torch.equal(state[name], own[name].float().cpu())
+    )
+    if odd:
+        raise UserError(
+            f"init_from: the {stage} stage of {model.folder} does not fit this network at {odd[0]!r} ({len(odd)} such "
+            "names); name a model of the same network that froze the same layers, or take its settings"
+        )
+    task.module.load_state_dict({name: state[name] for name in trained}, strict=False)
+
+
 def _base(config: StageConfig) -> Model:
     if config.model is None:
         raise UserError("model: this stage stands on the stage before it; name its run with model=RUN")
@@ -122,9 +145,19 @@ def train_stage(path: str | Path, overrides: Sequence[str] = ()) -> None:
     try:
         if isinstance(config, TextStage) and config.network.pretrained is not None:
             text.adopt(config, config.network.pretrained, _base(config))
+            if distributed.rank() == 0:
+                Status(state="complete", step=config.run.steps, steps=config.run.steps).write(Path(config.run.dir))
             return
         bad_samples = Path(config.run.dir) / "bad_samples.jsonl"
-        source = ShardSource(config.data, config.run.seed, bad_samples, encoder=_encoder(config))
-        train(config.run, config.engine, config.data.batch_size, make_task(config), source, config)
+
+        def prepare() -> tuple[Task, ShardSource]:
+            source = ShardSource(config.data, config.run.seed, bad_samples, encoder=_encoder(config))
+            task = make_task(config)
+            begun = Checkpoints(Path(config.run.dir) / CHECKPOINTS, 1).exist()
+            if isinstance(config, DiffusionStageConfig) and config.init_from is not None and not begun:
+                begin_with(task, config.stage, Model.load(config.init_from))
+            return task, source
+
+        train(config.run, config.engine, config.data.batch_size, prepare, config)
     finally:
         distributed.cleanup()

@@ -41,6 +41,7 @@ from videodiff.model import (
 from videodiff.networks.autoencoder import Autoencoder
 from videodiff.networks.control import ControlledUNet
 from videodiff.networks.unet import UNet, UNetConfig
+from videodiff.networks.work import count
 from videodiff.seeding import generator, normals, uniforms
 from videodiff.training.distributed import device
 from videodiff.training.engine import EngineConfig
@@ -100,8 +101,12 @@ class DenoisingStageConfig(StageConfig):
 
 
 class DiffusionStageConfig(DenoisingStageConfig):
-    """What the YAMLs share of the stages that are sampled by themselves."""
+    """What the YAMLs share of the stages that are sampled by themselves.
 
+    init_from: a run, checkpoint or model whose weights of this stage are the start; nothing else of it is taken.
+    """
+
+    init_from: str | None = None
     sampling: Sampling = Sampling()
 
 
@@ -226,6 +231,7 @@ class DiffusionTask:
         importance = config.loss.importance
         self.history = LossHistory(importance, self.schedule.num_steps) if importance is not None else None
         self.autoencoder, self.text = base.autoencoder.to(device()), base.text.to(device())
+        self._operations: dict[tuple[int, int, int], float] = {}
         self.posteriors = PosteriorCache(self.autoencoder, int(config.latent_cache_gib * 2**30))
 
     def check(self) -> None:
@@ -243,8 +249,9 @@ class DiffusionTask:
             mean, std = (part.to(device()) for part in (batch.encoded.mean, batch.encoded.std))
         return mean + std * normals(tuple(mean.shape[1:]), seed, "posterior", batch.numbers).to(mean.device)
 
-    def condition(self, batch: VideoBatch, latents: Tensor) -> Condition:
-        """What the network is told of the batch, nothing dropped."""
+    def condition(self, batch: VideoBatch, latents: Tensor, seed: int = 0, sampling: bool = False) -> Condition:
+        """What the network is told of the batch, nothing dropped: `seed` is for what is drawn in it, and when it is
+        sampled that may be otherwise."""
         condition = self._told(batch)
         slots = self.known_slots(latents.shape[2])
         return with_known(condition, latents, slots) if slots else condition
@@ -270,7 +277,7 @@ class DiffusionTask:
 
     def loss(self, module: Callable[..., Tensor], batch: VideoBatch, seed: int) -> LossOutput:
         x0 = self.latents(batch, seed)
-        condition = self.condition(batch, x0).drop(*self.dropout.draw(seed, batch.numbers))
+        condition = self.condition(batch, x0, seed).drop(*self.dropout.draw(seed, batch.numbers))
         t, weight = self.loss_function.draw_times(self.schedule, seed, batch.numbers, self.history)
         eps = self.loss_function.draw_noise(tuple(x0.shape[1:]), seed, batch.numbers).to(x0.device)
         losses = self.loss_function(self._denoiser(module), x0, eps, t.to(x0.device), condition)
@@ -278,7 +285,36 @@ class DiffusionTask:
         if self.history is not None:
             known = losses.detach().cpu().double().where(batch.weight.cpu() > 0, torch.nan)  # nothing of a bad clip
             seen = torch.stack([t.double(), known], dim=1)
-        return LossOutput(per_sample=losses * weight.to(losses), metrics={}, seen=seen)
+        return LossOutput(losses * weight.to(losses), tallies=self._by_quarter(losses, t, batch.weight), seen=seen)
+
+    def _by_quarter(self, losses: Tensor, t: Tensor, weight: Tensor) -> dict[str, Tensor]:
+        """Sum and number of the losses in each quarter of the times, the first the least noisy; bad clips left out."""
+        quarter = (t.cpu() * 4 // self.schedule.num_steps).long()
+        values = losses.detach().cpu().double()
+        counts = [((quarter == i) & (weight.cpu() > 0)) for i in range(4)]
+        return {f"loss_quarter_{i + 1}": torch.stack([values[c].sum(), c.sum().double()]) for i, c in enumerate(counts)}
+
+    def operations(self, batch: VideoBatch) -> float | None:
+        """Counted on the meta device, once for each shape of clips; encoding pictures and text is left out."""
+        if not isinstance(self.module, UNet):
+            return None
+        frames, height, width = self._latent_shape(batch)
+        if (key := (frames, height, width)) not in self._operations:
+            with torch.device("meta"):
+                network = UNet(self.module.config)
+            for name, parameter in network.named_parameters():
+                parameter.requires_grad_(self.trains(name))
+            work = count(network, frames, height, width, torch.bfloat16)
+            repeated = work.forward if self.module.checkpointing else 0.0
+            self._operations[key] = work.forward + work.backward + repeated
+        return self._operations[key] * len(batch)
+
+    def _latent_shape(self, batch: VideoBatch) -> tuple[int, int, int]:
+        if batch.encoded is not None:
+            frames, height, width = batch.encoded.mean.shape[2:]
+            return frames, height, width
+        factor = self.autoencoder.factor
+        return batch.frames.shape[1], batch.frames.shape[2] // factor, batch.frames.shape[3] // factor
 
     def after_step(self, seen: Tensor) -> None:
         """Take in (t, loss) [batch, 2] of the step's samples."""
@@ -301,7 +337,7 @@ class DiffusionTask:
         """A contact sheet of generated clips above the real ones, with fixed noise so that steps compare."""
         batch = batch.select(slice(8))
         x0 = self.latents(batch, seed=0)
-        condition = self.condition(batch, x0)
+        condition = self.condition(batch, x0, sampling=True)
         denoiser = self._denoiser(module)
         sampling: Sampling = self.part["sampling"]
         # Each row's noise and what a random sampler adds at its steps come from one generator, and so are independent.

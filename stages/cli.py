@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from stages import cli_data, cli_prepare
+from stages import cli_data, cli_prepare, cli_run
 from videodiff.errors import UserError
 
 app = typer.Typer(
@@ -27,6 +27,17 @@ for name, command in {
     "world": cli_data.world, "check": cli_data.check, "show": cli_data.show, "encode": cli_data.encode,
 }.items():  # fmt: skip
     data.command(name)(command)
+
+
+app.command()(cli_run.status)
+app.command()(cli_run.plan)
+app.command()(cli_run.doctor)
+checkpoint = typer.Typer(help="Look after the checkpoints of a run.")
+app.add_typer(checkpoint, name="checkpoint")
+for name, command in {
+    "list": cli_run.list_checkpoints, "verify": cli_run.verify, "reshape": cli_run.reshape,
+}.items():  # fmt: skip
+    checkpoint.command(name)(command)
 
 
 class StageChoice(str, Enum):

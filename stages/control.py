@@ -35,9 +35,9 @@ class ControlStage(DenoisingStageConfig):
 class ControlTask(DiffusionTask):
     """Denoises images with the image stage's network, told the outlines of the very picture that was noised."""
 
-    def condition(self, batch: VideoBatch, latents: Tensor) -> Condition:
+    def condition(self, batch: VideoBatch, latents: Tensor, seed: int = 0, sampling: bool = False) -> Condition:
         hint = HINTS[HINT](batch.frames[:, 0])
-        return replace(super().condition(batch, latents), hint=hint.to(latents.device))
+        return replace(super().condition(batch, latents, seed, sampling), hint=hint.to(latents.device))
 
     def export(self, state: dict[str, Tensor], folder: Path, file: str) -> None:
         own = {name.removeprefix(PREFIX): value for name, value in state.items()}

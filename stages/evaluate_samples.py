@@ -125,10 +125,11 @@ def measure(road: Road, plan: Plan, batch: Sequence[Prompt]) -> list[Measured]:
         if "video_generated" in plan.rows:
             _note_video(road, made, "video_generated", clip, first)
     if "whole" in plan.rows:
-        smooth = road.interpolation(keys, clip, plan.fps, plan.sampling["interpolation"])
+        smooth = within(road.interpolation(keys, clip, plan.fps, plan.sampling["interpolation"]), smooth_real.shape[1])
         _note(made, "whole", *decoded(road, smooth), [{} for _ in batch])
     if "interpolation" in plan.rows:
         smooth = road.interpolation(keys, road.encode(real), plan.fps, plan.sampling["interpolation"])
+        smooth = within(smooth, smooth_real.shape[1])
         frames, finite = decoded(road, smooth)
         middle = np.arange(smooth_real.shape[1]) % plan.factor != 0
         rebuilt = road.decode(road.encode(smooth_real))
@@ -141,6 +142,12 @@ def measure(road: Road, plan: Plan, batch: Sequence[Prompt]) -> list[Measured]:
         ]
         _note(made, "interpolation", frames, finite, near, smooth_real)
     return made
+
+
+def within(smooth: Tensor, count: int) -> Tensor:
+    """The middle `count` frames of latents [B,C,T,H,W]: those from the first given frame to the last."""
+    aside = (smooth.shape[2] - count) // 2
+    return smooth[:, :, aside : aside + count]
 
 
 def blend(clip: np.ndarray, factor: int) -> np.ndarray:

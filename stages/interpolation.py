@@ -1,7 +1,9 @@
 """Stage interpolation: the video network told every k-th frame fills in the frames between (Emu Video, 2023).
 
 (T-1)k+1 frames come out of T. It starts from the video stage's temporal layers and trains on short windows; a longer
-clip is made window by window, the windows sharing their border frames, as Emu Video joins its groups of eight.
+clip is made window by window, the windows sharing their border frames. As published a window has some frames before its
+first given one and after its last (`offset`; 8 frames become 37 with k = 4 and 4 on either side), and what is given is
+noised, as in cascades (Ho et al. 2022).
 """
 
 from __future__ import annotations
@@ -9,47 +11,96 @@ from __future__ import annotations
 from functools import partial
 from typing import Literal
 
-from pydantic import Field
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
 
-from stages.base import DiffusionStageConfig, DiffusionTask
+from stages.base import DiffusionStageConfig, DiffusionTask, with_known
+from videodiff.batch import Condition, VideoBatch
+from videodiff.config import Config
+from videodiff.diffusion.schedule import NoiseSchedule
 from videodiff.errors import UserError
 from videodiff.model import Model
 from videodiff.networks.unet import UNet, temporal_parameter_names
+from videodiff.seeding import normals, uniforms
+
+
+class KnownNoise(Config):
+    """Noise on the given frames: in training of times drawn uniformly up to `max_time`, when sampled of `time`."""
+
+    max_time: float = Field(250, gt=0)
+    time: float = Field(100, ge=0)
+
+    @model_validator(mode="after")
+    def _within(self) -> KnownNoise:
+        if self.time > self.max_time:
+            raise ValueError(f"time {self.time:g} is beyond max_time {self.max_time:g}; lower it")
+        return self
 
 
 class InterpolationStage(DiffusionStageConfig):
-    """`videodiff train configs/demo/interpolation.yaml`; `factor` is the gain in frame rate."""
+    """`videodiff train configs/demo/interpolation.yaml`; `factor` is the gain in frame rate, `offset` how many frames
+    of a window lie before the first and after the last given one."""
 
     stage: Literal["interpolation"]
     factor: int = Field(2, ge=2)
+    offset: int = Field(0, ge=0)
+    known_noise: KnownNoise | None = None
 
 
-def known_slots(frames: int, factor: int) -> tuple[int, ...]:
-    """Every `factor`-th frame is given, the first and the last among them."""
-    return tuple(range(0, frames, factor))
+def known_slots(frames: int, factor: int, offset: int = 0) -> tuple[int, ...]:
+    """Every `factor`-th frame is given, from `offset` on and as far from the end."""
+    return tuple(range(offset, frames - offset, factor))
 
 
-def windows(keys: int, window_frames: int, factor: int) -> list[int]:
+def noised(latents: Tensor, noise: Tensor, times: Tensor, schedule: NoiseSchedule) -> Tensor:
+    """Latents [B,C,T,H,W] at the times [B] of the schedule."""
+    alpha, sigma = (level(times).to(latents).view(-1, 1, 1, 1, 1) for level in (schedule.alpha, schedule.sigma))
+    return alpha * latents + sigma * noise
+
+
+def windows(keys: int, window_frames: int, factor: int, offset: int = 0) -> list[int]:
     """First key frame of each window that covers `keys` key frames, neighbours sharing at least their border frame.
 
-    A window has (window_frames - 1) / factor + 1 keys; the last one is moved back to end at the last key.
+    A window has (window_frames - 1 - 2 offset) / factor + 1 keys; the last one is moved back to end at the last key.
     """
-    per_window = (window_frames - 1) // factor
+    per_window = (window_frames - 1 - 2 * offset) // factor
     if keys <= per_window:
         return [0]
     starts = list(range(0, keys - 1 - per_window, per_window))
     return [*starts, keys - 1 - per_window]
 
 
-def task(config: InterpolationStage, base: Model) -> DiffusionTask:
+class InterpolationTask(DiffusionTask):
+    """Trains to fill in the frames between given ones, which may be noised."""
+
+    known_noise: KnownNoise | None = None
+
+    def condition(self, batch: VideoBatch, latents: Tensor, seed: int = 0, sampling: bool = False) -> Condition:
+        if self.known_noise is None:
+            return super().condition(batch, latents, seed, sampling)
+        times = uniforms(seed, "known-noise-time", batch.numbers) * self.known_noise.max_time
+        if sampling:
+            times = torch.full_like(times, self.known_noise.time)
+        noise = normals(tuple(latents.shape[1:]), seed, "known-noise", batch.numbers).to(latents.device)
+        given = noised(latents, noise, times, self.schedule)
+        return with_known(self._told(batch), given, self.known_slots(latents.shape[2]))
+
+
+def task(config: InterpolationStage, base: Model) -> InterpolationTask:
     """The training task of the interpolation stage, started from the video stage of `base`."""
-    frames, factor = config.data.frames, config.factor
-    if (frames - 1) % factor or frames <= factor:
+    frames, factor, offset = config.data.frames, config.factor, config.offset
+    inner = frames - 2 * offset
+    if (inner - 1) % factor or inner <= factor:
+        aside = f"+2*{offset}" if offset else ""
         raise UserError(
-            f"data.frames: {frames} frames are not (T-1)*{factor}+1 with a factor of {factor}; "
-            f"use {max((frames - 1) // factor, 1) * factor + 1}"
+            f"data.frames: {frames} frames are not (T-1)*{factor}+1{aside} with a factor of {factor}; "
+            f"use {max((inner - 1) // factor, 1) * factor + 1 + 2 * offset}"
         )
     video = base.diffusion("video")
+    steps, noise = video.schedule.num_steps, config.known_noise
+    if noise is not None and noise.max_time > steps:
+        raise UserError(f"known_noise.max_time: {noise.max_time:g} is beyond the schedule's {steps} steps; lower it")
     network = UNet(video.network)
     network.load_state_dict(base.unet("video").state_dict())
     trainable = temporal_parameter_names(network)
@@ -61,14 +112,18 @@ def task(config: InterpolationStage, base: Model) -> DiffusionTask:
         "frames": frames,
         "fps": config.data.fps,
         "factor": factor,
+        "offset": offset,
+        "known_time": config.known_noise.time if config.known_noise is not None else 0.0,
         "sampling": config.sampling,
     }
-    return DiffusionTask(
+    made = InterpolationTask(
         "interpolation",
         base,
         network,
         part,
-        partial(known_slots, factor=factor),
+        partial(known_slots, factor=factor, offset=offset),
         lambda name: name in trainable,
         config,
     )
+    made.known_noise = config.known_noise
+    return made

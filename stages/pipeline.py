@@ -177,15 +177,18 @@ class Pipeline:
     def interpolation(
         self, keys: Sequence[SampleKey], clip: Tensor, fps: float, sampling: Sampling, on_step: OnStep = None
     ) -> Tensor:
-        """Stage 3: from T frames at `fps` to (T-1)k+1 at k times `fps`, window by window; given frames are kept."""
+        """Stage 3: from T frames at `fps` to (T-1)k+1 at k times `fps`, window by window; given frames are kept.
+
+        With an offset there are so many more frames before the first given one and after the last.
+        """
         part = self.model.diffusion("interpolation")
         clips, channels, count = clip.shape[:3]
-        factor = part.factor
+        factor, offset = part.factor, part.offset
         if count < 2:
             raise UserError("interpolation needs at least two frames; leave it out with --no-interpolation")
-        frames = min(part.frames, (count - 1) * factor + 1)
-        starts = interpolation_stage.windows(count, frames, factor)
-        slots = interpolation_stage.known_slots(frames, factor)
+        frames = min(part.frames, (count - 1) * factor + 1 + 2 * offset)
+        starts = interpolation_stage.windows(count, frames, factor, offset)
+        slots = interpolation_stage.known_slots(frames, factor, offset)
         per_window = len(slots)
         known = clip.new_zeros(clips, len(starts), channels, frames, *clip.shape[3:])
         for w, start in enumerate(starts):
@@ -193,12 +196,21 @@ class Pipeline:
         rows = [(b, w) for b in range(clips) for w in range(len(starts))]
         generators = [keys[b].generator("interpolation", starts[w]) for b, w in rows]
         condition = self.condition([keys[b].prompt for b, _ in rows], fps * factor)
-        condition = with_known(condition, known.flatten(0, 1), slots)
+        given = known.flatten(0, 1)
+        if part.known_time:
+            drawn = [keys[b].generator("interpolation-known", starts[w]) for b, w in rows]
+            noise = torch.stack([torch.randn(given.shape[1:], generator=g) for g in drawn]).to(given.device)
+            times = torch.full((len(rows),), part.known_time)
+            given = interpolation_stage.noised(given, noise, times, part.schedule)
+        condition = with_known(condition, given, slots)
         made = self._sample("interpolation", condition, frames, generators, sampling, on_step)
-        smooth = clip.new_zeros(clips, channels, (count - 1) * factor + 1, *clip.shape[3:])
+        total = (count - 1) * factor + 1 + 2 * offset
+        smooth = clip.new_zeros(clips, channels, total, *clip.shape[3:])
         for (b, w), window in zip(rows, made, strict=True):
-            smooth[b, :, starts[w] * factor : starts[w] * factor + frames] = window
-        smooth[:, :, ::factor] = clip
+            # Where windows meet, each knows the side on which its own given frames lie: the later one begins there.
+            begin = 0 if w == 0 else offset
+            smooth[b, :, starts[w] * factor + begin : starts[w] * factor + frames] = window[:, begin:]
+        smooth[:, :, offset : total - offset : factor] = clip
         return smooth
 
     def upscale(

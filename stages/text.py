@@ -70,7 +70,7 @@ class TextTask:
     def __init__(
         self, config: TextStage, base: Model, vocabulary: Path, words: Path, further: tuple[FurtherPart, ...] = ()
     ) -> None:
-        micro_batch, accumulation = config.engine.accumulation(config.data.batch_size, world())
+        micro_batch, accumulation = config.engine.shares(config.data.batch_size, world())
         if accumulation > 1:
             raise UserError(
                 f"engine.micro_batch={micro_batch}: the text stage compares every sample of a batch of "

@@ -79,8 +79,10 @@ class UpscaleTask(DiffusionTask):
         given = self.enlarged(batch)
         return (to_squares(batch.frames, square_side(self.module.config)).to(given) - given) / self.part["deviation"]
 
-    def condition(self, batch: VideoBatch, latents: Tensor) -> Condition:
-        return with_known(super().condition(batch, latents), self.enlarged(batch), range(latents.shape[2]))
+    def condition(self, batch: VideoBatch, latents: Tensor, seed: int = 0, sampling: bool = False) -> Condition:
+        return with_known(
+            super().condition(batch, latents, seed, sampling), self.enlarged(batch), range(latents.shape[2])
+        )
 
     def frames(self, latents: Tensor, batch: VideoBatch) -> Tensor:
         return with_difference(self.enlarged(batch), latents, self.part["deviation"])

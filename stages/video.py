@@ -9,18 +9,26 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 from stages.base import DiffusionStageConfig, DiffusionTask
+from videodiff.diffusion.prediction import Prediction
+from videodiff.diffusion.schedule import NoiseSchedule
 from videodiff.errors import UserError
 from videodiff.model import Model
 from videodiff.networks.unet import TemporalConfig, UNet, temporal_parameter_names
 
 
 class VideoStage(DiffusionStageConfig):
-    """`videodiff train configs/demo/video.yaml`; `model` names the run or model that holds the image stage."""
+    """`videodiff train configs/demo/video.yaml`; `model` names the run or model that holds the image stage.
+
+    schedule, prediction: the image stage's when left out. Others are the temporal layers' to learn: the published
+    recipe changes both between its sizes although the spatial layers stay.
+    """
 
     takes_buckets: ClassVar[bool] = True
     stage: Literal["video"]
     temporal: TemporalConfig = TemporalConfig()
     freeze_spatial: bool = True
+    schedule: NoiseSchedule | None = None
+    prediction: Prediction | None = None
 
 
 def known_slots(frames: int) -> tuple[int, ...]:
@@ -42,8 +50,8 @@ def task(config: VideoStage, base: Model) -> DiffusionTask:
         )
     part = {
         "network": network_config,
-        "schedule": image.schedule,
-        "prediction": image.prediction,
+        "schedule": config.schedule or image.schedule,
+        "prediction": config.prediction or image.prediction,
         "size": config.data.size,
         "frames": config.data.frames,
         "fps": config.data.fps,

@@ -16,6 +16,7 @@ OWNERS = {
     "open_clip": {"videodiff/networks/text.py"},
     "transformers": {"videodiff/networks/t5.py"},
     "tokenizers": {"videodiff/networks/t5.py"},
+    "wandb": {"videodiff/training/metrics.py"},
     "sentencepiece": {"videodiff/networks/t5.py"},
     "imageio": {"videodiff/video_io.py"},
     "imageio_ffmpeg": {"videodiff/video_io.py"},

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from test_perceptual import vgg
+from tiny_training import PACE
 
 from data_pipeline.loader import ShardSource
 from data_pipeline.shards import write_world_shards
@@ -23,6 +24,7 @@ from videodiff.model import DESCRIPTION, Model, ModelConfig, carry, export
 from videodiff.networks.autoencoder import Autoencoder, AutoencoderLoss, kl_divergence, to_float
 from videodiff.networks.discriminator import adaptive_weight, generator_loss
 from videodiff.training import distributed
+from videodiff.training.fragments import Fragments
 from videodiff.training.trainer import train
 
 SCRIPT = Path(__file__)
@@ -61,30 +63,19 @@ def trained(config: AutoencoderStage) -> AutoencoderTask:
     torch.manual_seed(0)
     task = AutoencoderTask(config, None if config.model is None else Model.load(config.model))
     source = ShardSource(config.data, config.run.seed)
-    train(config.run, config.engine, config.data.batch_size, task, source, config)
+    train(config.run, config.engine, config.data.batch_size, lambda: (task, source), config)
     return task
 
 
 def lines(config: AutoencoderStage) -> list[dict[str, Any]]:
     text = Path(config.run.dir, "metrics.jsonl").read_text()
-    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in text.splitlines()]
-
-
-def tensors(value: Any) -> list[torch.Tensor]:
-    """Every tensor in what DeepSpeed pickled, in order."""
-    if isinstance(value, torch.Tensor):
-        return [value]
-    if isinstance(value, dict):
-        value = [value[key] for key in sorted(value, key=str)]
-    return [found for item in value for found in tensors(item)] if isinstance(value, (list, tuple)) else []
+    return [{k: v for k, v in json.loads(line).items() if k not in PACE} for line in text.splitlines()]
 
 
 def adversary(config: AutoencoderStage, step: int) -> list[torch.Tensor]:
-    """All that a checkpoint holds of the discriminator: parameters, fp32 masters, moments."""
-    folder = Path(config.run.dir, "checkpoints", f"step-{step:08d}", "adversary")
-    files = sorted(folder.rglob("*.pt"))
-    assert files
-    return [x for file in files for x in tensors(torch.load(file, map_location="cpu", weights_only=False))]
+    """All that a checkpoint holds of the discriminator: fp32 masters and moments."""
+    state = Fragments(Path(config.run.dir, "checkpoints", f"step-{step:08d}", "adversary", "engine"))
+    return [state.read(kind, name, 0, state.size(kind, name)) for kind, name in state.contents]
 
 
 def assert_same_run(one: AutoencoderStage, other: AutoencoderStage) -> None:

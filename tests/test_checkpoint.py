@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from videodiff.errors import UserError
+from videodiff.errors import LostError, UserError
+from videodiff.model import Model
 from videodiff.training.checkpoint import MANIFEST, Checkpoints, fault, seal
 
 
@@ -87,6 +88,37 @@ def test_a_broken_one_does_not_outlive_the_sound_one_below(tmp_path: Path) -> No
         checkpoints.write(step, fill(str(step)), 1000)
         assert [path.name for path in checkpoints.folder.iterdir()] == [f"step-{step:08d}"]
         assert checkpoints.newest() == checkpoints.folder / f"step-{step:08d}"
+
+
+def test_averages_stay_for_good(toy_model: Path, tmp_path: Path) -> None:
+    """Of every second checkpoint, as a model of its own without raw weights; the run keeps the last two alone."""
+
+    def copy(folder: Path) -> None:
+        shutil.copytree(toy_model, folder, dirs_exist_ok=True)
+
+    checkpoints = Checkpoints(tmp_path, 2, keep_average_every=4)
+    for step in range(2, 13, 2):
+        checkpoints.write(step, copy, 1000)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["average-00000004", "average-00000008", "step-00000010", "step-00000012"]
+    assert Model.load(tmp_path / "average-00000004").config.stages() == Model.load(toy_model).config.stages()
+
+
+def test_who_may_not_publish_leaves_everything_as_it_is(tmp_path: Path) -> None:
+    def refuse() -> None:
+        raise LostError("another has taken over")
+
+    Checkpoints(tmp_path, 1, token="a").write(1, fill("1"), 1000)
+    with pytest.raises(LostError):
+        Checkpoints(tmp_path, 1, token="b", may_publish=refuse).write(2, fill("2"), 1000)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+
+
+def test_what_is_not_whole_is_not_sealed(checkpoints: Checkpoints) -> None:
+    checkpoints.write(1, fill("1"), 1000)
+    with pytest.raises(UserError, match="1 of 2 ranks' files are there"):
+        checkpoints.write(2, fill("2"), 1000, lambda folder: "1 of 2 ranks' files are there")
+    assert checkpoints.newest() == checkpoints.folder / "step-00000001"
 
 
 def die_at(folder: Path, moment: str) -> None:

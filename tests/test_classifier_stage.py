@@ -111,7 +111,7 @@ def test_it_learns_on_latents_and_on_pixels_and_opens_as_a_model(
         assert (data.min(), data.max()) == (-1, 1)
     before = task.loss(task.module, batch, seed=0)
     torch.testing.assert_close(before.per_sample.detach(), torch.full((16,), float(np.log(4))))  # knows nothing yet
-    train(config.run, config.engine, config.data.batch_size, task, source, config)
+    train(config.run, config.engine, config.data.batch_size, lambda: (task, source), config)
     after = task.loss(task.module, batch, seed=0)
     assert after.per_sample.detach().mean() < 0.7 * before.per_sample.detach().mean()
 

@@ -12,7 +12,7 @@ from stages.base import StageConfig
 from stages.classifier import ClassifierStage
 from stages.control import ControlStage
 from stages.image import ImageStage
-from stages.interpolation import InterpolationStage, windows
+from stages.interpolation import InterpolationStage, known_slots, windows
 from stages.text import TextStage
 from stages.upscale import UpscaleStage, square_side
 from stages.video import VideoStage
@@ -25,7 +25,8 @@ from videodiff.networks.unet import UNet, UNetConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = sorted((ROOT / "configs" / "data").glob("*.yaml"))  # of `videodiff data prepare`
-FILES = sorted(set((ROOT / "configs").rglob("*.yaml")) - set(DATA))
+FILES = sorted((ROOT / "configs" / "demo").glob("*.yaml"))
+LARGE = sorted(path for folder in ("emu", "sd") for path in (ROOT / "configs" / folder).glob("*.yaml"))
 
 
 def name(path: Path) -> str:
@@ -59,6 +60,25 @@ def test_a_yaml_loads_and_survives_being_saved(path: Path, tmp_path: Path) -> No
     engine, run = config.engine, config.run
     assert engine.decay_steps in (None, run.steps)  # a rate that reaches zero before the end would waste the rest
     assert engine.warmup_steps < run.steps
+
+
+@pytest.mark.parametrize("path", LARGE, ids=name)
+def test_a_recipe_for_clusters_loads_and_stands_on_what_is_there(path: Path, tmp_path: Path) -> None:
+    """Its model and its start are runs of the same folder, or come from outside: text towers, imported weights."""
+    config = load_stage(path)
+    configs.save(config, tmp_path / "config.yaml")
+    assert load_stage(tmp_path / "config.yaml") == config
+    assert config.engine.warmup_steps < config.run.steps
+    outside = {"runs/emu/text", "runs/sd15/model", "runs/sd21/model"}
+    runs = {load_stage(other).run.dir for other in path.parent.glob("*.yaml")} | outside
+    assert {config.model, config.init_from} - {None} <= runs  # type: ignore[attr-defined]
+    if isinstance(config, (ImageStage, VideoStage)):
+        assert config.prediction is not None
+        assert config.schedule is not None
+        check_pair(config.prediction, config.schedule)
+        assert config.schedule.zero_terminal_snr == (isinstance(config, VideoStage) and config.prediction == "v")
+    if isinstance(config, InterpolationStage):  # Emu Video: 8 frames become 37
+        assert known_slots(config.data.frames, config.factor, config.offset) == tuple(range(4, 33, 4))
 
 
 @pytest.mark.parametrize("path", DATA, ids=name)

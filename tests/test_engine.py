@@ -205,12 +205,12 @@ def test_settings_that_do_not_fit_are_refused(values: dict, words: str) -> None:
 
 
 def test_the_global_batch_must_divide() -> None:
-    assert EngineConfig(micro_batch=2).accumulation(16, 2) == (2, 4)
-    assert EngineConfig().accumulation(16, 2) == (8, 1)
+    assert EngineConfig(micro_batch=2).shares(16, 2) == (2, 4)
+    assert EngineConfig().shares(16, 2) == (8, 1)
     with pytest.raises(UserError, match=r"batch_size=9 .* 2 processes"):
-        EngineConfig().accumulation(9, 2)
+        EngineConfig().shares(9, 2)
     with pytest.raises(UserError, match="micro_batch=3 does not divide the 8"):
-        EngineConfig(micro_batch=3).accumulation(16, 2)
+        EngineConfig(micro_batch=3).shares(16, 2)
 
 
 def test_a_module_without_anything_to_train_is_refused() -> None:

@@ -1,5 +1,6 @@
 """The training tasks of the stages: what each is told, what trains, and what must stay as it was."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -17,19 +18,22 @@ from tiny_stages import Clips, stage_config, trained
 from data_pipeline.shards import write_world_shards
 from data_pipeline.world import render_clip
 from stages import image, interpolation, text, video
+from stages.assemble import begin_with
 from stages.autoencoder import AutoencoderStage, AutoencoderTask
 from stages.base import Dropout, with_known
 from stages.image import ImageStage
 from stages.interpolation import InterpolationStage
+from stages.pipeline import Pipeline, SampleKey
 from stages.text import TextStage, TextTask
 from stages.video import VideoStage
 from videodiff import config as configs
 from videodiff.batch import Condition
+from videodiff.diffusion.samplers import DDIM
 from videodiff.errors import UserError
 from videodiff.model import DESCRIPTION, VOCABULARY, WORDS, Model, export, write_weights
 from videodiff.networks.text import build_vocabulary
 from videodiff.networks.unet import is_temporal
-from videodiff.training.trainer import RunConfig
+from videodiff.training.trainer import RunConfig, train
 
 
 @pytest.fixture(autouse=True)
@@ -45,7 +49,10 @@ def test_known_slots() -> None:
     assert image.known_slots(1) == ()
     assert video.known_slots(16) == (0,)
     assert interpolation.known_slots(9, 2) == (0, 2, 4, 6, 8)
-    assert interpolation.known_slots(37, 4) == tuple(range(0, 37, 4))  # Emu Video: 8 frames become 37 with k = 4
+    assert interpolation.windows(8, 37, 4, 4) == [0]
+    assert interpolation.windows(15, 37, 4, 4) == [0, 7]
+    assert interpolation.windows(16, 37, 4, 4) == [0, 7, 8]
+    assert interpolation.known_slots(37, 4, 4) == (4, 8, 12, 16, 20, 24, 28, 32)  # Emu Video: 8 frames become 37
 
 
 @pytest.mark.parametrize("factor", [2, 4])
@@ -152,6 +159,27 @@ def _check_video_stage(toy_model: Path, tmp_path: Path, steps: int) -> None:
     assert torch.equal(*made)
 
 
+def test_a_run_is_a_function_of_its_seed(toy_model: Path, tmp_path: Path) -> None:
+    """Wherever torch's own generator stands, as it does elsewhere in every process."""
+    losses, weights = [], []
+    network = configs.to_dict(Model.load(toy_model).diffusion("image").network)
+    for number, seed in enumerate((3, 3, 4)):
+        torch.manual_seed(number)
+        told = {"dir": str(tmp_path / str(number)), "steps": 3, "save_every": 3, "sample_every": 0, "seed": seed}
+        config = stage_config(ImageStage, tmp_path, 1, network=network, run=told)
+
+        def prepare(config: ImageStage = config) -> tuple[Any, Clips]:
+            return image.task(config, Model.load(toy_model)), Clips(1, 8.0)
+
+        train(config.run, config.engine, config.data.batch_size, prepare, config)
+        lines = (tmp_path / str(number) / "metrics.jsonl").read_text().splitlines()
+        losses.append([(record["loss"], record["grad_norm"]) for record in map(json.loads, lines)])
+        weights.append(Model.load(tmp_path / str(number)).unet("image").state_dict())
+    assert losses[0] == losses[1] != losses[2]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert not all(torch.equal(weights[0][name], weights[2][name]) for name in weights[0])
+
+
 def test_the_image_stage_learns(toy_model: Path, tmp_path: Path) -> None:
     base = Model.load(toy_model)
     network = configs.to_dict(base.diffusion("image").network)
@@ -216,6 +244,75 @@ def test_the_interpolation_stage_starts_from_the_video_stage(toy_model: Path, tm
     assert condition.known_mask[0, 0, :, 0, 0].tolist() == [1, 0, 1, 0, 1]
     with pytest.raises(UserError, match="use 5"):
         interpolation.task(stage_config(InterpolationStage, tmp_path, frames=6), base)
+
+
+def test_interpolation_as_published_reaches_beyond_what_is_given(toy_model: Path, tmp_path: Path) -> None:
+    """Two frames on either side, noise on the given ones: trained, stored, and made in windows that share a frame."""
+    base = Model.load(toy_model)
+    noise = {"max_time": 250, "time": 100}
+    config = stage_config(InterpolationStage, tmp_path, frames=9, fps=16.0, factor=2, offset=2, known_noise=noise)
+    config = config.model_copy(update={"run": config.run.model_copy(update={"steps": 2, "save_every": 2})})
+    task = interpolation.task(config, base)
+    assert task.known_slots(9) == (2, 4, 6)
+    batch = Clips(9, 16.0).batch([0, 1, 2, 3])
+    x0 = task.latents(batch, 0)
+    told = {seed: task.condition(batch, x0, seed).known for seed in (1, 2)}
+    apart = {seed: (known - x0 * (known != 0)).square().mean((1, 2, 3, 4)) for seed, known in told.items()}
+    assert not torch.equal(told[1], told[2])
+    assert apart[1].unique().numel() == 4  # each sample has a time of its own
+    levels = [(task.condition(batch, x0, seed, sampling=True).known != 0).sum() for seed in (1, 2)]
+    assert levels[0] == levels[1] == 4 * 4 * 3 * 16  # three frames of 4x4 latents with 4 channels
+    model = trained(config, task, Clips(9, 16.0))
+    part = model.diffusion("interpolation")
+    assert (part.frames, part.factor, part.offset, part.known_time) == (9, 2, 2, 100)
+    pipeline, sampling = Pipeline(model), part.sampling.model_copy(update={"sampler": DDIM(steps=2)})
+    for keys, frames in ((3, 9), (5, 13), (2, 7), (4, 11)):
+        clip = torch.randn(1, 4, keys, 4, 4)
+        smooth = pipeline.interpolation([SampleKey(0, "a red circle")], clip, 8.0, sampling)
+        assert smooth.shape[2] == frames
+        assert torch.equal(smooth[:, :, 2:-2:2], clip)
+        assert (smooth.abs().amax((0, 1, 3, 4)) > 0).all()  # no frame was left out
+    with pytest.raises(UserError, match=r"known_noise\.max_time: 5000 is beyond the schedule's 1000 steps"):
+        interpolation.task(stage_config(InterpolationStage, tmp_path, frames=9, known_noise={"max_time": 5000}), base)
+    with pytest.raises(UserError, match=r"\(T-1\)\*2\+1\+2\*2 with a factor of 2; use 9"):
+        interpolation.task(stage_config(InterpolationStage, tmp_path, frames=10, offset=2), base)
+
+
+def test_a_stage_may_begin_with_anothers_weights(toy_model: Path, tmp_path: Path) -> None:
+    """Those that train here; frozen layers must be the same."""
+    base = Model.load(toy_model)
+    config = stage_config(VideoStage, tmp_path, frames=4)
+    one, other = video.task(config, base), video.task(config, base)
+    for name, parameter in one.module.named_parameters():
+        if one.trains(name):
+            parameter.data += 1.0
+    part = base.diffusion("video")
+    folder = tmp_path / "before"
+    shutil.copytree(toy_model, folder)
+    temporal = {name: value for name, value in one.module.state_dict().items() if is_temporal(name)}
+    weights = write_weights(folder, "video.safetensors", temporal)
+    changed = base.config.model_copy(update={"video": part.model_copy(update={"weights": weights})})
+    configs.save(changed, folder / DESCRIPTION)
+    begin_with(other, "video", Model.load(folder))
+    assert all(torch.equal(value, one.module.state_dict()[name]) for name, value in other.module.state_dict().items())
+    unfrozen = {**temporal, **{n: v + 1 for n, v in one.module.spatial_state().items()}}
+    weights = write_weights(folder, "video.safetensors", unfrozen)
+    changed = base.config.model_copy(update={"video": part.model_copy(update={"weights": weights})})
+    configs.save(changed, folder / DESCRIPTION)
+    with pytest.raises(
+        UserError, match=r"init_from: the video stage of .* does not fit this network at .* froze the same"
+    ):
+        begin_with(other, "video", Model.load(folder))
+
+
+def test_losses_are_told_by_quarter_of_the_times(toy_model: Path, tmp_path: Path) -> None:
+    base = Model.load(toy_model)
+    task = video.task(stage_config(VideoStage, tmp_path, frames=4), base)
+    losses, t = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0]), torch.tensor([0, 249, 250, 999, 500])
+    found = task._by_quarter(losses, t, torch.tensor([1.0, 1.0, 1.0, 1.0, 0.0]))
+    assert {name: value.tolist() for name, value in found.items()} == {
+        "loss_quarter_1": [3, 2], "loss_quarter_2": [3, 1], "loss_quarter_3": [0, 0], "loss_quarter_4": [4, 1],
+    }  # fmt: skip
 
 
 def test_an_unfrozen_spatial_half_is_the_interpolation_networks_too(toy_model: Path, tmp_path: Path) -> None:

@@ -24,9 +24,9 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_world_shards(tmp_path_factory.mktemp("shards"), num_clips=8, size=32, frames=4, fps=8, seed=1).parent
 
 
-def losses(command: list[str], run: Path, *overrides: str) -> list[float]:
-    """Loss of each step of a video run started by `command`."""
-    arguments = ["train", str(ROOT / "configs/demo/video.yaml"), f"run.dir={run}", *COMMON, *overrides]
+def losses(command: list[str], run: Path, *overrides: str, stage: str = "video") -> list[float]:
+    """Loss of each step of a run started by `command`."""
+    arguments = ["train", str(ROOT / f"configs/demo/{stage}.yaml"), f"run.dir={run}", *COMMON, *overrides]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [*command, *arguments], env=environment, capture_output=True, text=True, timeout=300, check=False
@@ -45,6 +45,30 @@ def test_the_video_stage_on_two_ranks_follows_one_process(shards: Path, toy_mode
             alone, rel=1e-4
         )  # Adam magnifies rounding
         assert Model.load(run).config.stages() == ["autoencoder", "text", "image", "video"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["image", "video"])
+def test_all_zero_stages_give_one_curve_over_fifty_steps(
+    shards: Path, toy_model: Path, tmp_path: Path, stage: str
+) -> None:
+    """One process without ZeRO, two with each stage; the video stage has frozen layers inside."""
+    settings = [
+        f"data.shards={shards}",
+        f"model={toy_model}",
+        "run.steps=50",
+        "run.save_every=50",
+        "run.sample_every=0",
+    ]
+    settings += ["engine.learning_rate=1e-4", "engine.decay=constant", "engine.decay_steps=null"]
+    if stage == "image":
+        settings += ["data.frames=1", "network.channels=4", "network.model_channels=16", "network.channel_mult=[1]"]
+        settings += ["network.attention_levels=[true]", "network.head_channels=8"]
+    alone = losses(ALONE, tmp_path / "alone", *settings, "engine.zero_stage=0", stage=stage)
+    assert len(alone) == 50
+    for zero in range(4):
+        both = losses(TWO, tmp_path / f"zero-{zero}", *settings, f"engine.zero_stage={zero}", stage=stage)
+        assert both == pytest.approx(alone, rel=1e-5)
 
 
 def test_two_ranks_evaluate_as_one(toy_model: Path, tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ def stage_config(schema: type, tmp_path: Path, frames: int, fps: float = 8.0, **
 
 
 def trained(config: Any, task: Any, source: Clips) -> Model:
-    train(config.run, config.engine, config.data.batch_size, task, source, config)
+    train(config.run, config.engine, config.data.batch_size, lambda: (task, source), config)
     return Model.load(config.run.dir)
 
 

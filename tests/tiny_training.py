@@ -27,10 +27,14 @@ from videodiff.training.engine import EngineConfig
 from videodiff.training.task import LossOutput
 from videodiff.training.trainer import RunConfig, train
 
+PACE = ("seconds", "waited", "samples_per_second")  # of a record: the only things that differ between equal runs
+
 
 class TinyConfig(Config):
     """bad: samples whose clip did not decode. poison: samples that make the gradient infinite. on_sample: a signal.
 
+    fails_at: a sample that is a user's mistake.
+    dropout: of the network; the one thing that is drawn otherwise on another number of ranks.
     importance: each sample's loss is multiplied by one of four times, drawn by how large those losses were.
     """
 
@@ -39,8 +43,10 @@ class TinyConfig(Config):
     batch_size: int = 8
     bad: tuple[int, ...] = ()
     poison: tuple[int, ...] = ()
+    fails_at: int | None = None
     signal: int | None = None
     signal_at: int | None = None
+    dropout: float = 0.1
     importance: LossSecondMoment | None = None
 
 
@@ -50,7 +56,7 @@ class TinyTask:
     def __init__(self, config: TinyConfig) -> None:
         torch.manual_seed(1)
         self.config = config
-        self.module = nn.Sequential(nn.Linear(24, 33), nn.Dropout(0.1), nn.SiLU(), nn.Linear(33, 7))
+        self.module = nn.Sequential(nn.Linear(24, 33), nn.Dropout(config.dropout), nn.SiLU(), nn.Linear(33, 7))
         self.module.register_buffer("scale", torch.tensor([1 / 3]))
         self.sampled: list[dict[str, Tensor]] = []
         self.history = LossHistory(config.importance, 4) if config.importance is not None else None
@@ -61,6 +67,10 @@ class TinyTask:
     def loss(self, module: Callable[..., Tensor], batch: VideoBatch, seed: int) -> LossOutput:
         if self.config.signal_at in batch.numbers.tolist() and self.config.signal is not None:
             os.kill(os.getpid(), self.config.signal)
+        if int(os.environ.get("TINY_KILL_AT", "-1")) in batch.numbers.tolist():  # not a matter of the configuration
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self.config.fails_at in batch.numbers.tolist():
+            raise UserError("sample of the third step is forbidden")
         output, target = module(self.inputs(batch)).float(), normals((7,), seed, "target", batch.numbers)
         losses = (output - target).square().mean(1)
         factors = torch.tensor([torch.inf if n in self.config.poison else 1.0 for n in batch.numbers.tolist()])
@@ -126,7 +136,7 @@ class TinySource:
 def run_tiny(config: TinyConfig) -> TinyTask:
     """Train the tiny task as `config` says."""
     task, source = TinyTask(config), TinySource(config.bad)
-    train(config.run, config.engine, config.batch_size, task, source, config)
+    train(config.run, config.engine, config.batch_size, lambda: (task, source), config)
     return task
 
 

@@ -105,7 +105,11 @@ class Sampling(Config):
 
 
 class DiffusionPart(Config):
-    """A trained diffusion stage: `frames` x `size` x `size` at `fps`; `factor` is the gain in frame rate."""
+    """A trained diffusion stage: `frames` x `size` x `size` at `fps`; `factor` is the gain in frame rate.
+
+    Interpolation: `offset` frames lie before the first and after the last given one of a window, and what is given is
+    noised to the time `known_time`.
+    """
 
     network: UNetConfig
     schedule: NoiseSchedule
@@ -114,6 +118,8 @@ class DiffusionPart(Config):
     frames: int
     fps: float
     factor: int = 1
+    offset: int = 0
+    known_time: float = 0.0
     sampling: Sampling = Sampling()
     weights: File
     raw: File | None = None

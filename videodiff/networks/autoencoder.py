@@ -59,6 +59,11 @@ class AutoencoderConfig(Config):
         return self
 
     @property
+    def factor(self) -> int:
+        """Pixels of a side over latent positions of it."""
+        return self.patch * 2 ** (len(self.widths) - 1)
+
+    @property
     def ldm(self) -> bool:
         return self.layout == "ldm"
 
@@ -191,7 +196,7 @@ class Autoencoder(nn.Module):
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
         self.config = config
-        self.factor = config.patch * 2 ** (len(config.widths) - 1)
+        self.factor = config.factor
         self.encoder = make_encoder(config)
         self.decoder = make_decoder(config)
         self.quantizer = None if config.quantizer is None else Quantizer(config.quantizer, config.latent_channels)

@@ -8,7 +8,7 @@ and positions are views of the same memory and nothing is copied between a convo
 import itertools
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -71,6 +71,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None
 
     mask: [rows, 1, 1, keys] bool or None. Rows and heads are independent, so pieces give the same result.
     """
+    if query.is_meta:
+        return _Planned.apply(query, key, value)
     rows, heads = query.shape[:2]
     if rows * heads <= ATTENTION_ROWS:
         if query.device.type == "cpu" and query.dtype == torch.bfloat16 and key.shape[2] <= CPU_MATRIX_KEYS:
@@ -81,6 +83,20 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None
     # A mask has one row of its own for each row of the batch, and is shared by the heads.
     masks = mask.split(size) if mask is not None and axis == 0 else itertools.repeat(mask)
     return torch.cat([attend(q, k, v, m) for (q, k, v), m in zip(pieces, masks, strict=False)], dim=axis)
+
+
+class _Planned(torch.autograd.Function):
+    """Attention without values: what a fused kernel keeps for its backward pass, and the shape that it gives."""
+
+    @staticmethod
+    def forward(context: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        out = torch.empty_like(query)
+        context.save_for_backward(query, key, value, out)
+        return out
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, ...]:
+        return tuple(torch.empty_like(saved) for saved in context.saved_tensors[:3])
 
 
 def attend_by_matrices(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:

@@ -1,10 +1,11 @@
 """Checkpoints that a kill can't spoil: written beside, listed in a manifest, then renamed; the newest sound one counts.
 
-checkpoints/step-00000100/ holds engine/ (DeepSpeed's files), average-*.safetensors (each rank's fragments of the EMA),
-state.json, manifest.json, memory.safetensors (what the task learned besides weights, if anything), adversary/ (a second
-engine's files, if the task has one), and ema.safetensors, raw.safetensors and model.yaml, by which it opens as a Model.
+checkpoints/step-00000100/ holds engine/ (each rank's fragments of weights, moments and EMA), state.json,
+manifest.json, memory.safetensors (what the task learned besides weights, if anything), adversary/ (a second engine's
+files, if the task has one), and ema.safetensors, raw.safetensors and model.yaml, by which it opens as a Model.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -15,17 +16,28 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from videodiff.errors import UserError
+from videodiff.errors import LostError, UserError
+from videodiff.model import Model, export
 from videodiff.training.distributed import barrier, from_first, raise_from_first, rank
 
 MANIFEST = "manifest.json"
+USERS_TO_MEND = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 class Checkpoints:
     """The folder `checkpoints/` of a run. Its methods are collective, but for `exist`."""
 
-    def __init__(self, folder: Path, keep_last: int) -> None:
-        self.folder, self.keep_last = folder, keep_last
+    def __init__(
+        self,
+        folder: Path,
+        keep_last: int,
+        keep_average_every: int = 0,
+        token: str = "",
+        may_publish: Callable[[], None] = lambda: None,
+    ) -> None:
+        """token: whose unfinished checkpoint it is. may_publish: raises when this process must not finish one."""
+        self.folder, self.keep_last, self.keep_average_every = folder, keep_last, keep_average_every
+        self.token, self.may_publish = token, may_publish
 
     def newest(self) -> Path | None:
         """The newest checkpoint that verifies; None when there is none. Broken ones are named in a warning.
@@ -37,24 +49,39 @@ class Checkpoints:
         name = from_first(chosen)
         return self.folder / name if name is not None else None
 
-    def write(self, step: int, fill: Callable[[Path], None], num_bytes: int) -> Path:
-        """Make the checkpoint of `step`: `fill(folder)` writes its files, all ranks into one folder.
+    def write(
+        self,
+        step: int,
+        fill: Callable[[Path], None],
+        num_bytes: int,
+        verify: Callable[[Path], str | None] = lambda folder: None,
+    ) -> Path:
+        """Make the checkpoint of `step`: `fill(folder)` writes its files, all ranks into one folder; `verify(folder)`
+        then looks on rank 0 whether they are all there and returns what is wrong.
 
-        Raises UserError when the disk has not the `num_bytes` that it will take, or a file can't be written; finished
-        checkpoints stay as they are.
+        Raises UserError when the disk has not the `num_bytes` that it will take, or a file can't be written, LostError
+        when the disk fails for another reason; finished checkpoints stay as they are.
         """
         final = self.folder / f"step-{step:08d}"
-        draft = final.with_name(f"{final.name}.tmp")
+        draft = final.with_name(f"{final.name}.{self.token}.tmp")
         raise_from_first(self._start(draft, num_bytes) if rank() == 0 else None)
         try:
             fill(draft)
-        # torch writes through a C++ stream whose failures are RuntimeErrors. No collective here: the other ranks may
-        # stand in one of DeepSpeed's; they fail when this process is gone.
-        except (OSError, RuntimeError, SafetensorError) as error:
+        # No collective here: the other ranks may stand in one; they fail when this process is gone. A RuntimeError is
+        # a peer that is gone, not the disk.
+        except (OSError, SafetensorError) as error:
             shutil.rmtree(draft, ignore_errors=True)
-            raise UserError(self._failed(step, error)) from error
+            mendable = not isinstance(error, OSError) or error.errno in USERS_TO_MEND
+            raise (UserError if mendable else LostError)(self._failed(step, error)) from error
         barrier()
-        raise_from_first(self._finish(draft, final, step) if rank() == 0 else None)
+        problem = None
+        if rank() == 0 and (problem := verify(draft)) is not None:
+            shutil.rmtree(draft, ignore_errors=True)
+        elif rank() == 0:
+            problem = self._finish(draft, final, step)
+        raise_from_first(problem)
+        if rank() == 0:
+            self._prune(final)
         return final
 
     def exist(self) -> bool:
@@ -77,10 +104,11 @@ class Checkpoints:
         return None, None
 
     def _start(self, draft: Path, num_bytes: int) -> str | None:
+        self.may_publish()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             for leftover in self.folder.glob("step-*.tmp"):
-                shutil.rmtree(leftover)
+                shutil.rmtree(leftover, ignore_errors=True)  # an attempt that was replaced may still write into its own
             free = shutil.disk_usage(self.folder).free
             if free < num_bytes:
                 return (
@@ -95,19 +123,33 @@ class Checkpoints:
     def _finish(self, draft: Path, final: Path, step: int) -> str | None:
         try:
             seal(draft)
+            self.may_publish()
             if final.exists():  # broken, or it would have been resumed from
                 shutil.rmtree(final)
             draft.rename(final)
             _sync(self.folder)
-            found = self._found()
-            # The run went on from below the later ones because they are broken: they must not outlive sound ones.
-            last = found.index(final) + 1
-            for useless in [*found[last:], *found[:last][: -self.keep_last]]:
-                shutil.rmtree(useless)
         except OSError as error:
             shutil.rmtree(draft, ignore_errors=True)
             return self._failed(step, error)
         return None
+
+    def _prune(self, final: Path) -> None:
+        """Keep the last ones. What can't be removed (a network disk on which another reads it) is for the next time."""
+        found = self._found()
+        # The run went on from below the later ones because they are broken: they must not outlive sound ones.
+        last = found.index(final) + 1
+        for old in found[:last][: -self.keep_last]:
+            if self.keep_average_every and int(old.name[5:]) % self.keep_average_every == 0:
+                self._keep_average(old)
+        self.may_publish()
+        for useless in [*found[last:], *found[:last][: -self.keep_last]]:
+            shutil.rmtree(useless, ignore_errors=True)
+
+    def _keep_average(self, checkpoint: Path) -> None:
+        """A model of the averaged weights alone, beside the checkpoints."""
+        target = checkpoint.with_name(f"average-{checkpoint.name[5:]}")
+        if not target.exists():
+            export(Model.load(checkpoint), target)
 
     def _failed(self, step: int, error: Exception) -> str:
         reason = (error.strerror if isinstance(error, OSError) else None) or str(error).splitlines()[0]

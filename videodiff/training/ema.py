@@ -5,10 +5,8 @@ rank's own fragments of the fp32 master weights; only saving and sampling bring 
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 
@@ -27,13 +25,3 @@ class EMA:
     def update(self, masters: Sequence[Tensor], step: int, decay: float) -> None:
         """average <- average + (1 - decay_at(step)) * (master - average)."""
         torch._foreach_lerp_(self.values, [master.detach() for master in masters], 1 - decay_at(step, decay))
-
-    def save(self, path: Path) -> None:
-        """Write this rank's fragments."""
-        save_file({str(index): value.cpu() for index, value in enumerate(self.values)}, path)
-
-    def load(self, path: Path) -> None:
-        """Read this rank's fragments, as `save` wrote them on the same number of ranks."""
-        stored = load_file(path)
-        for index, value in enumerate(self.values):
-            value.copy_(stored[str(index)])

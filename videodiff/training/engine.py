@@ -16,74 +16,24 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from pydantic import Field, PositiveInt, model_validator
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from videodiff.config import Config, operational
 from videodiff.errors import UserError
-from videodiff.training.distributed import device, rank, start, world
+from videodiff.training import fragments
+from videodiff.training.distributed import device, raise_from_first, rank, start, world
+from videodiff.training.engine_config import FOLDER, EngineConfig, check_compiler, deepspeed_settings
+from videodiff.training.fragments import Fragments, Part
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-FOLDER = "engine"
+__all__ = ["Engine", "EngineConfig", "StepResult"]
 
-
-class EngineConfig(Config):
-    """How a module is optimized. `micro_batch` is per rank and forward pass; None takes the rank's whole share."""
-
-    zero_stage: Literal[0, 1, 2, 3] = operational(1)
-    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
-    micro_batch: PositiveInt | None = operational(None)
-    learning_rate: float = Field(1e-4, ge=0)
-    warmup_steps: int = Field(0, ge=0)
-    decay: Literal["constant", "cosine"] = "constant"
-    decay_steps: PositiveInt | None = None
-    betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: float = Field(0.01, ge=0)
-    gradient_clip: float = Field(1.0, ge=0)
-    ema_decay: float = Field(0.9999, ge=0, le=1)
-
-    @model_validator(mode="after")
-    def _fits_together(self) -> "EngineConfig":
-        if self.precision != "fp32" and self.zero_stage == 0:
-            raise ValueError(f"precision {self.precision} needs zero_stage 1, 2 or 3, with one process too; set one")
-        if (self.decay == "cosine") != (self.decay_steps is not None):
-            raise ValueError("decay cosine and decay_steps (the step where it reaches zero) go together; set both")
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"betas are {self.betas}; both must lie in [0, 1)")
-        return self
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """What the module computes in."""
-        return DTYPES[self.precision]
-
-    def rate(self, step: int) -> float:
-        """The learning rate of step `step` (from 0): linear warm-up, then constant or half a cosine down to zero."""
-        if step < self.warmup_steps:
-            return self.learning_rate * (step + 1) / self.warmup_steps
-        if self.decay_steps is None:
-            return self.learning_rate
-        progress = (step - self.warmup_steps) / max(1, self.decay_steps - self.warmup_steps)
-        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-
-    def accumulation(self, batch_size: int, num_ranks: int) -> tuple[int, int]:
-        """(micro batch, micro-steps per step) that make the global batch; UserError when it can't be divided so."""
-        if batch_size % num_ranks:
-            raise UserError(
-                f"data.batch_size={batch_size} can't be shared by {num_ranks} processes; make it a multiple of them"
-            )
-        share = batch_size // num_ranks
-        micro_batch = self.micro_batch or share
-        if share % micro_batch:
-            raise UserError(
-                f"engine.micro_batch={micro_batch} does not divide the {share} samples of a process "
-                f"(batch {batch_size} on {num_ranks}); take a divisor of {share}"
-            )
-        return micro_batch, share // micro_batch
+MASTER, AVERAGE = "master", "average"  # kinds of values in a checkpoint, beside AdamW's two
+MOMENTS = ("exp_avg", "exp_avg_sq")
+SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # of fp16's loss scale
 
 
 @dataclass(frozen=True)
@@ -109,21 +59,38 @@ class Engine:
 
     The module is converted in place and moved to the device. `trains(name)` says which parameters train; the others
     lose `requires_grad`, are in no optimizer group and in no saved file. All collective: every rank calls alike.
+    resume: a folder that `save` wrote, on however many ranks, at whatever ZeRO stage; the engine goes on from it.
     """
 
-    def __init__(self, module: nn.Module, config: EngineConfig, trains: Callable[[str], bool], batch_size: int) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        config: EngineConfig,
+        trains: Callable[[str], bool],
+        batch_size: int,
+        resume: Path | None = None,
+    ) -> None:
         start()
         self.config = config
-        self.micro_batch, self.accumulation = config.accumulation(batch_size, world())
+        self.micro_batch, self.accumulation = config.shares(batch_size, world())
         if config.precision == "fp16" and device().type == "cpu":
             raise UserError("engine.precision=fp16: a CPU has no fp16 training; use bf16 or fp32")
+        if config.offload_optimizer and config.zero_stage < 3 and config.precision != "fp32" and self.accumulation > 1:
+            raise UserError(
+                f"engine.offload_optimizer: at ZeRO {config.zero_stage} DeepSpeed adds up the gradients of "
+                f"{self.accumulation} micro-steps in {config.precision}; use zero_stage 3, or a larger micro_batch"
+            )
         for name, parameter in module.named_parameters():
             parameter.requires_grad_(trains(name))
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()  # the masters come from here
             parameter.data = parameter.data.contiguous()  # ZeRO flattens; memory formats do not survive that
-        _take_from_first(module)
         self._shapes = {name: p.shape for name, p in module.named_parameters() if p.requires_grad}
         if not self._shapes:
             raise UserError("no parameter of the module trains; check what the stage freezes")
+        if resume is not None:
+            raise_from_first(_read_weights(module, self._shapes, resume / FOLDER) if rank() == 0 else None)
+        _take_from_first(module)
         self.frozen_digest = _digest(module)
         # Rank 0 keeps the module as it came: buffers and frozen layers in full precision, for export and sampling.
         self._original = copy.deepcopy(module) if rank() == 0 else None
@@ -132,7 +99,10 @@ class Engine:
         self._deepspeed: Any = _wrap(module, config, self.micro_batch, self.accumulation)
         self._parameters = {name: p for name, p in module.named_parameters() if name in self._shapes}
         self._pieces = {name: self._locate(p, self._shapes[name]) for name, p in self._parameters.items()}
+        self._owns = config.zero_stage > 0 or rank() == 0  # at stage 0 all have the whole, and one speaks for it
         self._fill_masters(weights)
+        if resume is not None:
+            self._resume(Fragments(resume / FOLDER))
         self._micro_steps = 0
 
     def __call__(self, *inputs: Any, **keywords: Any) -> Any:
@@ -157,18 +127,24 @@ class Engine:
             return self._plain_step()
         self._deepspeed.step()
         applied = bool(self._deepspeed.was_step_applied())
+        if self.config.zero_stage == 3:  # what gets no gradient in the next step must not meet this one's again
+            self._deepspeed.optimizer.grad_partitions_flat_buffer.zero_()
         norm = self._deepspeed.get_global_grad_norm()
         return StepResult(applied, float(norm) if applied and norm is not None else math.inf)
 
     def masters(self) -> list[Tensor]:
         """This rank's fp32 master weights, as flat fragments: what the moving average follows."""
+        return [master.detach() for master in self._optimized()]
+
+    def _optimized(self) -> list[Tensor]:
+        """The tensors that AdamW steps, and knows its state by."""
         optimizer, stage = self._deepspeed.optimizer, self.config.zero_stage
         if stage == 0:
-            return [parameter.data for parameter in self._parameters.values()]
+            return list(self._parameters.values())
         if stage == 3:
             return list(optimizer.fp32_partitioned_groups_flat)
-        if stage == 1 and self.config.precision == "bf16":  # DeepSpeed has an optimizer of its own for this pair
-            return [partition.detach() for partition in optimizer.fp32_groups_flat_partition]
+        if hasattr(optimizer, "fp32_groups_flat_partition"):  # DeepSpeed has one of its own for stage 1 in bf16
+            return list(optimizer.fp32_groups_flat_partition)
         return list(optimizer.single_partition_of_fp32_groups)
 
     @torch.no_grad()
@@ -176,8 +152,8 @@ class Engine:
         """Whole tensors from fragments laid out like `masters()`: fp32 by parameter name on rank 0's CPU, else None."""
         state = {}
         for name, shape in self._shapes.items():
-            whole = torch.zeros(shape.numel(), dtype=torch.float32, device=values[0].device)
-            for piece in self._pieces[name]:
+            whole = torch.zeros(shape.numel(), dtype=torch.float32, device=device())  # offloaded values are elsewhere
+            for piece in self._pieces[name] if self._owns else ():
                 part = values[piece.master].reshape(-1)[piece.offset : piece.offset + piece.length]
                 whole[piece.start : piece.start + piece.length] = part
             if world() > 1:  # every element has one owner, the others add zeros
@@ -201,28 +177,70 @@ class Engine:
         """About how much a checkpoint takes on disk, over all ranks: engine, moving average, two exports."""
         assert self._original is not None
         trained = sum(shape.numel() for shape in self._shapes.values())
-        return trained * (3 * 4 + self.config.dtype.itemsize + 4 + 2 * 4)
+        return trained * (3 + 1 + 2) * 4
 
-    def save(self, folder: Path) -> None:
-        """Write masters, moments and loss scale of all ranks into folder/engine."""
-        # The version entry is what DeepSpeed's converter to another number of ranks asks for.
-        client_state = {"universal_checkpoint_info": {"universal_checkpoint_version": 0.2}}
-        self._deepspeed.save_checkpoint(
-            str(folder), tag=FOLDER, client_state=client_state, save_latest=False, exclude_frozen_parameters=True
-        )
-        if rank() == 0:  # DeepSpeed leaves copies of its conversion scripts there: code has no place in a checkpoint
-            for script in folder.glob("zero_to_*.py"):
-                script.unlink()
+    def save(self, folder: Path, average: Sequence[Tensor] = ()) -> None:
+        """Write this rank's masters, moments and counters, and the moving average, into folder/engine."""
+        held = {MASTER: self.masters(), AVERAGE: average}
+        counters: dict[str, float] = {}
+        if states := [self._adamw.state[tensor] for tensor in self._optimized() if tensor in self._adamw.state]:
+            held |= {moment: [state[moment] for state in states] for moment in MOMENTS}
+            counters["steps"] = float(states[0]["step"])
+        if self.config.precision == "fp16":
+            scaler = self._deepspeed.optimizer.loss_scaler
+            counters |= {name: float(getattr(scaler, name)) for name in SCALER}
+        parts = [
+            Part(kind, name, piece.start, values[piece.master].reshape(-1)[piece.offset : piece.offset + piece.length])
+            for kind, values in held.items() if values
+            for name, pieces in self._pieces.items() if self._owns
+            for piece in pieces
+        ]  # fmt: skip
+        fragments.write(folder / FOLDER, rank(), parts, counters)
 
-    def load(self, folder: Path) -> None:
-        """Read what `save` wrote with the same ranks, stage and precision, into an engine that has not stepped yet.
+    def verify(self, folder: Path) -> str | None:
+        """What is missing of the state that all ranks wrote into a folder; None when it is whole. Not collective."""
+        try:
+            state = Fragments(folder / FOLDER)
+            if self.config.zero_stage and len(state) != world():
+                return (
+                    f"{len(state)} of {world()} ranks' files are there: run.dir must lie on a disk that all nodes share"
+                )
+            state.check(MASTER, self._shapes)
+        except (UserError, SafetensorError) as error:
+            return str(error)
+        return None
 
-        DeepSpeed's files are pickles: only ever load a folder that this run wrote.
-        """
-        with _quiet():
-            path, _ = self._deepspeed.load_checkpoint(str(folder), tag=FOLDER, load_module_strict=False)
-        if path is None:
-            raise UserError(f"{folder / FOLDER}: DeepSpeed found no checkpoint there; remove {folder.name} and go on")
+    @torch.no_grad()
+    def load_average(self, folder: Path, average: Sequence[Tensor]) -> None:
+        """Fill tensors laid out like `masters()` with the average that `save` wrote into `folder`."""
+        self._fill(Fragments(folder / FOLDER), AVERAGE, average)
+
+    def _resume(self, state: Fragments) -> None:
+        """Moments and counters; the weights are there already."""
+        if "steps" in state.counters:
+            for tensor in self._optimized():
+                step: Any = torch.tensor(state.counters["steps"], dtype=torch.float32, device=tensor.device)
+                if self.config.compiled_adam:
+                    step = int(state.counters["steps"])
+                moments = {moment: torch.zeros_like(tensor, requires_grad=False) for moment in MOMENTS}
+                self._adamw.state[tensor] = {"step": step, **moments}
+            for moment in MOMENTS:
+                self._fill(state, moment, [self._adamw.state[tensor][moment] for tensor in self._optimized()])
+        if self.config.precision == "fp16":
+            scaler = self._deepspeed.optimizer.loss_scaler
+            for name in SCALER:
+                setattr(scaler, name, type(getattr(scaler, name))(state.counters[name]))
+
+    @property
+    def _adamw(self) -> Any:
+        return self._deepspeed.basic_optimizer
+
+    @torch.no_grad()
+    def _fill(self, state: Fragments, kind: str, tensors: Sequence[Tensor]) -> None:
+        for name, pieces in self._pieces.items():
+            for piece in pieces:
+                own = tensors[piece.master].view(-1)[piece.offset : piece.offset + piece.length]
+                own.copy_(state.read(kind, name, piece.start, piece.length))
 
     def close(self) -> None:
         """Release DeepSpeed's hooks and buffers."""
@@ -243,8 +261,6 @@ class Engine:
     def _locate(self, parameter: Any, shape: torch.Size) -> list[_Piece]:
         stage, optimizer = self.config.zero_stage, self._deepspeed.optimizer
         if stage == 0:
-            if rank() > 0:  # all have the whole; when pieces are put together every element needs one owner
-                return []
             index = next(i for i, p in enumerate(self._parameters.values()) if p is parameter)
             return [_Piece(0, shape.numel(), index, 0)]
         if stage == 3:
@@ -286,10 +302,17 @@ def _wrap(module: nn.Module, config: EngineConfig, micro_batch: int, accumulatio
     with _quiet():
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(
-        trained, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay, fused=True
-    )
-    settings = deepspeed_settings(config, micro_batch, accumulation)
+    on_cuda = device().type == "cuda"
+    check_compiler(config, on_cuda)
+    options: dict[str, Any] = {"lr": config.learning_rate, "betas": config.betas, "weight_decay": config.weight_decay}
+    if not config.compiled_adam:
+        optimizer: Any = torch.optim.AdamW(trained, **options, fused=True)
+    elif config.offload_optimizer or not on_cuda:
+        optimizer = deepspeed.ops.adam.DeepSpeedCPUAdam(trained, **options, adamw_mode=True)
+    else:
+        optimizer = deepspeed.ops.adam.FusedAdam(trained, **options, adam_w_mode=True)
+    count = sum(parameter.numel() for parameter in trained)
+    settings = deepspeed_settings(config, micro_batch, accumulation, count, on_cuda)
     with _quiet():
         engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings, dist_init_required=False)
     return engine
@@ -300,24 +323,18 @@ def _quiet() -> contextlib.redirect_stdout[io.StringIO]:
     return contextlib.redirect_stdout(io.StringIO())
 
 
-def deepspeed_settings(config: EngineConfig, micro_batch: int, accumulation: int) -> dict[str, Any]:
-    """DeepSpeed's own configuration: precision and communication stated, nothing inherited."""
-    settings: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": micro_batch,
-        "gradient_accumulation_steps": accumulation,
-        "zero_optimization": {"stage": config.zero_stage, "overlap_comm": device().type == "cuda"},
-        "data_types": {"grad_accum_dtype": "fp32"},  # unset, gradients add up in the module's own precision
-        "communication_data_type": "fp32",
-        # At stage 0 the engine clips by itself; unset, DeepSpeed clips at 1.
-        "gradient_clipping": config.gradient_clip if config.zero_stage else 0.0,
-        "steps_per_print": None,
-        "wall_clock_breakdown": False,
-    }
-    if config.precision == "bf16":
-        settings["bf16"] = {"enabled": True}
-    if config.precision == "fp16":
-        settings["fp16"] = {"enabled": True, "initial_scale_power": 16}
-    return settings
+@torch.no_grad()
+def _read_weights(module: nn.Module, shapes: dict[str, torch.Size], folder: Path) -> str | None:
+    """Give the module the master weights of a checkpoint; returns the problem."""
+    try:
+        state = Fragments(folder)
+        state.check(MASTER, shapes)
+        parameters = dict(module.named_parameters())
+        for name, shape in shapes.items():
+            parameters[name].copy_(state.read(MASTER, name, 0, shape.numel()).view(shape))
+    except (UserError, SafetensorError) as error:
+        return str(error)
+    return None
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """What a run says while it trains: metrics.jsonl, TensorBoard, a bar on a terminal, a line now and then in a file."""
 
+import hashlib
 import json
 import math
 import os
@@ -11,6 +12,8 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from videodiff.errors import UserError
 
 LINE_EVERY_SECONDS = 10.0
 
@@ -29,13 +32,17 @@ def cut_back(path: Path, step: int) -> None:
 class Report:
     """The voice of rank 0; the other ranks hold a silent one. A context manager.
 
+    wandb: a project of Weights & Biases that gets the numbers too.
     log_every: a line each so many steps where standard output is no terminal; None: one about every ten seconds.
     """
 
-    def __init__(self, folder: Path, step: int, steps: int, log_every: int | None, silent: bool) -> None:
+    def __init__(
+        self, folder: Path, step: int, steps: int, log_every: int | None, wandb: str | None, silent: bool
+    ) -> None:
         self.silent, self.steps, self.log_every = silent, steps, log_every
         self._bar: Progress | None = None
         self._board: Any = None
+        self._wandb: Any = None
         self._losses: list[float] = []
         self._since = time.perf_counter()
         if silent:
@@ -43,6 +50,7 @@ class Report:
         cut_back(folder / "metrics.jsonl", step)
         self._file = open(folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115 - closed with the report
         self._board = self._tensorboard(folder / "tensorboard", step)
+        self._wandb = _wandb(folder, wandb) if wandb is not None else None
         console = Console(file=sys.stdout)
         if console.is_terminal:
             columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}"), TimeRemainingColumn())
@@ -60,6 +68,8 @@ class Report:
             self._bar.stop()
         if self._board is not None:
             self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish()
         self._file.close()
 
     def say(self, text: str) -> None:
@@ -80,6 +90,9 @@ class Report:
             for key, value in record.items():
                 if key != "step" and isinstance(value, (int, float)):
                     self._board.add_scalar(key, value, record["step"])
+        if self._wandb is not None:
+            numbers = {key: value for key, value in record.items() if isinstance(value, (int, float))}
+            self._wandb.log(numbers, step=record["step"])
         self._losses.append(record["loss"])
         if self._bar is not None:
             self._bar.update(self._task, completed=record["step"], text=f"loss {record['loss']:.4f}")
@@ -111,6 +124,17 @@ class Report:
             self.say("no TensorBoard events: tensorboard is not installed (pip install tensorboard)")
             return None
         return SummaryWriter(str(folder), purge_step=step + 1)
+
+
+def _wandb(folder: Path, project: str) -> Any:
+    """A run of Weights & Biases that is the same one when training goes on."""
+    try:
+        import wandb
+    except ImportError:
+        raise UserError(f"run.wandb={project}: wandb is not installed; pip install 'videodiff[wandb]'") from None
+    number = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:12]
+    mode = os.environ.get("WANDB_MODE", "offline")
+    return wandb.init(project=project, dir=str(folder), id=number, name=folder.name, resume="allow", mode=mode)
 
 
 def _step_of(line: str) -> int:

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM in a run: the step is finished and saved before the process goes."""
+"""SIGINT, SIGTERM and SIGUSR1 (a cluster's warning): the step is finished and saved before the process goes."""
 
 import os
 import signal
@@ -8,9 +8,9 @@ from typing import Any
 
 
 class Signals:
-    """SIGINT and SIGTERM while the loop runs: remembered, answered when the step is finished."""
+    """SIGINT, SIGTERM and SIGUSR1 while the loop runs: remembered, answered when the step is finished."""
 
-    NUMBERS = (signal.SIGINT, signal.SIGTERM)
+    NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
     def __init__(self) -> None:
         self.got: int = 0

@@ -19,12 +19,14 @@ class LossOutput:
     seen: numbers [B, K] float64 that a task with a memory wants back of all the step's samples, see `Remembers`.
     adversary: from its engine to what the adversary makes of the same batch, see `Contested`; None: it does not learn
     in this step (on no rank and in no micro-batch).
+    tallies: [2] each, a sum and a count, to log their quotient over the whole step; the same names all step long.
     """
 
     per_sample: Tensor
     metrics: dict[str, Tensor] = field(default_factory=dict)
     seen: Tensor | None = None
     adversary: Callable[[Callable[..., Any]], LossOutput] | None = None
+    tallies: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Task(Protocol):
@@ -67,6 +69,15 @@ class Adversary:
 
     module: nn.Module
     learning_rate: float | None = None
+
+
+@runtime_checkable
+class Counts(Protocol):
+    """A task that knows its work."""
+
+    def operations(self, batch: VideoBatch) -> float | None:
+        """Of a training step on these samples: forward, backward, and what activation checkpointing repeats; None when
+        it is not known."""
 
 
 @runtime_checkable

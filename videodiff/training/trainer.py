@@ -4,16 +4,17 @@ A run is a function of its configuration: the learning rate, the average's weigh
 the step and the sample's number, so that a restart needs no more than the weights, the moments and the step.
 """
 
-import contextlib
 import json
+import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
-from pydantic import NonNegativeInt, PositiveInt
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -28,17 +29,18 @@ from videodiff.training.distributed import (
     from_first,
     gather_rows,
     gather_to_first,
-    raise_from_first,
     rank,
     sum_over_ranks,
     world,
 )
 from videodiff.training.ema import EMA
 from videodiff.training.engine import Engine, EngineConfig
+from videodiff.training.gpus import by_device_name
 from videodiff.training.metrics import Report
-from videodiff.training.run_folder import CHECKPOINTS, open_folder
+from videodiff.training.run_folder import CHECKPOINTS, Attempt
 from videodiff.training.signals import Signals
-from videodiff.training.task import BatchSource, Contested, LossOutput, Remembers, Task
+from videodiff.training.task import BatchSource, Contested, Counts, LossOutput, Remembers, Task
+from videodiff.training.watch import Watch
 
 ADVERSARY = "adversary"
 MEMORY = "memory.safetensors"
@@ -46,7 +48,13 @@ MAX_BAD_STEPS = 10  # steps in a row with gradients that are not finite
 
 
 class RunConfig(Config):
-    """A run: its folder, length and habits. 0 for `sample_every`: never; None for `log_every`: every ten seconds."""
+    """A run: its folder, length and habits. 0 for `sample_every`: never; None for `log_every`: every ten seconds.
+
+    wandb: the project of Weights & Biases that hears of it too, offline unless WANDB_MODE says otherwise; None: none.
+    keep_average_every: of the checkpoints of each so many steps the averaged weights stay for good; 0: of none.
+    patience: seconds without a finished step after which a run takes itself for hung and ends.
+    max_fruitless: starts in a row that save nothing, after which `videodiff status` advises a job against another.
+    """
 
     dir: str = operational()
     steps: PositiveInt = operational()
@@ -55,15 +63,16 @@ class RunConfig(Config):
     sample_every: NonNegativeInt = operational(1000)
     log_every: PositiveInt | None = operational(None)
     keep_last: PositiveInt = operational(2)
+    wandb: str | None = operational(None)
+    keep_average_every: NonNegativeInt = operational(0)
+    patience: PositiveFloat = operational(1800.0)
+    max_fruitless: PositiveInt = operational(5)
 
 
 @dataclass
 class Progress:
-    """What a checkpoint knows of the run besides weights. The first four must be equal to resume from it."""
+    """What a checkpoint knows of the run besides weights. The first two must be equal to resume from it."""
 
-    world: int
-    zero_stage: int
-    precision: str
     frozen: str
     source: str
     step: int = 0
@@ -72,20 +81,26 @@ class Progress:
 
 
 def train(
-    run: RunConfig, engine: EngineConfig, batch_size: int, task: Task, source: BatchSource, config: Config
+    run: RunConfig,
+    engine: EngineConfig,
+    batch_size: int,
+    prepare: Callable[[], tuple[Task, BatchSource]],
+    config: Config,
 ) -> None:
     """Train until `run.steps` steps are done, from the newest sound checkpoint in `run.dir`, else from the start.
 
-    batch_size: samples of a step over all ranks. config: the whole tree; kept in the run and compared when it goes on.
+    batch_size: samples of a step over all ranks. prepare: makes what is trained and its data, once the folder is this
+    run's. config: the whole tree; kept in the run and compared when it goes on.
     Raises UserError for a changed configuration, a folder that another process trains in, a full disk, gradients that
-    stay not finite. After SIGINT or SIGTERM the step is finished and saved, then the process exits with 130 or 143.
+    stay not finite; LostError when a rank is gone. After SIGINT, SIGTERM or SIGUSR1 (a cluster's warning) the step is
+    finished and saved, then the process exits with 128 + the signal's number.
     """
     distributed.start()
-    folder = Path(run.dir)
     devices = [device()] if device().type == "cuda" else []
-    with contextlib.ExitStack() as held, torch.random.fork_rng(devices):
-        raise_from_first(open_folder(folder, config, held) if rank() == 0 else None)
-        trainer = _Trainer(run, engine, batch_size, task, source)
+    with Attempt(Path(run.dir), config, run.steps) as attempt, torch.random.fork_rng(devices):
+        # Torch's own generator begins elsewhere in every process: without this no two runs began with equal weights.
+        torch.manual_seed(generator(run.seed, "initialization").initial_seed())
+        trainer = _Trainer(run, engine, batch_size, *prepare(), attempt)
         try:
             trainer.train()
         finally:
@@ -95,54 +110,63 @@ def train(
 
 
 class _Trainer:
-    def __init__(self, run: RunConfig, config: EngineConfig, batch_size: int, task: Task, source: BatchSource) -> None:
+    def __init__(
+        self, run: RunConfig, config: EngineConfig, batch_size: int, task: Task, source: BatchSource, attempt: Attempt
+    ) -> None:
         self.run, self.config, self.batch_size = run, config, batch_size
-        self.task, self.source, self.folder = task, source, Path(run.dir)
-        self.checkpoints = Checkpoints(self.folder / CHECKPOINTS, run.keep_last)
-        newest = self.checkpoints.newest()
-        self.engine = Engine(task.module, config, task.trains, batch_size)
-        self.adversary = _adversary_engine(task, config, batch_size)
-        self.ema = EMA(self.engine.masters())
-        self.progress = Progress(
-            world(), config.zero_stage, config.precision, self.engine.frozen_digest, source.fingerprint
+        self.task, self.source, self.folder, self.attempt = task, source, Path(run.dir), attempt
+        self.checkpoints = Checkpoints(
+            self.folder / CHECKPOINTS, run.keep_last, run.keep_average_every, attempt.token, attempt.check
         )
+        newest = self.checkpoints.newest()
+        self.engine = Engine(task.module, config, task.trains, batch_size, newest)
+        self.adversary = _adversary_engine(task, config, batch_size, newest)
+        self.ema = EMA(self.engine.masters())
+        self.progress = Progress(self.engine.frozen_digest, source.fingerprint)
         if newest is not None:
             self._resume(newest)
         self.saved = self.progress.step
+        attempt.step({"step": self.progress.step})
 
     def train(self) -> None:
         progress, run = self.progress, self.run
         batches = self.source.batches(progress.step * self.batch_size, rank(), world(), self.engine.micro_batch)
-        report = Report(self.folder, progress.step, run.steps, run.log_every, silent=rank() != 0)
-        with Signals() as signals, report:
+        report = Report(self.folder, progress.step, run.steps, run.log_every, run.wandb, silent=rank() != 0)
+        with Signals() as signals, report, Watch(run.patience, self.attempt.ended) as self.watch:
             report.say(self._opening())
             try:
                 while progress.step < run.steps:
-                    first, stop = self._step(batches, signals, report)
+                    stop = self._step(batches, signals, report)
                     is_last = progress.step == run.steps
                     if is_last or stop or progress.step % run.save_every == 0:
                         self._save()
                     if stop and not is_last:
+                        self.attempt.stopped(f"stopped by {signal.Signals(stop).name}")
                         report.say(self._goodbye(stop))
                         raise SystemExit(128 + stop)
                     if run.sample_every and progress.step % run.sample_every == 0:
-                        self._sample(first)
+                        self._sample()
             finally:
                 if callable(close := getattr(batches, "close", None)):
                     close()
+            self.attempt.complete(progress.step)
             report.say(f"{self.folder}: {progress.step} steps done")
 
-    def _step(self, batches: Iterator[VideoBatch], signals: Signals, report: Report) -> tuple[VideoBatch, int]:
-        """One update; returns the rank's first micro-batch and the signal to stop for, 0 without."""
+    def _step(self, batches: Iterator[VideoBatch], signals: Signals, report: Report) -> int:
+        """One update; returns the signal to stop for, 0 without."""
         began = time.perf_counter()
         step, engine = self.progress.step, self.engine
         rate = self.config.rate(step)
+        self.watch.at(step, 0)
         micro_batches = [next(batches) for _ in range(engine.accumulation)]
+        waited = time.perf_counter() - began
+        self.watch.at(step, 1)
         own_weight = sum(float(batch.weight.double().sum()) for batch in micro_batches)
         weight = float(sum_over_ranks(torch.tensor(own_weight, dtype=torch.float64, device=device())))
         scale = 1.0 / max(weight, 1e-6)  # a step of bad samples alone has no gradient at all
         loss = torch.zeros((), dtype=torch.float64, device=device())
         metrics: list[dict[str, Tensor]] = []
+        tallies: list[dict[str, Tensor]] = []
         seen: list[Tensor] = []
         for index, batch in enumerate(micro_batches):
             # Dropout inside networks draws from torch's own generator: keyed too, exact for an equal number of ranks.
@@ -155,6 +179,7 @@ class _Trainer:
                 _backward(self.adversary, against, batch, scale)
                 output.metrics |= against.metrics
             metrics.append(output.metrics)
+            tallies.append(output.tallies)
             if output.seen is not None:
                 seen.append(torch.cat([batch.numbers.double()[:, None].cpu(), output.seen.cpu()], dim=1))
         result = engine.step(rate)
@@ -169,24 +194,48 @@ class _Trainer:
         self.progress.step += 1
         if result.applied:
             self.ema.update(engine.masters(), step, self.config.ema_decay)
-        means, stop = self._agree(loss, metrics, signals)
+        means, stop = self._agree(loss, metrics, tallies, signals)
         keys = self._keys(micro_batches, step)
         record = {"step": step + 1, **means, "samples": keys, "lr": rate, "grad_norm": result.grad_norm, **extra}
         self._count(applied, keys, report)
-        record |= {"skipped": self.progress.skipped, "seconds": round(time.perf_counter() - began, 4)}
+        record |= {"skipped": self.progress.skipped, **self._pace(began, waited, micro_batches[0])}
+        self.watch.at(step, 2)
+        self.attempt.step(record)
         report.step(record)
-        return micro_batches[0], stop
+        return stop
 
-    def _agree(self, loss: Tensor, metrics: list[dict[str, Tensor]], signals: Signals) -> tuple[dict[str, float], int]:
-        """Loss and mean metrics over all ranks, and the signal that any of them got: one all-reduce."""
-        names = sorted(metrics[0])
+    def _agree(
+        self, loss: Tensor, metrics: list[dict[str, Tensor]], tallies: list[dict[str, Tensor]], signals: Signals
+    ) -> tuple[dict[str, float], int]:
+        """Loss, mean metrics and means of tallies over all ranks, and the signal that any got: one all-reduce."""
+        names, counted = sorted(metrics[0]), sorted(tallies[0])
         parts = [torch.stack([m[name].detach().double().to(loss.device) for m in metrics]).mean() for name in names]
+        sums = [torch.stack([t[name].detach().double().to(loss.device) for t in tallies]).sum(0) for name in counted]
         flags = [loss.new_tensor(signals.got == number) for number in Signals.NUMBERS]
-        total = sum_over_ranks(torch.stack([*flags, loss, *parts])).tolist()
+        total = sum_over_ranks(torch.stack([*flags, loss, *parts, *(x for pair in sums for x in pair)])).tolist()
         stop = next((number for number, flag in zip(Signals.NUMBERS, total, strict=False) if flag), 0)
-        loss_sum, *sums = total[len(flags) :]
-        means = {name: value / world() for name, value in zip(names, sums, strict=True)}
-        return {"loss": loss_sum, **means}, stop
+        loss_sum, *rest = total[len(flags) :]
+        means = {name: value / world() for name, value in zip(names, rest, strict=False)}
+        pairs = zip(rest[len(names) :: 2], rest[len(names) + 1 :: 2], strict=True)
+        of_tallies = {name: a / n if n else math.nan for name, (a, n) in zip(counted, pairs, strict=True)}
+        return {"loss": loss_sum, **means, **of_tallies}, stop
+
+    def _pace(self, began: float, waited: float, batch: VideoBatch) -> dict[str, float]:
+        """Seconds of the step and of waiting for data in it, samples a second; on a GPU the most memory used, and the
+        share of its peak in bf16 that was reached."""
+        seconds = time.perf_counter() - began
+        pace = {
+            "seconds": round(seconds, 4),
+            "waited": round(waited, 4),
+            "samples_per_second": round(self.batch_size / seconds, 3),
+        }
+        if device().type == "cuda":
+            pace["memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 3)
+            gpu = by_device_name(torch.cuda.get_device_name())
+            work = self.task.operations(batch) if isinstance(self.task, Counts) else None
+            if gpu is not None and work is not None:  # of the batch's share of the step
+                pace["mfu"] = round(work * self.batch_size / len(batch) / (seconds * world() * gpu.flops), 4)
+        return pace
 
     def _keys(self, micro_batches: list[VideoBatch], step: int) -> list[str]:
         """Keys of the step's global batch in the order of the run; on rank 0, else []."""
@@ -219,14 +268,14 @@ class _Trainer:
             return
         engines = [engine for engine in (self.engine, self.adversary) if engine is not None]
         size = sum(engine.checkpoint_bytes() for engine in engines) if rank() == 0 else 0
-        self.checkpoints.write(self.progress.step, self._fill, size)
+        self.checkpoints.write(self.progress.step, self._fill, size, self.engine.verify)
         self.saved = self.progress.step
+        self.attempt.saved(self.progress.step)
 
     def _fill(self, folder: Path) -> None:
-        self.engine.save(folder)
+        self.engine.save(folder, self.ema.values)
         if self.adversary is not None:
             self.adversary.save(folder / ADVERSARY)
-        self.ema.save(folder / _average_file())
         for file, values in (("ema.safetensors", self.ema.values), ("raw.safetensors", self.engine.masters())):
             state = self.engine.gather(values)
             if state is not None:
@@ -236,7 +285,8 @@ class _Trainer:
                 save_file(memory, folder / MEMORY)
             (folder / "state.json").write_text(json.dumps(vars(self.progress), indent=1), encoding="utf-8")
 
-    def _sample(self, batch: VideoBatch) -> None:
+    def _sample(self) -> None:
+        """Pictures of the run's first samples, the same at every step so that they compare."""
         state = self.engine.gather(self.ema.values)
         error: Exception | None = None
         if state is not None:
@@ -244,7 +294,7 @@ class _Trainer:
             try:
                 folder.mkdir(exist_ok=True)
                 with torch.random.fork_rng([device()] if device().type == "cuda" else []):
-                    self.task.sample(self.engine.network(state), batch, folder, self.progress.step)
+                    self.task.sample(self.engine.network(state), self._shown, folder, self.progress.step)
             except Exception as caught:  # the others wait: they hear of it before it goes on its way
                 error = caught
         problem = str(error) if isinstance(error, UserError) else None
@@ -257,23 +307,26 @@ class _Trainer:
         if problem is not None:
             raise UserError(problem)
 
+    @cached_property
+    def _shown(self) -> VideoBatch:
+        batches = self.source.batches(0, rank(), world(), self.engine.micro_batch)
+        try:
+            return next(batches)
+        finally:
+            if callable(close := getattr(batches, "close", None)):
+                close()
+
     def _resume(self, checkpoint: Path) -> None:
         stored = Progress(**json.loads((checkpoint / "state.json").read_text(encoding="utf-8")))
         own = self.progress
         for name, remedy in (
-            ("world", "start with as many processes as before"),
-            ("zero_stage", "set engine.zero_stage back"),
-            ("precision", "set engine.precision back"),
             ("frozen", "the frozen layers are not those it trained on: name the model it started from"),
             ("source", "the data is not what it was: restore the shards, or start a new run.dir"),
         ):
             before, now = getattr(stored, name), getattr(own, name)
             if before != now:
                 raise UserError(f"{checkpoint}: written with {name} {_short(before)}, now {_short(now)}; {remedy}")
-        self.engine.load(checkpoint)
-        if self.adversary is not None:
-            self.adversary.load(checkpoint / ADVERSARY)
-        self.ema.load(checkpoint / _average_file())
+        self.engine.load_average(checkpoint, self.ema.values)
         if isinstance(self.task, Remembers) and self.task.state():
             self.task.load_state(load_file(checkpoint / MEMORY))
         self.progress = stored
@@ -292,14 +345,15 @@ class _Trainer:
         return f"{self.folder}: stopped by {name}, saved after step {self.progress.step}; the same command goes on"
 
 
-def _adversary_engine(task: Task, config: EngineConfig, batch_size: int) -> Engine | None:
+def _adversary_engine(task: Task, config: EngineConfig, batch_size: int, newest: Path | None) -> Engine | None:
     """The second engine of a contested task: the settings of the first, but for the learning rate."""
     adversary = task.adversary if isinstance(task, Contested) else None
     if adversary is None:
         return None
     if adversary.learning_rate is not None:
         config = config.model_copy(update={"learning_rate": adversary.learning_rate})
-    return Engine(adversary.module, config, lambda name: True, batch_size)
+    resume = newest / ADVERSARY if newest is not None else None
+    return Engine(adversary.module, config, lambda name: True, batch_size, resume)
 
 
 def _backward(engine: Engine, output: LossOutput, batch: VideoBatch, scale: float) -> Tensor:
@@ -308,10 +362,6 @@ def _backward(engine: Engine, output: LossOutput, batch: VideoBatch, scale: floa
     weighted = torch.where(weights > 0, output.per_sample.float() * weights, 0).sum()
     engine.backward(weighted * (scale * world()))  # the engine averages over ranks
     return weighted.detach().double() * scale
-
-
-def _average_file() -> str:
-    return f"average-{rank():05d}.safetensors"
 
 
 def _short(value: object) -> str:
