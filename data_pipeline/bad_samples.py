@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections import Counter
@@ -23,7 +24,8 @@ class BadSamples:
         self._seen = self._bad = 0  # by this rank since it started
         self.counts: Counter[str] = Counter()  # those of the run's former parts included
         self.recorded: dict[int, str] = {}  # number in the run -> key
-        for line in path.read_text(encoding="utf-8").split("\n") if path is not None and path.is_file() else ():
+        written = path.read_text(encoding="utf-8", errors="replace") if path is not None and path.is_file() else ""
+        for line in written.split("\n"):
             try:
                 entry = json.loads(line)
                 number, key, reason = int(entry["number"]), str(entry["key"]), str(entry["reason"])
@@ -64,7 +66,9 @@ class BadSamples:
             # One write in append mode, so that the lines of several ranks do not mix.
             file = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
             try:
-                os.write(file, line.encode(errors="backslashreplace"))
+                data = line.encode(errors="backslashreplace")
+                if os.write(file, data) < len(data):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             finally:
                 os.close(file)
         except OSError as error:

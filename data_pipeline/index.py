@@ -220,8 +220,8 @@ def _shard(entry: dict[str, Any], where: str, encoding: Encoding | None) -> Shar
             raise ValueError(f"{name}: other numbers of samples")
     return Shard(
         path=locations.cached_path(place, entry["sha256"]) if remote else Path(place),
-        offsets=tuple(entry["offsets"]),
-        bytes=entry["bytes"],
+        offsets=tuple(_whole(offset, name) for offset in entry["offsets"]),
+        bytes=_whole(entry["bytes"], name),
         digest=entry["sha256"],
         url=place if remote else None,
         indexed=True,
@@ -229,6 +229,12 @@ def _shard(entry: dict[str, Any], where: str, encoding: Encoding | None) -> Shar
         shapes=shapes,
         encoding=encoding,
     )
+
+
+def _whole(value: object, name: str) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise ValueError(f"{name}: {value!r} is no number of bytes")
+    return value
 
 
 def _no_index(where: str, error: Exception) -> UserError:

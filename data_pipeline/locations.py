@@ -37,9 +37,10 @@ def expand(location: str) -> list[str]:
     import braceexpand  # webdataset's own dependency for the same patterns
 
     try:
-        return [_allowed(text, location) for text in braceexpand.braceexpand(location)] if location else []
+        texts = list(braceexpand.braceexpand(location)) if location else []
     except ValueError as error:  # of its own class
         raise UserError(f"data.shards={location!r}: {error}; close every brace") from None
+    return [_allowed(text, location) for text in texts]
 
 
 def is_remote(text: str) -> bool:

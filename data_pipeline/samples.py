@@ -173,7 +173,7 @@ def _texts(sample: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
     try:
         meta = json.loads(sample.get("json", b"{}"))
         text = sample.get("txt", b"").decode("utf-8")
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}, ()
     if not isinstance(meta, dict):
         return {}, ()

@@ -28,6 +28,7 @@ from data_pipeline.samples import (
     shapes_of,
 )
 from data_pipeline.tars import write_tar
+from data_pipeline.world import EDITION
 from videodiff.errors import UserError
 from videodiff.video_io import encode_video, write_json
 
@@ -99,6 +100,8 @@ def started(out: Path, plan: dict[str, Any]) -> bool:
         if name in there:
             try:
                 known = json.loads((out / name).read_text(encoding="utf-8"))
+                if not isinstance(known, dict):
+                    raise ValueError("no object")
             except ValueError:
                 raise UserError(f"{out / name}: not readable; delete the folder or choose another") from None
             different = [key for key in plan if known.get(key) != plan[key]]
@@ -138,7 +141,7 @@ def write_world_shards(
     for name, value in numbers.items():
         if not value > 0:
             raise UserError(f"world shards: {name} is {value}; it must be positive")
-    plan = {"source": "world", "seed": seed, **numbers}
+    plan = {"source": "world", "edition": EDITION, "seed": seed, **numbers}
     if not fps < 1000:
         raise UserError(f"world shards: fps is {fps:g}; an mp4 holds rates below 1000")
     if size < 16:

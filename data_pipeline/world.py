@@ -19,6 +19,8 @@ import numpy as np
 
 from videodiff.errors import UserError
 
+EDITION = 2  # of what is drawn and said: data of another one are other data
+
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (228, 30, 30),
     "green": (30, 170, 50),

@@ -66,6 +66,16 @@ class StageConfig(Config):
             raise ValueError("data.buckets: this stage needs clips of one shape; leave it out")
         return self
 
+    @model_validator(mode="after")
+    def _learns_to_the_end(self) -> StageConfig:
+        end = self.engine.decay_steps
+        if end is not None and self.run.steps > end:
+            raise ValueError(
+                f"run.steps is {self.run.steps}, but at engine.decay_steps={end} the learning rate is zero, and "
+                f"nothing is learned from there on; set engine.decay_steps={self.run.steps}"
+            )
+        return self
+
 
 class Dropout(Config):
     """Probabilities of dropping conditions in training: the text alone, the image alone, both together.

@@ -242,7 +242,7 @@ def evaluate(
         "outputs/evaluation"
     ),
 ) -> None:
-    """Judge a model, or the checkpoints of a run, stage by stage; the last line tells which stage loses most."""
+    """Judge a model, or the checkpoints of a run, stage by stage, and say in a sentence which stage loses most."""
     from stages.evaluation.command import Request
     from stages.evaluation.command import main as run
 

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from stages.evaluation.sheets import percent
 from stages.evaluation.statistics import ROWS
 from stages.pipeline import Pipeline, SampleKey
 from videodiff import resources
+from videodiff.errors import UserError
 from videodiff.model import DESCRIPTION, STAGES, Model, export, sha256
 from videodiff.training.run_folder import MACHINES
 from videodiff.video_io import Frames, save_sheet
@@ -186,9 +188,12 @@ def _machines(out: Path) -> list[str]:
 
 def _videodiff(*arguments: str) -> None:
     print("videodiff", *arguments, flush=True)
-    done = subprocess.run([sys.executable, "-m", "stages", *arguments], check=False, env={**KEEP_MEMORY, **os.environ})
-    if done.returncode:
-        raise SystemExit(done.returncode)
+    with subprocess.Popen([sys.executable, "-m", "stages", *arguments], env={**KEEP_MEMORY, **os.environ}) as child:
+        while child.poll() is None:
+            with suppress(KeyboardInterrupt):  # the child has it too: it ends its step and saves, and that takes time
+                child.wait()
+    if child.returncode:
+        raise SystemExit(child.returncode)
 
 
 if __name__ == "__main__":
@@ -198,4 +203,7 @@ if __name__ == "__main__":
     parser.add_argument("--num-held-out", type=int, default=100, help="the same for each kind of held-out combinations")
     parser.add_argument("--install", action="store_true", help="replace the bundled model by the result")
     given = parser.parse_args()
-    main(given.out, given.num_prompts, given.num_held_out, given.install)
+    try:
+        main(given.out, given.num_prompts, given.num_held_out, given.install)
+    except UserError as error:
+        raise SystemExit(f"error: {error}") from None

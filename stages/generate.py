@@ -30,6 +30,9 @@ from videodiff.model import DiffusionStage, Model, Sampling
 from videodiff.training.distributed import device
 from videodiff.video_io import Frames, read_image, symptoms, write_json, write_png, write_video
 
+# What only a video has.
+VIDEO_OPTIONS = ("frames", "fps", "image_guidance")
+
 
 def main(
     prompt: str | None,
@@ -105,6 +108,12 @@ def check(request: Request, models: Mapping[str, Model]) -> None:
     options, model = request.options, models[request.options.model]
     for needed in ("autoencoder", "text", "image") if options.image_only else ("autoencoder", "text", "image", "video"):
         model.part(needed)
+    if options.image_only:
+        for name in VIDEO_OPTIONS:
+            if getattr(options, name) is not None:
+                raise UserError(f"--{name.replace('_', '-')} is of a video, --image-only makes none; leave it out")
+        if not options.interpolation:
+            raise UserError("--no-interpolation is of a video, --image-only makes none; leave it out")
     if options.image_only and options.image is not None:
         raise UserError("--image-only makes a first image and --image gives one; leave one of them out")
     if options.image is not None:

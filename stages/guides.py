@@ -53,7 +53,7 @@ class Guides:
         """The stage's guided denoiser, guided by these too."""
         if self.weak is not None and stage in self.weak_stages:
             told = self.weak.condition(self.prompts, 1.0)  # by its own text tower
-            shared = {name: getattr(condition, name) for name in ("known", "known_mask", "known_time", "fps")}
+            shared = {name: getattr(condition, name) for name in ("known", "known_mask", "fps")}
             weaker = sampling.guidance(self.weak.denoiser(stage), replace(told, **shared))
             denoise = self.autoguidance(denoise, weaker)
         if self.classifier is not None and stage == "image":

@@ -43,7 +43,7 @@ class Options(Config):
     text_guidance: float | None = Field(None, ge=0)
     image_guidance: float | None = Field(None, ge=0)
     frames: int | None = Field(None, ge=1)
-    fps: float | None = Field(None, gt=0, lt=1000)
+    fps: float | None = Field(None, ge=0.01, lt=1000)
     interpolation: bool = True
     image: str | None = None
     image_only: bool = False
@@ -163,12 +163,12 @@ def _samples(options: Options, stem: Path) -> Iterator[Request]:
 def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """(place, options) of each prompt of a file; blank lines are left out."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise UserError(f"{path}: the prompts can't be read ({error.strerror}); check the path") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from None
-    lines = [(f"{path}, line {number}", line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    lines = [(f"{path}, line {number}", line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if not lines:
         raise UserError(f"{path}: holds no prompt; write one a line")
     for place, line in lines:

@@ -200,6 +200,7 @@ def test_names_that_point_elsewhere_and_pickles_do_nothing(shards: Path, tmp_pat
         ({"mp4": b"v"}, "no caption"),
         ({"mp4": b"v", "json": b"{torn"}, "no caption"),
         ({"mp4": b"v", "txt": b"\xff\xfe"}, "no caption"),
+        ({"mp4": b"v", "json": b"[" * 100_000}, "no caption"),
         ({"json": b'{"caption": "one"}'}, "no video"),
         ({"safetensors": b"v", "txt": b"one"}, "no video"),
     ],
@@ -221,4 +222,13 @@ def test_an_index_names_shards_in_its_own_folder_only(shards: Path, name: str) -
     index["shards"][0]["file"] = name
     (shards / "index.json").write_text(json.dumps(index))
     with pytest.raises(UserError, match="not an index of shards"):
+        open_shards(str(shards))
+
+
+@pytest.mark.parametrize("offsets", [["a"], [0.5], [-1], [None]])
+def test_offsets_are_numbers_of_bytes(shards: Path, offsets: list[object]) -> None:
+    index = json.loads((shards / "index.json").read_text())
+    index["shards"][0]["offsets"][:1] = offsets
+    (shards / "index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match="is no number of bytes"):
         open_shards(str(shards))

@@ -20,7 +20,6 @@ def condition() -> Condition:
         known=torch.randn(B, C, T, H, W) * known_mask,
         known_mask=known_mask,
         fps=torch.tensor([8.0, 16.0, 7.5]),
-        known_time=torch.tensor([257, 0, 100]),
         hint=torch.rand(B, 1, 8 * H, 8 * W),
     )
 
@@ -40,7 +39,7 @@ def test_without_text(condition: Condition) -> None:
     assert [mask.tolist() for mask in null.text_mask] == [[[True] + [False] * 6] * B, [[True] + [False] * 3] * B]
     assert null.pooled is not None
     assert not null.pooled.any()
-    for name in ("known", "known_mask", "fps", "known_time", "hint"):
+    for name in ("known", "known_mask", "fps", "hint"):
         assert torch.equal(getattr(null, name), getattr(condition, name))
 
 
@@ -48,7 +47,7 @@ def test_without_image(condition: Condition) -> None:
     null = condition.without("image")
     assert condition.has_image
     assert not null.has_image
-    assert not any(getattr(null, name).any() for name in ("known", "known_mask", "known_time"))
+    assert not any(getattr(null, name).any() for name in ("known", "known_mask"))
     assert torch.equal(null.text[1], condition.text[1])
     assert torch.equal(null.text_mask[0], condition.text_mask[0])
     assert null.fps is not None
@@ -103,8 +102,8 @@ def test_a_cast_keeps_masks_and_times(condition: Condition) -> None:
         assert x is not None
         assert x.dtype == torch.bfloat16
     assert {mask.dtype for mask in cast.text_mask} == {torch.bool}
-    assert cast.known_time is not None
-    assert cast.known_time.tolist() == [257, 0, 100]
+    assert cast.fps is not None
+    assert cast.fps.tolist() == [8.0, 16.0, 7.5]
     assert same(condition.to("cpu"), condition)
 
 

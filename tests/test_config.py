@@ -237,6 +237,8 @@ def test_files_that_are_no_configuration(tmp_path: Path) -> None:
     path.write_bytes(b"\xff\xfe\x00")
     assert "not valid YAML" in refusal(path)
     assert "can't be read" in refusal(tmp_path)
+    assert "run.3: a key must be text" in refusal(write(tmp_path, "run: {3: 4}\n"))
+    assert "1: a key must be text" in refusal(write(tmp_path, "1: 2\n"))
     missing = refusal(tmp_path / "tre.yaml")
     assert "no such configuration file" in missing
     assert f"did you mean {path}?" in missing

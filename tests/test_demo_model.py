@@ -1,6 +1,11 @@
 """The model card says what the runs and the evaluation say."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -11,6 +16,36 @@ from videodiff import config as configs
 from videodiff.model import STAGES
 from videodiff.resources import path as resource
 from videodiff.training.run_folder import machine, record_machine
+
+ROOT = Path(__file__).resolve().parents[1]
+SLOW_TO_END = """
+import signal, sys, time
+
+def end(*_):
+    time.sleep(2)
+    open("saved", "w").close()
+    sys.exit(130)
+
+signal.signal(signal.SIGINT, end)
+open("begun", "w").close()
+time.sleep(60)
+"""
+
+
+def test_ctrl_c_lets_the_training_save(tmp_path: Path) -> None:
+    """The parent waits for a child that takes two seconds to end well."""
+    (tmp_path / "stages").mkdir()
+    (tmp_path / "stages" / "__main__.py").write_text(SLOW_TO_END)
+    call = "from stages import demo_model; demo_model._videodiff('train')"
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); {call}"
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, start_new_session=True)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "begun").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    assert process.wait(60) == 130
+    assert (tmp_path / "saved").exists()
 
 
 @pytest.fixture

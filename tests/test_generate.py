@@ -267,7 +267,8 @@ def test_a_file_of_prompts_carries_options_and_is_not_made_twice(
 ) -> None:
     lines = [{"prompt": PROMPT, "interpolation": False}, {"prompt": "a red circle", "seed": 3, "image_only": True}]
     path, out = tmp_path / "prompts.jsonl", tmp_path / "out"
-    path.write_text("\n\n".join(map(json.dumps, lines)))
+    lines[1]["prompt"] += "\u2028"  # a line's end for some, and inside of JSON for none; and a mark that editors write
+    path.write_text("\n\n".join(json.dumps(line, ensure_ascii=False) for line in lines), encoding="utf-8-sig")
     command = ("generate", "--prompts", path, "--model", toy_model, "-o", out, "--seed", 7)
     assert run(*command) == 0
     video, image = sorted(out.glob("*.json"))
@@ -366,6 +367,10 @@ def test_sick_results_and_strange_words_are_named(
         ((PROMPT, "--image", "none.png"), "none.png"),
         ((PROMPT, "--image", "wide.png"), "is 48x32 pixels, this model takes 32x32"),
         ((PROMPT, "--image", "right.png", "--image-only"), "leave one of them out"),
+        ((PROMPT, "--frames", "4", "--image-only"), "--frames is of a video"),
+        ((PROMPT, "--image-guidance", "2", "--image-only"), "--image-guidance is of a video"),
+        ((PROMPT, "--no-interpolation", "--image-only"), "--no-interpolation is of a video"),
+        ((PROMPT, "--fps", "0.0004"), "fps"),
         ((PROMPT, "-o", "file/out.mp4"), "file"),
         ((PROMPT, "-o", "/proc/none/out.mp4"), "/proc/none"),
         ((PROMPT, "--prompts", "good.jsonl"), "name one source"),

@@ -115,6 +115,13 @@ def test_other_content_is_never_overwritten(copied: Path, tmp_path: Path) -> Non
         write_world_shards(tmp_path / "notes", **WORLD)
     with pytest.raises(UserError, match="cannot be used as a folder"):
         write_world_shards(tmp_path / "notes" / "todo.txt", **WORLD)
+    index = json.loads((copied / "index.json").read_text())
+    (copied / "index.json").write_text(json.dumps({**index, "edition": index["edition"] - 1}))
+    with pytest.raises(UserError, match="holds other shards \\(edition"):  # rendered by another version
+        write_world_shards(copied, **WORLD)
+    (copied / "index.json").write_text("[]")
+    with pytest.raises(UserError, match="not readable"):
+        write_world_shards(copied, **WORLD)
     for wrong in ({"num_clips": 0}, {"size": 33}, {"fps": -1}, {"frames": 0}, {"samples_per_shard": 0},
                   {"fps": 2000}, {"fps": float("inf")}, {"fps": float("nan")}, {"size": 8}):  # fmt: skip
         with pytest.raises(UserError, match="world shards"):

@@ -68,8 +68,8 @@ class Condition:
 
     The null value of a part, used for dropout in training and for guidance in sampling alike: text is zeros with a
     mask that keeps the first token (attention needs one), or `null_text` with the mask as it is (Stable Diffusion's
-    empty caption); pooled text is zeros; the image is `known`, `known_mask` and `known_time` all zeros. The frame rate
-    and the hint are never dropped.
+    empty caption); pooled text is zeros; the image is `known` and `known_mask` all zeros. The frame rate and the hint
+    are never dropped.
     """
 
     text: tuple[Tensor, ...] = ()  # one [B, L, D] for each text tower
@@ -78,7 +78,6 @@ class Condition:
     known: Tensor | None = None  # [B, C, T, H, W] latents of the known frames, 0 elsewhere
     known_mask: Tensor | None = None  # [B, 1, T, H, W], 1 on known frames
     fps: Tensor | None = None  # [B], frames per second
-    known_time: Tensor | None = None  # [B], noise level t of the known frames, 0 = clean
     hint: Tensor | None = None  # [B, 1, H, W] in pixels, in [0, 1]: what a ControlNet follows
     null_text: tuple[Tensor, ...] = ()  # one [B, L, D] for each text tower, tokens that stand for no text; () for zeros
 
@@ -116,13 +115,12 @@ class Condition:
             pooled=_zero(self.pooled, text),
             known=_zero(self.known, image),
             known_mask=_zero(self.known_mask, image),
-            known_time=_zero(self.known_time, image),
         )
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Condition:
         """On another device; tokens, pooled text, known latents, their mask and the hint in `dtype`.
 
-        Masks stay bool; `fps` and `known_time` keep their own dtype, because bfloat16 cannot tell t = 257 from 256.
+        Masks stay bool; `fps` keeps its own dtype, because bfloat16 cannot tell 29.97 from 30.
         """
         moved = self._map(lambda x: x.to(device=device))
         given = ("pooled", "known", "known_mask", "hint")

@@ -164,6 +164,8 @@ def _yaml_names(folder: Path) -> list[str]:
 
 
 def _validate(schema: type[ConfigType], data: dict[str, Any], where: str, overridden: Iterable[str]) -> ConfigType:
+    for path in _odd_keys(data, ""):
+        raise ConfigError(f"{where}: {path}: a key must be text; write it in quotes, or check the line")
     try:
         # Strict JSON is the right strictness: a list may become a tuple and a string a path, but "5", 7.5 and yes do
         # not become whole numbers.
@@ -178,6 +180,16 @@ def _validate(schema: type[ConfigType], data: dict[str, Any], where: str, overri
     if len(lines) == 1:
         raise ConfigError(f"{where}: {lines[0]}")
     raise ConfigError("\n  ".join([f"{where}: {len(lines)} problems", *lines]))
+
+
+def _odd_keys(tree: Any, where: str) -> Iterator[str]:
+    """Keys that YAML read as a number, a date or yes and no."""
+    inner = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    for key, value in inner:
+        path = f"{where}.{key}" if where else str(key)
+        if isinstance(tree, dict) and not isinstance(key, str):
+            yield path
+        yield from _odd_keys(value, path)
 
 
 def _compare(old: Any, new: Any, path: str, is_operational: bool) -> Iterator[Difference]:

@@ -6,9 +6,11 @@ S frame side in pixels.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -18,7 +20,7 @@ from data_pipeline.decoders import ClipError
 from data_pipeline.decoding import DecodePool
 from data_pipeline.index import fingerprint, open_shards
 from data_pipeline.samples import RawSample, SampleError, read_texts, try_sample
-from data_pipeline.world import ATTRIBUTES, Combination, combinations, render, rng, sample_scene, split
+from data_pipeline.world import ATTRIBUTES, EDITION, Combination, combinations, render, rng, sample_scene, split
 from data_pipeline.world_captions import prompts
 from videodiff.errors import UserError
 from videodiff.video_io import encode_video, read_video
@@ -75,7 +77,12 @@ class WorldQuestions:
         self.problems: list[str] = []
 
     def identity(self) -> dict[str, Any]:
-        return {"data": "built-in world", "num_prompts": self.num, "num_held_out": self.num_held_out}
+        asked = [[prompt.text, asdict(prompt.combination)] for prompt in self.prompts if prompt.combination is not None]
+        told = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+        return {
+            "data": f"built-in world, edition {EDITION}", "prompts": told, "num_prompts": self.num,
+            "num_held_out": self.num_held_out,
+        }  # fmt: skip
 
     def clip(self, prompt: Prompt, clips: Clips) -> np.ndarray:
         """Rendered, stored as mp4 and read back, as the training data are."""

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 # CUDA attention kernels refuse more than 65,535 (batch x head) rows, which temporal attention over every position
@@ -27,8 +28,8 @@ class Signals:
     """What every block is told beside the feature map.
 
     embedding: [B,E] time and pooled text after the activation, for spatial blocks.
-    video_embedding: [B,E], the same plus frame rate and the known frames' noise level; None in an image call, which
-        makes every block skip its temporal layers.
+    video_embedding: [B,E], the same plus frame rate; None in an image call, which makes every block skip its temporal
+        layers.
     text: per encoder [B,L,D]; text_mask: per encoder [B,1,1,L] bool, True where there is a token.
     frames: T.
     """
@@ -108,12 +109,12 @@ def attend_by_matrices(query: Tensor, key: Tensor, value: Tensor, mask: Tensor |
 
 def to_tokens(x: Tensor) -> Tensor:
     """[N,C,H,W] channels-last -> [N,S,C], a view."""
-    return x.permute(0, 2, 3, 1).flatten(1, 2)
+    return rearrange(x, "n c h w -> n (h w) c")
 
 
 def to_map(tokens: Tensor, like: Tensor) -> Tensor:
     """[N,S,C] -> [N,C,H,W] channels-last, a view."""
-    return tokens.reshape(like.shape[0], like.shape[2], like.shape[3], -1).permute(0, 3, 1, 2)
+    return rearrange(tokens, "n (h w) c -> n c h w", h=like.shape[2])
 
 
 class FeedForward(nn.Module):
@@ -254,8 +255,8 @@ class TemporalConv(nn.Module):
         self.conv = zeroed(nn.Conv2d(channels, channels, (kernel, 1), padding=(kernel // 2, 0)))
 
     def forward(self, x: Tensor, frames: int) -> Tensor:
-        clip = to_tokens(x).unflatten(0, (-1, frames)).permute(0, 3, 1, 2)
-        out = self.conv(clip).permute(0, 2, 3, 1).flatten(0, 1)
+        clip = rearrange(to_tokens(x), "(b t) s c -> b c t s", t=frames)
+        out = rearrange(self.conv(clip), "b c t s -> (b t) s c")
         return x + to_map(out, x)
 
 

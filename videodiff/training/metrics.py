@@ -93,10 +93,11 @@ class Report:
         if self._wandb is not None:
             numbers = {key: value for key, value in record.items() if isinstance(value, (int, float))}
             self._wandb.log(numbers, step=record["step"])
-        self._losses.append(record["loss"])
         if self._bar is not None:
             self._bar.update(self._task, completed=record["step"], text=f"loss {record['loss']:.4f}")
-        elif self._is_time(record["step"]):
+            return
+        self._losses.append(record["loss"])
+        if self._is_time(record["step"]):
             self._line(record)
 
     def _is_time(self, step: int) -> bool:

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 from videodiff.errors import UserError
@@ -155,8 +156,8 @@ def film_strip(frames: Tensor, size: int) -> Tensor:
     """
     count = frames.shape[1]
     chosen = resized(frames[:, [round(i * (count - 1) / 3) for i in range(4)]], size)
-    halves = F.avg_pool2d(chosen.flatten(0, 1), 2).unflatten(0, (-1, 2, 2))  # [n,row,column,3,S/2,S/2]
-    return halves.permute(0, 3, 1, 4, 2, 5).reshape(len(frames), 3, size, size)
+    halves = F.avg_pool2d(chosen.flatten(0, 1), 2)
+    return rearrange(halves, "(n row column) c h w -> n c (row h) (column w)", row=2, column=2)
 
 
 def _exact() -> Any:
