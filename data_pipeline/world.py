@@ -32,7 +32,7 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 SHAPES = ("circle", "square", "triangle", "cross")
 SIZES: dict[str, float] = {"small": 20 / 64, "large": 32 / 64}  # diameter in the first frame
 BACKGROUNDS = ("white", "black", "gradient", "checker")
-MOTIONS = ("still", "left", "right", "up", "down", "growing", "rotating", "circling")
+MOTIONS = ("still", "left", "right", "up", "down", "growing", "diagonal", "circling")
 
 ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "colour": tuple(COLOURS),
@@ -54,8 +54,8 @@ HELD_OUT_PAIRS: tuple[tuple[tuple[str, str], tuple[str, str]], ...] = (
 
 FULL_MOTION_SECONDS = 1.875  # a motion runs its whole path in this time, or in the clip's where the clip is longer
 TRAVEL = 0.4  # of the frame side
+DIAGONAL_TRAVEL = 0.3  # upwards, and as far to the right
 GROWTH = 1.6  # last diameter / first diameter
-TURN_DEGREES = 150.0  # clockwise; 16 frames turn by 10 degrees each, far from a square's ambiguous 45
 ORBIT_RADIUS = 0.2  # one whole clockwise round, starting at the top
 MARGIN = 0.02
 GRADIENT = (0.2, 0.8)  # grey at the top and at the bottom
@@ -65,14 +65,13 @@ CHECKER_CELLS = 8
 SQUARE_HALF = 0.44  # these in units of the diameter
 TRIANGLE_INRADIUS = 0.29
 CROSS_LENGTH, CROSS_WIDTH = 0.5, 0.17
-# Reach of each upright shape from its centre (left, right, up, down), and of each turned one in any direction.
+# Reach of each shape from its centre: left, right, up, down.
 REACH = {
     "circle": (0.5, 0.5, 0.5, 0.5),
     "square": (SQUARE_HALF,) * 4,
     "triangle": (0.5023, 0.5023, 2 * TRIANGLE_INRADIUS, TRIANGLE_INRADIUS),
     "cross": (CROSS_LENGTH,) * 4,
 }
-TURNED_REACH = {"circle": 0.5, "square": 0.6223, "triangle": 0.58, "cross": 0.5282}
 
 Split = Literal["train", "held_out", "held_out_pair"]
 
@@ -95,12 +94,10 @@ class Combination:
 
 @dataclass(frozen=True)
 class Scene(Combination):
-    """A combination with the centre of its object in the first frame, in fractions of the frame side, and its clockwise
-    angle there in radians: a rotating one begins anywhere, so that first frames show turned objects too."""
+    """A combination with the centre of its object in the first frame, in fractions of the frame side."""
 
     x: float
     y: float
-    angle: float = 0.0
 
     @property
     def combination(self) -> Combination:
@@ -126,12 +123,11 @@ def rng(*key: int | str) -> np.random.Generator:
 
 @lru_cache(maxsize=1)
 def _combinations() -> tuple[Combination, ...]:
-    every = (Combination(*values) for values in product(*ATTRIBUTES.values()))
-    return tuple(c for c in every if not (c.shape == "circle" and c.motion == "rotating"))
+    return tuple(Combination(*values) for values in product(*ATTRIBUTES.values()))
 
 
 def combinations() -> list[Combination]:
-    """All combinations that can be seen: a turning circle can't."""
+    """All combinations; every one of them can be seen."""
     return list(_combinations())
 
 
@@ -170,39 +166,36 @@ def draw_train(generator: np.random.Generator) -> Combination:
     return train[min(int(np.searchsorted(cumulative, generator.random(), side="right")), len(train) - 1)]
 
 
-def _path(motion: str, progress: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Offsets dx, dy from the start, scale and clockwise angle (radians) at `progress` 0..1, each of its shape."""
+def _path(motion: str, progress: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Offsets dx, dy from the start, and scale at `progress` 0..1, each of its shape."""
     zero = np.zeros_like(progress)
-    dx, dy, scale, angle = zero, zero, zero + 1, zero
+    dx, dy, scale = zero, zero, zero + 1
     if motion in ("left", "right"):
         dx = progress * (TRAVEL if motion == "right" else -TRAVEL)
     elif motion in ("up", "down"):
         dy = progress * (TRAVEL if motion == "down" else -TRAVEL)
+    elif motion == "diagonal":
+        dx, dy = DIAGONAL_TRAVEL * progress, -DIAGONAL_TRAVEL * progress
     elif motion == "growing":
         scale = 1 + (GROWTH - 1) * progress
-    elif motion == "rotating":
-        angle = np.deg2rad(TURN_DEGREES) * progress
     elif motion == "circling":
         turn = 2 * np.pi * progress
         dx, dy = ORBIT_RADIUS * np.sin(turn), ORBIT_RADIUS * (1 - np.cos(turn))
-    return dx, dy, scale, angle
+    return dx, dy, scale
 
 
 def sample_scene(combination: Combination, *key: int | str) -> Scene:
     """A scene of `combination` whose start is uniform among those from which the object never leaves the frame."""
     generator = rng("scene", *key)
-    dx, dy, scale, _ = _path(combination.motion, np.linspace(0, 1, 33))  # 33 points hit the orbit's extremes
-    turns = combination.motion == "rotating"
-    reach = (TURNED_REACH[combination.shape],) * 4 if turns else REACH[combination.shape]
-    left, right, up, down = (SIZES[combination.size] * scale * r for r in reach)
+    dx, dy, scale = _path(combination.motion, np.linspace(0, 1, 33))  # 33 points hit the orbit's extremes
+    left, right, up, down = (SIZES[combination.size] * scale * r for r in REACH[combination.shape])
     x = generator.uniform(MARGIN - (dx - left).min(), 1 - MARGIN - (dx + right).max())
     y = generator.uniform(MARGIN - (dy - up).min(), 1 - MARGIN - (dy + down).max())
-    angle = generator.uniform(0, 2 * np.pi) if turns else 0.0
-    return Scene(**asdict(combination), x=float(x), y=float(y), angle=float(angle))
+    return Scene(**asdict(combination), x=float(x), y=float(y))
 
 
 def shape_distance(shape: str, x: np.ndarray, y: np.ndarray, diameter: np.ndarray | float) -> np.ndarray:
-    """Signed distance (negative inside) to the upright shape around the origin, in the units of x, y and diameter."""
+    """Signed distance (negative inside) to the shape around the origin, in the units of x, y and diameter."""
     if shape == "circle":
         return np.sqrt(x * x + y * y) - diameter / 2
     if shape == "square":
@@ -242,14 +235,10 @@ def render(scene: Scene, size: int, num_frames: int, fps: float) -> np.ndarray:
         )
     seconds = np.arange(num_frames) / fps
     progress = seconds / max(FULL_MOTION_SECONDS, float(seconds[-1]))
-    dx, dy, scale, angle = (a.astype(np.float32)[:, None, None] for a in _path(scene.motion, progress))
+    dx, dy, scale = (a.astype(np.float32)[:, None, None] for a in _path(scene.motion, progress))
     centre = (np.arange(size, dtype=np.float32) + 0.5) / size
     x = centre[None, None, :] - (np.float32(scene.x) + dx)
     y = centre[None, :, None] - (np.float32(scene.y) + dy)
-    if scene.motion == "rotating":
-        angle = angle + np.float32(scene.angle)
-        cos, sin = np.cos(angle), np.sin(angle)
-        x, y = cos * x + sin * y, cos * y - sin * x
     distance = shape_distance(scene.shape, x, y, np.float32(SIZES[scene.size]) * scale)
     cover = np.clip(0.5 - distance * size, 0, 1)[..., None]
     ground = 255 * render_background(scene.background, size)[None, :, :, None]

@@ -45,7 +45,7 @@ DOING_WORDS: Words = {
     "up": ("moving up", "rising", "sliding upwards", "going up", "drifting upwards"),
     "down": ("moving down", "sinking", "sliding downwards", "going down", "drifting downwards"),
     "growing": ("growing", "getting bigger", "expanding", "growing in size"),
-    "rotating": ("rotating", "spinning", "turning around itself", "rotating in place"),
+    "diagonal": ("moving diagonally", "sliding diagonally", "going up to the right", "drifting diagonally upwards"),
     "circling": ("circling", "moving in a circle", "going round in a circle", "orbiting"),
 }
 DOES_WORDS: Words = {
@@ -55,7 +55,7 @@ DOES_WORDS: Words = {
     "up": ("moves up", "rises", "slides upwards", "goes up", "drifts upwards"),
     "down": ("moves down", "sinks", "slides downwards", "goes down", "drifts downwards"),
     "growing": ("grows", "gets bigger", "expands", "grows in size"),
-    "rotating": ("rotates", "spins", "turns around itself", "rotates in place"),
+    "diagonal": ("moves diagonally", "slides diagonally", "goes up to the right", "drifts diagonally upwards"),
     "circling": ("circles", "moves in a circle", "goes round in a circle", "orbits"),
 }
 
@@ -172,7 +172,7 @@ MORE_PHRASES: dict[tuple[str, str], tuple[str, ...]] = {
     ("motion", "down"): ("downwards", "downward", "down", "falling", "falls"),
     ("motion", "still"): ("still", "static", "motionless"),
     ("motion", "growing"): ("growing larger", "getting larger", "becoming bigger", "becoming larger"),
-    ("motion", "rotating"): ("turning", "turns"),
+    ("motion", "diagonal"): ("diagonally", "diagonal", "up and to the right", "up to the right"),
     ("background", "white"): ("on white", "over white", "white"),
     ("background", "black"): ("on black", "over black", "black"),
     ("background", "gradient"): ("gradient", "shaded"),

@@ -1,8 +1,8 @@
 """Which motion a measured path shows: each motion's model is fitted to it, and the one that explains it best is named.
 
 A path is position, diameter and angle at known frames. Every model is linear in its unknowns (for circling, at each of
-many rates), runs at a constant rate, and keeps constant what it doesn't move: so shuffled frames, jumps and mixtures
-fit none of them.
+many rates), runs at a constant rate, and keeps constant what it doesn't move: so shuffled frames, jumps, mixtures and
+objects that turn fit none of them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ DIAMETER_NOISE = 0.04  # relative
 ANGLE_NOISE = 6.0  # degrees
 LIMIT = 3.0  # root mean square deviation, in units of the noise, past which a model doesn't explain a path
 UNEXPLAINED = 0.15  # greatest share of the moving quantity's variance that a model may leave (a jump leaves 0.25)
-LEAST_TRAVEL, LEAST_GROWTH, LEAST_TURN, LEAST_ARC = 0.05, 0.07, 14.0, 60.0
+LEAST_TRAVEL, LEAST_GROWTH, LEAST_ARC = 0.05, 0.07, 60.0
+LEAST_SLANT = 1.7  # the longer way of a diagonal over the shorter one: 30 to 60 degrees
 ORBIT_RANGE = (0.1, 0.32)  # radius in frame sides
 
 
@@ -66,15 +67,16 @@ def read_motion(path: np.ndarray, frames: np.ndarray, symmetry: float) -> tuple[
     ratio = path[:, 2] / path[:, 2].mean()
     growth_fit, growth_rest = _residual(line, ratio)
     growth = growth_fit[1] / growth_fit[0]
-    travel_x, travel_y, turn = slope[1, 0] * POSITION_NOISE, slope[1, 1] * POSITION_NOISE, slope[1, 3] * ANGLE_NOISE
+    travel_x, travel_y = slope[1, 0] * POSITION_NOISE, slope[1, 1] * POSITION_NOISE
+    is_diagonal = min(travel_x, -travel_y) > max(LEAST_TRAVEL, max(travel_x, -travel_y) / LEAST_SLANT)
     orbit, is_orbit = _circle(time, path[:, :2])
 
     still = float(constant.sum())
     candidates = (  # name, whether it is large enough, mean square of what moves: about its mean, about the model
         ("right" if travel_x > 0 else "left", abs(travel_x) > LEAST_TRAVEL, constant[0], moving[0]),
         ("down" if travel_y > 0 else "up", abs(travel_y) > LEAST_TRAVEL, constant[1], moving[1]),
+        ("diagonal", is_diagonal, constant[0] + constant[1], moving[0] + moving[1]),
         ("growing", growth > LEAST_GROWTH, constant[2], np.mean((growth_rest / DIAMETER_NOISE) ** 2)),
-        ("rotating", abs(turn) > LEAST_TURN, constant[3], moving[3]),
         ("circling", is_orbit, constant[0] + constant[1], 2 * orbit / POSITION_NOISE**2),
     )
     deviations = {"still": still}

@@ -42,7 +42,7 @@ KEEP_MEMORY = {
 PROMPTS = (
     "a large red circle moving left on a white background",
     "a small blue square moving up on a checkered background",
-    "a large green cross rotating on a black background",
+    "a large green cross moving diagonally on a black background",
     "a small purple triangle circling on a gradient background",
     "a large yellow square growing on a white background",
     "a small cyan circle moving down on a black background",
