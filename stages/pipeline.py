@@ -254,7 +254,13 @@ class Pipeline:
     @torch.no_grad()
     def decode(self, latents: Tensor) -> np.ndarray[Any, Any]:
         """Latents [B,C,T,h,w] to uint8 frames [B,T,H,W,3]."""
-        return self.autoencoder.decode_clip(latents).cpu().numpy()
+        return self.decode_checked(latents)[0]
+
+    @torch.no_grad()
+    def decode_checked(self, latents: Tensor) -> tuple[np.ndarray[Any, Any], list[bool]]:
+        """As `decode`; and whether each clip was finite before it became bytes."""
+        frames, finite = self.autoencoder.decode_checked(latents)
+        return frames.cpu().numpy(), finite
 
     @torch.no_grad()
     def _sample(

@@ -56,6 +56,8 @@ def main(suite: str, source: Path, out: Path, model: str, seed: int, batch_size:
     except UserError as error:  # what was made goes to its place all the same
         problem = error
     if int(os.environ.get("RANK", "0")) > 0:
+        if problem is not None:
+            raise problem
         return
     missing = []
     for video in wanted:

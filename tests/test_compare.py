@@ -46,6 +46,20 @@ def test_what_should_be_like_the_real_clips_is_judged_by_its_distance_from_them(
     assert line["interval"][0] < 100 * (2 - 0) < line["interval"][1]
 
 
+def test_truth_may_be_known_of_some_and_a_rank_may_have_none(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        samples = Samples(tmp_path / name, PROTOCOL)
+        for number in range(20):
+            row = {"read": {"colour": "red"}, "consistent": True, "finite": True, "measures": {"unsteadiness": number}}
+            truth = {"colour": "red"} if number % 2 else None
+            told = {"split": "data", "number": number, "prompt": "a", "truth": truth}
+            samples.keep({**told, "rows": {"real": row, "video_generated": row}})
+        (tmp_path / name / "evaluation.json").write_text(json.dumps({"rows": []}))
+        (tmp_path / name / "samples-1.jsonl").touch()
+    counts = {line["figure"]: line["n"] for line in compared(tmp_path / "a", tmp_path / "b")}
+    assert (counts["colour right, %"], counts["unsteadiness, grey levels"]) == (10, 20)
+
+
 def test_less_is_better_where_less_is_meant(tmp_path: Path) -> None:
     far = finished(tmp_path / "far", REAL, DRAWN.normal(0.3, 0.05, COUNT))
     near = finished(tmp_path / "near", REAL, DRAWN.normal(0.2, 0.05, COUNT))

@@ -53,6 +53,9 @@ class Oracle:
     def decode(self, latents: torch.Tensor) -> np.ndarray:
         return latents.permute(0, 2, 3, 4, 1).round().clamp(0, 255).numpy().astype(np.uint8)
 
+    def decode_checked(self, latents: torch.Tensor) -> tuple[np.ndarray, list[bool]]:
+        return self.decode(latents), [True] * len(latents)
+
     def clip(self, key, frames: int, fps: float) -> np.ndarray:
         combination = Combination(**parse(key.prompt))
         return render(sample_scene(combination, key.seed, key.prompt), 64, frames, fps)

@@ -168,7 +168,7 @@ def test_a_better_checkpoint_is_told_from_a_worse_one(run: Path, tmp_path: Path)
     assert {line["verdict"] for line in same} == {"can't tell"}
     assert {line["difference"] for line in same} == {0.0}
     main(Request(str(run), "video", 6, 4, tmp_path / "other", 0))
-    with pytest.raises(UserError, match=r"unequal protocols \(seed: 3 and 4\)"):
+    with pytest.raises(UserError, match=r"unequal protocols \(prompts: .*; seed: 3 and 4\)"):
         compared(tmp_path / "40", tmp_path / "other")
     with pytest.raises(UserError, match="holds no finished evaluation"):
         compared(tmp_path / "40", tmp_path)
@@ -266,6 +266,26 @@ def test_a_network_that_sees_no_row_is_named_and_nothing_is_made_twice(toy_model
     before = kept.stat().st_mtime_ns
     main(request)
     assert kept.stat().st_mtime_ns == before
+
+
+def test_the_towers_of_a_text_run_are_compared(toy_model: Path, tmp_path: Path) -> None:
+    """Each judges itself; the raw weights are judged as the raw weights."""
+    other = tmp_path / "other"
+    shutil.copytree(toy_model, other)
+    told = configs.load(ModelConfig, other / "model.yaml")
+    state = load_file(other / "text.safetensors")
+    save_file({key: -value if key == "text_projection" else value for key, value in state.items()}, other / "raw.st")
+    assert told.text is not None
+    raw = File(name="raw.st", sha256=sha256(other / "raw.st"))
+    configs.save(ModelConfig(text=told.text.model_copy(update={"raw": raw})), other / "model.yaml")
+    main(Request(str(other), "text", 24, 0, tmp_path / "out", 0, weights="both"))
+    ema, unlike = (json.loads((tmp_path / "out" / n / "evaluation.json").read_text()) for n in ("ema", "raw"))
+    assert ema["protocol"]["features"][0]["sha256"] == told.text.weights.sha256
+    assert unlike["protocol"]["features"][0]["sha256"] == raw.sha256
+    found = compared(tmp_path / "out/ema", tmp_path / "out/raw")
+    assert {line["row"] for line in found} == {"real"}
+    assert {"CLIP score", "captions that the text tower cuts, %"} < {line["figure"] for line in found}
+    assert sum(line["figure"].startswith("clips found by their texts") for line in found) == 6  # by frames and by clips
 
 
 def test_training_clips_are_looked_at_before_anything_is_computed(

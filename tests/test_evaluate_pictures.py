@@ -83,6 +83,7 @@ def test_a_follower_is_told_from_one_who_is_deaf(tmp_path: Path) -> None:
     assert entry["measures"]["controlled"]["mean"] == entry["measures"]["free"]["mean"]
     assert set(shares(report, "upscale").values()) == {0.0}
     assert next(e for e in report["rows"] if e["row"] == "upscale")["not_finite"] == 3
+    assert "upscaled" not in next(e for e in report["rows"] if e["row"] == "upscale")["measures"]
 
 
 def test_the_command_judges_what_a_model_has(

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from stages.evaluation.road import blend
-from stages.evaluation.statistics import in_words, losses, mean_interval, right, share, step_intervals
+from stages.evaluation.statistics import in_words, losses, mean_interval, right, share
 from videodiff.metrics.pictures import EQUAL_DB, clip_psnr
 
 
@@ -41,40 +41,49 @@ def test_nothing_read_is_wrong() -> None:
     }
 
 
-def test_what_chance_may_have_done_is_said() -> None:
-    def sample(right_ones: dict[str, bool]) -> dict:
-        rows = {
-            row: {"read": {"colour": "red" if hit else None}, "consistent": True} for row, hit in right_ones.items()
-        }
-        return {"split": "train", "truth": {"colour": "red"}, "rows": rows}
+def told(count: int, split: str = "train", **shares: float) -> dict:
+    """Losses of `count` prompts of which such shares are right in each row, the same first ones."""
 
-    rows = ("autoencoder", "image", "video_generated")
-    samples = [sample({"autoencoder": True, "image": i % 10 > 0, "video_generated": i % 2 > 0}) for i in range(40)]
-    found = step_intervals(samples, "seen")
-    assert found["autoencoder"] == [0.0, 0.0]
-    assert 0 <= found["image"][0] < 10 < found["image"][1]
-    assert 20 < found["video"][0] < 40 < found["video"][1]
-    assert "interpolation" not in found
-    got = dict(zip(rows, (1.0, 0.9, 0.5), strict=True))
-    entries = [{"row": row, "split": "seen", "shares": {"all": {"share": value}}} for row, value in got.items()]
-    words = in_words({**losses(entries, "seen"), "intervals": found})
-    assert words is not None
-    assert "chance" not in words
-    assert f"video 40.0 ({found['video'][0]:.1f} to {found['video'][1]:.1f})" in words
-    few = in_words({**losses(entries, "seen"), "intervals": {"video": [-3.0, 80.0]}})
-    assert few is not None
-    assert "can't tell that from chance" in few
+    def row(hit: bool) -> dict:
+        return {"read": {"colour": "red" if hit else None}, "consistent": True}
+
+    rows = [{name: row(i < share * count) for name, share in shares.items()} for i in range(count)]
+    samples = [{"split": split, "truth": {"colour": "red"}, "rows": each} for each in rows]
+    return losses(samples, "seen" if split == "train" else split)
 
 
 def test_the_stage_that_loses_most_is_named() -> None:
-    got = {"autoencoder": 1.0, "image": 0.9, "video_real": 0.8, "video_generated": 0.65, "whole": 0.6}
-    entries = [{"row": row, "split": "seen", "shares": {"all": {"share": value}}} for row, value in got.items()]
-    told = losses(entries, "seen")
-    assert told["steps"] == {"autoencoder": 0, "image": 10, "video": 25, "interpolation": 5}
-    assert (told["most"], told["video_alone"], told["first_images"]) == ("video", 20, 15)
-    words = in_words(told)
+    found = told(100, autoencoder=1.0, image=0.9, video_real=0.8, video_generated=0.65, whole=0.6)
+    assert found["steps"] == {"autoencoder": 0, "image": 10, "video": 25, "interpolation": 5}
+    assert (found["most"], found["video_alone"], found["first_images"]) == ("video", 20, 15)
+    low, high = found["intervals"]["video"]
+    assert 15 < low < 25 < high < 35
+    words = in_words(found, "seen combinations")
     assert words is not None
-    assert words.startswith("Stage video loses most: all attributes fall from 90.0 % to 65.0 %")
-    assert in_words(losses(entries[:1], "seen")) is None
-    even = [{**entry, "shares": {"all": {"share": 1.0}}} for entry in entries]
-    assert losses(even, "seen")["most"] is None
+    assert words.startswith("Stage video loses most: all attributes fall from 90.0 % to 65.0 % on seen combinations")
+    assert f"video 25.0 ({low:.1f} to {high:.1f})" in words
+    alone, first = (f"{a:.1f} to {b:.1f}" for a, b in (found["intervals"][n] for n in ("video_alone", "first_images")))
+    assert words.endswith(
+        f"From real first images the video stage loses 20.0 ({alone}); generated ones cost it 15.0 ({first}) more."
+    )
+    assert in_words(told(9, autoencoder=1.0), "the data") is None
+    assert told(40, image=0.9, autoencoder=1.0, video_generated=0.5)["intervals"]["autoencoder"] == [0.0, 0.0]
+
+
+def test_what_chance_may_have_done_is_said() -> None:
+    """One prompt, fewer than six, and two stages that lose about as much: none is accused."""
+    for count in (1, 5):
+        found = told(count, "data", autoencoder=1.0, image=1.0, video_generated=0.0)
+        assert found["most"] is None
+        words = in_words(found, "the data")
+        assert words is not None
+        assert words.startswith(f"{count} prompt{'s' * (count > 1)} can't tell which stage loses most on the data (")
+    near = told(60, autoencoder=1.0, image=0.75, video_generated=0.45)
+    assert near["steps"] == {"autoencoder": 0, "image": 25, "video": 30}
+    assert near["intervals"]["video"][0] > 0
+    assert near["most"] is None
+    assert f"about {near['more']} more would." in (in_words(near, "the data") or "")
+    even = told(60, autoencoder=1.0, image=1.0, video_generated=1.0)
+    assert even["most"] is None
+    assert (in_words(even, "the data") or "").startswith("No stage loses any of all attributes on the data")
+    assert "can't tell" in (in_words(told(2, autoencoder=1.0, image=1.0), "the data") or "")

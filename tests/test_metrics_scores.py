@@ -59,6 +59,17 @@ def test_retrieval_counts_both_ways_with_several_captions() -> None:
     assert found["image_to_text_r1"] == 1
 
 
+def test_a_caption_that_says_the_same_is_as_right() -> None:
+    """Pictures 0 and 1 have one caption: which of them comes first is nobody's fault."""
+    pictures, captions = torch.eye(12), torch.eye(12)
+    captions[0] = captions[1] = pictures[0] + 0.5 * pictures[1]
+    assert retrieval_recall(pictures, captions, ranks=(1,)) == pytest.approx(
+        {"text_to_image_r1": 11 / 12, "image_to_text_r1": 10 / 12}
+    )
+    same = [0, 0, *range(2, 12)]
+    assert set(retrieval_recall(pictures, captions, ranks=(1,), alike=same).values()) == {1.0}
+
+
 def test_retrieval_of_features_that_are_all_alike_finds_nothing_and_of_random_ones_what_guesses_find() -> None:
     alike = torch.ones(30, 4)
     assert set(retrieval_recall(alike, alike).values()) == {0.0}

@@ -51,6 +51,13 @@ def test_videos_lie_where_they_are_looked_for(toy_model: Path, tmp_path: Path, c
     assert told[1] == {"file": "a red circle-1.mp4", "prompt": "a red circle", "sample": 1}
 
 
+def test_every_rank_tells_its_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = written(tmp_path / "info.json", [{"prompt_en": "a red circle", "dimension": ["color"]}])
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(UserError, match="no such folder"):
+        main("vbench", source, tmp_path / "out", str(tmp_path / "no-model"), 0, 4, 1)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [("{", "not JSON"), ('[{"prompt": "x"}]', "not VBench's list"), ('[{"prompt_en": "a/b"}]', "can't name a file")],

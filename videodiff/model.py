@@ -228,12 +228,16 @@ class Model:
 
     def state(self, stage: str) -> dict[str, Tensor]:
         """The weights of a stage, by parameter name, in float32."""
+        state = self._read(self.chosen(stage))
+        return {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
+
+    def chosen(self, stage: str) -> File:
+        """The file of a stage's chosen weights."""
         part = self.part(stage)
         file = part.raw if self.weights == "raw" and stage == self._newest() else part.weights
         if file is None:
             raise UserError(f"{self.folder}: holds no raw weights, only averaged ones; leave out the choice of raw")
-        state = self._read(file)
-        return {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
+        return file
 
     def _read(self, file: File) -> dict[str, Tensor]:
         path = self.path(file)

@@ -11,17 +11,15 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from stages.evaluation.figures import FIGURES, LEAST, LIKE, WIDE, distances, of_samples
-from stages.evaluation.kept import FeatureFiles, differences, read_samples
-from stages.evaluation.measures import MEASURES
+from stages.evaluation.figures import FIGURES, LEAST, LIKE, WIDE, alike, distances, of_samples, recalls, told_apart
+from stages.evaluation.kept import FeatureFiles, differences, read_samples, without_model
+from stages.evaluation.measures import MEASURES, OF_TOWER
 from stages.evaluation.report import evaluations
 from stages.evaluation.statistics import ROWS, SPLITS, right, truth_of
 from videodiff.errors import UserError
-from videodiff.metrics.intervals import compare, set_interval
+from videodiff.metrics.intervals import Comparison, compare, compare_sets
 from videodiff.video_io import write_json
 
-# What may differ between two evaluations that are compared: the model, and nothing that it is judged by.
-MODEL_KEYS = ("model", "weights", "rows")
 Sample = dict[str, Any]
 
 
@@ -52,11 +50,13 @@ def compared(first: Path, second: Path) -> list[dict[str, Any]]:
     """
     a, b = _newest(first), _newest(second)
     (old_protocol, old), (new_protocol, new) = read_samples(a), read_samples(b)
-    told_apart = [key for key in MODEL_KEYS if key in old_protocol]
-    one, other = ({k: v for k, v in p.items() if k not in told_apart} for p in (old_protocol, new_protocol))
+    # Of the text stage alone the tower that judges is the one that is judged.
+    tower = all(protocol["rows"] == ["real"] for protocol in (old_protocol, new_protocol))
+    one, other = ({**without_model(p, own_tower=tower), "rows": None} for p in (old_protocol, new_protocol))
     if differing := list(differences(one, other)):
         raise UserError(f"{first} and {second}: unequal protocols ({'; '.join(differing)}); evaluate both alike")
-    rows = [row for row in old_protocol["rows"] if row in new_protocol["rows"] and not row.startswith("real")]
+    common = [row for row in old_protocol["rows"] if row in new_protocol["rows"]]
+    rows = [row for row in common if tower or not row.startswith("real")]
     told: list[dict[str, Any]] = []
     for split, name in SPLITS.items():
         keys = [key for key in old if key[0] == split and key in new and "rows" in old[key] and "rows" in new[key]]
@@ -64,7 +64,8 @@ def compared(first: Path, second: Path) -> list[dict[str, Any]]:
             if len(keys) > 1:
                 told += [{"row": row, "split": name, **line} for line in _samples(keys, old, new, row)]
         files = FeatureFiles(a, old_protocol), FeatureFiles(b, new_protocol)
-        told += [{"split": name, **line} for line in _sets(*files, split, rows, old_protocol)]
+        found = _recalls(*files, split, old, old_protocol) if tower else _sets(*files, split, rows, old_protocol)
+        told += [{"split": name, **line} for line in found]
     if not told:
         raise UserError(f"{first} and {second}: have no row with two samples in common; evaluate both on more prompts")
     return told
@@ -76,11 +77,14 @@ def _samples(
     """Shares and measures of one row, by differences of the same prompts."""
     told = []
     pairs = [(old[key], new[key]) for key in keys]
-    verdicts = [[_right(sample, row) for sample in pair] for pair in pairs]
-    for name in verdicts[0][0]:
+    verdicts = [
+        [_right(sample, row) for sample in pair] for pair in pairs if _right(pair[0], row)
+    ]  # where truth is known
+    of_tower = row == "real"  # equal in both but for what the tower says
+    for name in verdicts[0][0] if len(verdicts) > 1 and not of_tower else ():
         values = [np.array([float(pair[side][name]) for pair in verdicts]) for side in (0, 1)]
         told.append(_line(f"{name} right, %", "share", values, 100.0, True, row))
-    for name in MEASURES:
+    for name in OF_TOWER if of_tower else MEASURES:
         measured = [[sample["rows"][row]["measures"].get(name) for sample in pair] for pair in pairs]
         known = [pair for pair in measured if None not in pair]
         if len(known) > 1 and MEASURES[name].better != "real":
@@ -121,10 +125,7 @@ def _line(
 ) -> dict[str, Any]:
     first, second = (scale * value for value in values)
     found = compare(second, first, row, name, label, higher_is_better=more_is_better)
-    return {
-        "figure": label, "n": found.n, "first": float(first.mean()), "second": float(second.mean()),
-        "difference": found.mean, "interval": [found.low, found.high], "verdict": found.verdict, "more": found.more,
-    }  # fmt: skip
+    return {"figure": label, **_told(found, float(first.mean()), float(second.mean()))}
 
 
 def _sets(
@@ -134,7 +135,8 @@ def _sets(
     (old_numbers, old), (new_numbers, new) = a.of_split(split), b.of_split(split)
     both = [(i, new_numbers.index(number)) for i, number in enumerate(old_numbers) if number in set(new_numbers)]
     told = []
-    for number, extractor in enumerate(protocol["features"]):
+    judges = told_apart([judge["name"] for judge in protocol["features"]])
+    for number, judge in enumerate(judges):
         for row in rows:
             names = (f"{number}/{row}", f"{number}/{LIKE.get(row, '')}", f"finite/{row}")
             if any(name not in features for name in names for features in (old, new)):
@@ -150,8 +152,30 @@ def _sets(
                 resamples = 100 if real.shape[2] <= WIDE else 20
                 better = FIGURES[name].better == "more"
                 line = _set_line(before, after, len(real), better, row, name, resamples=resamples)
-                told.append({"row": row, "figure": f"{FIGURES[name].label}, {extractor['name']}", **line})
+                told.append({"row": row, "figure": f"{FIGURES[name].label}, {judge}", **line})
     return told
+
+
+def _recalls(
+    a: FeatureFiles, b: FeatureFiles, split: str, samples: Mapping[tuple[str, int], Sample], protocol: dict[str, Any]
+) -> Iterator[dict[str, Any]]:
+    """Recalls of the same captions and real clips by both models' towers."""
+    (old_numbers, old), (new_numbers, new) = a.of_split(split), b.of_split(split)
+    both = [number for number in old_numbers if number in set(new_numbers)]
+    said = alike([samples[(split, number)]["prompt"] for number in both])
+    for number, judge in enumerate(told_apart([judge["name"] for judge in protocol["features"]])):
+        if len(both) < LEAST or any(f"{number}/texts" not in features for features in (old, new)):
+            continue
+        sides = []
+        for numbers, features in ((old_numbers, old), (new_numbers, new)):
+            places = [numbers.index(each) for each in both]
+            sides.append(recalls(features[f"{number}/real"][places].mean(1), features[f"{number}/texts"][places], said))
+        for name in sides[0]:
+            try:
+                line = _set_line(sides[0][name], sides[1][name], len(both), True, "real", name, resamples=100)
+            except UserError:  # half of them are fewer than the rank
+                continue
+            yield {"row": "real", "figure": f"{FIGURES[name].label}, {judge}", **line}
 
 
 def _set_line(
@@ -164,16 +188,15 @@ def _set_line(
 ) -> dict[str, Any]:
     """Figures of chosen ones of `count` samples, of the first and of the second evaluation."""
     every = np.arange(count)
-    told = {"n": count, "first": before(every), "second": after(every)}
-    found = set_interval(lambda i: after(i) - before(i), (count,), *key, resamples=resamples)
-    verdict = "can't tell"
-    if not found.low <= 0 <= found.high:
-        verdict = "better" if (found.value > 0) == more_is_better else "worse"
-    # Its deviation falls as the root of N: so many more samples as bring the interval's half below the difference.
-    half = (found.high - found.low) / 2
-    more = None if not found.value else max(1, round(count * ((1.43 * half / abs(found.value)) ** 2 - 1)))
-    told |= {"difference": found.value, "interval": [found.low, found.high], "verdict": verdict}
-    return {**told, "more": 0 if verdict != "can't tell" else more}
+    found = compare_sets(after, before, count, *key, higher_is_better=more_is_better, resamples=resamples)
+    return _told(found, before(every), after(every))
+
+
+def _told(found: Comparison, first: float, second: float) -> dict[str, Any]:
+    return {
+        "n": found.n, "first": first, "second": second, "difference": found.mean, "interval": [found.low, found.high],
+        "verdict": found.verdict, "more": found.more,
+    }  # fmt: skip
 
 
 def _newest(folder: Path) -> Path:

@@ -62,22 +62,27 @@ LIKE = {
 
 
 def set_figures(
-    rows: Sequence[str], features: Mapping[str, Tensor], extractors: Sequence[FeatureExtractor], *key: int | str
+    rows: Sequence[str],
+    features: Mapping[str, Tensor],
+    texts: Sequence[str],
+    extractors: Sequence[FeatureExtractor],
+    *key: int | str,
 ) -> list[dict[str, Any]]:
     """Every figure of every row by every extractor that saw it, as JSON.
 
     features: by "extractor/row" [N,K,D], "extractor/texts" [N,D] and "finite/row" [N], as they are kept, of one split.
-    key: what the resamples follow from. Samples that are not finite are left out and counted. A figure that can't be
-    had is told with the reason as its "refused".
+    texts: the captions of those N. key: what the resamples follow from. Samples that are not finite are left out and
+    counted. A figure that can't be had is told with the reason as its "refused".
     """
     found: list[dict[str, Any]] = []
+    names = told_apart([extractor.name for extractor in extractors])
     for number, extractor in enumerate(extractors):
         for row in rows:
             if (every := features.get(f"{number}/{row}")) is None:
                 continue
             finite = features[f"finite/{row}"].bool()
             made = every[finite]
-            told = {"row": row, "features": extractor.name, "n": len(made), "not_finite": int((~finite).sum())}
+            told = {"row": row, "features": names[number], "n": len(made), "not_finite": int((~finite).sum())}
             if len(made) < LEAST:
                 reason = f"{len(made)} samples, fewer than {LEAST}; ask for more prompts"
                 found.append({**told, "figure": "frechet", "refused": reason})
@@ -94,7 +99,9 @@ def set_figures(
                 value = _figure(name, score, len(made), classes.shape[1], (*key, row))
                 found.append({**told, "figure": name, **value})
             if row == "real" and extractor.has_texts:
-                for name, value in _retrieval(made.mean(1), features[f"{number}/texts"], (*key, row)):
+                captions, said = features[f"{number}/texts"], alike(texts)
+                for name, recall in recalls(made.mean(1), captions, said).items():
+                    value = _figure(name, recall, len(made), made.shape[2], (*key, row))
                     found.append({**told, "figure": name, **value})
     return found
 
@@ -156,19 +163,33 @@ def _figure(
     return {**as_json(interval), **({"caution": warned} if warned else {})}
 
 
-def _retrieval(pictures: Tensor, texts: Tensor, key: tuple[int | str, ...]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Recalls of the real clips and their captions, both ways: what the text tower knows."""
+def recalls(pictures: Tensor, captions: Tensor, said: Sequence[int]) -> dict[str, Callable[..., float]]:
+    """Recalls of chosen ones of real clips [N,D] and their captions [N,D], both ways: what a text tower knows.
+    said: see `alike`."""
 
     def of(name: str, rank: int) -> Callable[..., float]:
         def recall(i: Any) -> float:
             chosen = torch.from_numpy(i)
-            return retrieval_recall(pictures[chosen], texts[chosen], ranks=(rank,))[name]
+            same = torch.tensor(said)[chosen].tolist()
+            return retrieval_recall(pictures[chosen], captions[chosen], ranks=(rank,), alike=same)[name]
 
         return recall
 
-    for rank in RANKS:
-        for name in (f"text_to_image_r{rank}", f"image_to_text_r{rank}"):
-            yield name, _figure(name, of(name, rank), len(texts), pictures.shape[1], key)
+    return {name: of(name, rank) for rank in RANKS for name in (f"text_to_image_r{rank}", f"image_to_text_r{rank}")}
+
+
+def alike(texts: Sequence[str]) -> list[int]:
+    """Of each text the number of its words' first appearance: equal texts have equal numbers."""
+    first: dict[str, int] = {}
+    return [first.setdefault(text, len(first)) for text in texts]
+
+
+def told_apart(names: Sequence[str]) -> list[str]:
+    """The names of networks, numbered where several have the same one."""
+    return [
+        name if names.count(name) == 1 else f"{name} ({names[: place + 1].count(name)})"
+        for place, name in enumerate(names)
+    ]
 
 
 def as_json(interval: Interval) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from stages.evaluation.measures import Gauge
 from stages.evaluation.questions import Prompt, Questions
 from stages.evaluation.road import Plan, Road, measure, record
 from stages.evaluation.sheets import clip_path, is_shown, picture_path, write_sheets
-from stages.evaluation.statistics import SPLITS, in_words, losses, step_intervals, summary
+from stages.evaluation.statistics import SPLITS, in_words, losses, summary
 from stages.pipeline import Pipeline
 from videodiff import config as configs
 from videodiff.errors import UserError
@@ -121,14 +121,15 @@ def _report(job: Job, samples: Samples, files: FeatureFiles) -> dict[str, Any]:
     if not finished:
         raise UserError(f"{out}: none of {len(told)} samples could be judged (the first: {told[0]['detail']})")
     entries = summary(finished, plan.rows)
-    figures = [
-        {"split": name, **figure}
-        for split, name in SPLITS.items()
-        for figure in set_figures(plan.rows, files.of_split(split)[1], job.gauge.extractors, plan.seed, split)
-    ]
+    figures = []
+    for split, name in SPLITS.items():
+        numbers, features = files.of_split(split)
+        texts = [samples.found[(split, number)]["prompt"] for number in numbers]
+        found = set_figures(plan.rows, features, texts, job.gauge.extractors, plan.seed, split)
+        figures += [{"split": name, **figure} for figure in found]
     write_sheets(out, finished, plan.rows)
-    lost = {name: {**losses(entries, name), "intervals": step_intervals(finished, name)} for name in SPLITS.values()}
-    verdict = in_words(lost["seen"]) or in_words(lost["data"])
+    lost = {name: losses(finished, name) for name in SPLITS.values()}
+    verdict = in_words(lost["seen"], "seen combinations") or in_words(lost["data"], "the data")
     bad = Counter([*(sample["bad"] for sample in told if "bad" in sample), *job.questions.problems])
     return {
         "protocol": job.protocol, "rows": entries, "figures": figures, "losses": lost, "verdict": verdict,

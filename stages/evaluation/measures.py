@@ -17,7 +17,7 @@ from torch import Tensor
 from videodiff.errors import UserError
 from videodiff.metrics.flow import interpolate_by_flow
 from videodiff.metrics.motion import consistency, flicker, is_dynamic, motion_amount, still, unsteadiness
-from videodiff.metrics.pictures import clip_psnr, ssim
+from videodiff.metrics.pictures import clip_psnr, looks, ssim
 from videodiff.metrics.scores import clip_scores
 from videodiff.networks.features import FeatureExtractor
 
@@ -45,6 +45,12 @@ def _likeness(what: str) -> dict[str, Unit]:
 
 
 MIDDLES = ("middle", "middle_blended", "middle_by_flow", "middle_rebuilt")
+LOOKS = {
+    "brightness": Unit("brightness, %", "real", 100.0, 1), "black": Unit("black pixels, %", "real", 100.0, 1),
+    "sharpness": Unit("sharpness, grey levels squared", "real", digits=0),
+    "saturation": Unit("saturation, %", "real", 100.0, 1),
+    **{name: Unit(f"{name}, %", "real", 100.0, 1) for name in ("red", "green", "blue")},
+}  # fmt: skip
 MEASURES: dict[str, Unit] = {
     **{name: unit for what in ("reconstruction", "first_frame", *MIDDLES) for name, unit in _likeness(what).items()},
     "captions_cut": Unit("captions that the text tower cuts, %", "less", 100.0, 1),
@@ -52,6 +58,7 @@ MEASURES: dict[str, Unit] = {
     "latent_deviation": Unit("deviation of the latents", "real", digits=3),
     "text_likeness": Unit("CLIP score", "more", digits=1),
     "consistency": Unit("frames alike, cosine", "real", digits=3),
+    **LOOKS,
     "flicker": Unit("flicker, grey levels", "real"),
     "unsteadiness": Unit("unsteadiness, grey levels", "less"),
     "motion": Unit("motion, % of diagonal a second", "real", 100.0),
@@ -64,6 +71,9 @@ MEASURES: dict[str, Unit] = {
     "controlled": Unit("off the outlines, % of the side", "less", digits=1),
     "free": Unit("the same without control, % of the side", "real", digits=1),
 }  # fmt: skip
+
+
+OF_TOWER = ("text_likeness", "captions_cut")  # what real clips and captions say of the text tower
 
 
 class Gauge:
@@ -98,10 +108,12 @@ class Gauge:
         return float(torch.cat([distance(x.to(self.device), y.to(self.device)) for x, y in parts]).mean())
 
     def measures(self, clip: np.ndarray, fps: float) -> dict[str, float | None]:
-        """How a clip moves; nothing of a picture."""
+        """What a clip looks like, and how it moves, if it is no picture."""
+        seen = looks(clip[chosen_frames(len(clip))])
+        told: dict[str, float | None] = {name: float(seen[name].mean()) for name in LOOKS}
         if len(clip) < 3:
-            return {}
-        told: dict[str, float | None] = {"flicker": flicker(clip), "frozen": float(still(clip).mean())}
+            return told
+        told |= {"flicker": flicker(clip), "frozen": float(still(clip).mean())}
         if self.flow:
             told["unsteadiness"] = unsteadiness(clip)
             told["motion"] = motion_amount(clip, fps)
@@ -155,22 +167,24 @@ class Gauge:
     def from_features(self, row: str, features: Mapping[str, Tensor], count: int) -> list[dict[str, float | None]]:
         """What features say of each of `count` clips: how near they are to the text, and frames to one another."""
         told: list[dict[str, float | None]] = [{} for _ in range(count)]
-        seen = [number for number in range(len(self.extractors)) if f"{number}/{row}" in features]
-        # Of a clip one that sees all of it says more than one that sees its frames: a motion, for one.
-        seen.sort(key=lambda number: self.extractors[number].takes != "clips")
-        reads = next((number for number in seen if self.extractors[number].has_texts), None)
-        if reads is not None:
-            texts, mean = features[f"{reads}/texts"], features[f"{reads}/{row}"].mean(1)
-            good = [i for i in range(count) if bool(mean[i].any()) and bool(texts[i].any())]  # zeros have no direction
-            for i, value in zip(good, clip_scores(mean[good], texts[good]).tolist() if good else [], strict=True):
-                told[i]["text_likeness"] = value
-        for number in seen:
-            frames = features[f"{number}/{row}"]
+        if (reads := self._reader()) is not None and f"{reads}/{row}" in features:
+            frames, texts = features[f"{reads}/{row}"], features[f"{reads}/texts"]
+            for i in range(count):
+                if bool(frames[i].any(1).all()) and bool(texts[i].any()):  # zeros have no direction
+                    scores = clip_scores(frames[i], texts[i].expand(len(frames[i]), -1))
+                    told[i]["text_likeness"] = float(scores.mean())
+        for number in range(len(self.extractors)):
+            frames = features.get(f"{number}/{row}", torch.empty(count, 0, 0))
             if frames.shape[1] > 1:
                 for i in range(count):
                     told[i]["consistency"] = consistency(frames[i]).both if bool(frames[i].any(1).all()) else None
                 break
         return told
+
+    def _reader(self) -> int | None:
+        """The one network that compares with texts, the same for every row: the first for pictures, else the first."""
+        reading = [number for number, extractor in enumerate(self.extractors) if extractor.has_texts]
+        return min(reading, key=lambda number: self.extractors[number].takes != "pictures", default=None)
 
 
 def sees(extractor: FeatureExtractor, count: int) -> bool:

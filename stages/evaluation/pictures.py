@@ -38,7 +38,7 @@ def control_rows(road: Road, plan: Plan, batch: Sequence[Prompt], real: np.ndarr
     Shape and place must be the picture's, also where the prompt says another shape; colour is in the prompt alone.
     """
     keys = _keys(plan, batch)
-    free, _ = decoded(road, road.image(keys, plan.sampling["image"]))  # how far off chance puts it
+    free, free_finite = decoded(road, road.image(keys, plan.sampling["image"]))  # how far off chance puts it
     for row, another_shape in CONTROLLED.items():
         scenes = [_scene(prompt, plan, another_shape) for prompt in batch]
         pictures = np.stack([render(scene, plan.size, 1, plan.fps)[0] for scene in scenes])
@@ -46,7 +46,7 @@ def control_rows(road: Road, plan: Plan, batch: Sequence[Prompt], real: np.ndarr
         for i, scene in enumerate(scenes):
             seen = read_image(frames[i, 0])
             off = {"controlled": _distance(seen, scene) if finite[i] else None}
-            off["free"] = _distance(read_image(free[i, 0]), scene)
+            off["free"] = _distance(read_image(free[i, 0]), scene) if free_finite[i] else None
             truth = {**asdict(batch[i].combination), "shape": scene.shape}
             _note(made[i], row, seen, finite[i], off, truth=truth)
             strip = np.concatenate([pictures[i], free[i, 0], frames[i, 0]], axis=1)
@@ -70,7 +70,7 @@ def upscale_rows(
             made[f"{name}bilinear"] = enlarge(given, plan.enlarged).numpy()
             made[f"{name}bicubic"] = enlarge(given, plan.enlarged, "bicubic").numpy()
             finite = finite and frames is not None
-        near = {name: clip_psnr(clip, real) for name, clip in made.items()}
+        near = {name: None if clip is blank else clip_psnr(clip, real) for name, clip in made.items()}
         _note(measured, "upscale", read_image(made["rebuilt_upscaled"][0]), finite, near)
         strip = [made["rebuilt_bilinear"][0], made["rebuilt_upscaled"][0], real[0]]
         measured.pictures["upscale"] = np.concatenate(strip, axis=1)

@@ -33,6 +33,7 @@ class Road(Protocol):
 
     def encode(self, frames: np.ndarray) -> Tensor: ...
     def decode(self, latents: Tensor) -> np.ndarray: ...
+    def decode_checked(self, latents: Tensor) -> tuple[np.ndarray, list[bool]]: ...
     def image(self, keys: Sequence[SampleKey], sampling: Sampling) -> Tensor: ...
     def video(self, keys: Sequence[SampleKey], first: Tensor, fps: float, sampling: Sampling) -> Tensor: ...
     def interpolation(self, keys: Sequence[SampleKey], clip: Tensor, fps: float, sampling: Sampling) -> Tensor: ...
@@ -195,9 +196,10 @@ def blend(clip: np.ndarray, factor: int) -> np.ndarray:
 
 
 def decoded(road: Road, latents: Tensor) -> tuple[np.ndarray, list[bool]]:
-    """Frames uint8 [B,T,S,S,3], and whether each sample's latents were finite."""
-    finite = torch.isfinite(latents).flatten(1).all(1).tolist()
-    return road.decode(torch.nan_to_num(latents, 0.0, 0.0, 0.0)), finite
+    """Frames uint8 [B,T,S,S,3], and whether each sample was finite, in latents and when they were decoded."""
+    given = torch.isfinite(latents).flatten(1).all(1).tolist()
+    frames, finite = road.decode_checked(torch.nan_to_num(latents, 0.0, 0.0, 0.0))
+    return frames, [a and b for a, b in zip(given, finite, strict=True)]
 
 
 def strip(clip: np.ndarray) -> np.ndarray:

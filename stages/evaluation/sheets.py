@@ -65,11 +65,19 @@ def in_words(name: str, value: dict[str, Any]) -> tuple[str, str, str]:
 
 
 def figure_in_words(told: dict[str, Any]) -> dict[str, str]:
-    """A figure's label, value, interval, by what network, and what to beware of."""
+    """A figure's label, value, interval, of how many samples, by what network, and what to beware of."""
     figure = FIGURES[told["figure"]]
     value, interval = _cells(figure, told) if "value" in told else ("-", "")
     beware = told.get("caution", told.get("refused", ""))
-    return {"label": figure.label, "by": told["features"], "beware": beware, "value": value, "interval": interval}
+    n = str(told["n"])
+    return {
+        "label": figure.label,
+        "by": told["features"],
+        "beware": beware,
+        "value": value,
+        "interval": interval,
+        "n": n,
+    }
 
 
 def _cells(figure: Figure, told: dict[str, Any]) -> tuple[str, str]:

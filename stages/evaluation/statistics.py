@@ -39,6 +39,12 @@ STEPS: tuple[tuple[str, str | None, str], ...] = (
     ("interpolation", "video_generated", "whole"),
 )
 
+# (what, row before, row after) of differences that are no steps of the road.
+APART: tuple[tuple[str, str | None, str], ...] = (
+    ("video_alone", "autoencoder", "video_real"),
+    ("first_images", "video_real", "video_generated"),
+)
+
 
 def mean_interval(values: Sequence[float], *key: str) -> dict[str, Any]:
     """Mean and 95 % bootstrap interval as JSON; of one value the value itself."""
@@ -103,59 +109,70 @@ def _entry(row: str, split: str, chosen: list[tuple[dict[str, Any], dict[str, st
     }
 
 
-def losses(entries: Sequence[dict[str, Any]], split: str) -> dict[str, Any]:
+def losses(samples: Sequence[dict[str, Any]], split: str) -> dict[str, Any]:
     """What each stage takes from "all attributes" on a split, in percentage points; needs at least two rows in a chain.
 
-    steps: stage -> drop from the row before it. video_alone: from real first images, against their reconstructions.
-    first_images: what generated first images cost the video stage. most: the stage with the greatest drop, if any.
+    all: row -> percent right. steps: stage -> drop from the row before it. video_alone: from real first images, against
+    their reconstructions. first_images: what generated first images cost the video stage. intervals: of each of these
+    the 95 % interval, by differences of the same prompts. most: the stage with the greatest drop, where these prompts
+    tell it from chance and from the next greatest; more: how many further ones would, where that can be said.
     """
-    got = {e["row"]: 100 * e["shares"]["all"]["share"] for e in entries if e["split"] == split and e["shares"]}
-    steps = {
-        stage: round((100.0 if before is None else got[before]) - got[after], 6)
-        for stage, before, after in STEPS
-        if after in got and (before is None or before in got)
-    }
-    apart = {"video_alone": ("autoencoder", "video_real"), "first_images": ("video_real", "video_generated")}
-    extra = {name: round(got[a] - got[b], 6) for name, (a, b) in apart.items() if a in got and b in got}
-    if len(steps) < 2:
-        return {"all": got, "steps": steps, **extra, "most": None}
-    worst = max(steps, key=lambda stage: steps[stage])
-    return {"all": got, "steps": steps, **extra, "most": worst if steps[worst] > 0 else None}
-
-
-def step_intervals(samples: Sequence[dict[str, Any]], split: str) -> dict[str, list[float]]:
-    """Of each stage the 95 % interval of what it takes from "all attributes", in points, by differences of the same
-    prompts; stages that lack a row, and fewer than two prompts, have none."""
     chosen = [s for s in samples if SPLITS[s["split"]] == split and s["truth"] is not None]
-    found = {}
-    for stage, before, after in STEPS:
-        rows = [after] if before is None else [before, after]
-        if len(chosen) > 1 and all(row in s["rows"] for s in chosen for row in rows):
-            hits = [[100.0 * right(s["rows"][row], truth_of(s, row) or {})["all"] for s in chosen] for row in rows]
-            start = [100.0] * len(chosen) if before is None else hits[0]
-            lost = intervals.mean_interval([a - b for a, b in zip(start, hits[-1], strict=True)], "steps", split, stage)
-            found[stage] = [lost.low, lost.high]
-    return found
+    rows = list(dict.fromkeys(row for s in chosen for row in s["rows"]))
+    hits = {row: [100.0 * right(s["rows"][row], truth_of(s, row) or {})["all"] for s in chosen] for row in rows}
+    lost = {
+        name: [(100.0 if before is None else hits[before][i]) - hits[after][i] for i in range(len(chosen))]
+        for name, before, after in (*STEPS, *APART)
+        if after in hits and (before is None or before in hits)
+    }
+    means = {name: round(sum(values) / len(values), 6) for name, values in lost.items()}
+    steps = {stage: means[stage] for stage, _, _ in STEPS if stage in means}
+    told: dict[str, Any] = {
+        "n": len(chosen), "all": {row: sum(values) / len(values) for row, values in hits.items()}, "steps": steps,
+        **{name: means[name] for name, _, _ in APART if name in means}, "intervals": {}, "most": None, "more": None,
+    }  # fmt: skip
+    if len(chosen) > 1:
+        for name, values in lost.items():
+            found = intervals.mean_interval(values, "steps", split, name)
+            told["intervals"][name] = [found.low, found.high]
+        if len(steps) > 1:
+            worst, second = sorted(steps, key=lambda stage: -steps[stage])[:2]
+            nothing = [0.0] * len(chosen)
+            tests = [intervals.compare(lost[worst], other, "most", split) for other in (nothing, lost[second])]
+            if all(test.verdict == "better" for test in tests):
+                told["most"] = worst
+            elif all(test.more is not None for test in tests):
+                told["more"] = max(test.more or 0 for test in tests)
+    return told
 
 
-def in_words(told: dict[str, Any]) -> str | None:
-    """The losses as a sentence or two; None where there are too few rows to compare stages."""
+def in_words(told: dict[str, Any], where: str) -> str | None:
+    """The losses as a sentence or two; None where there are too few rows to compare stages. where: on which prompts."""
     steps = told["steps"]
     if len(steps) < 2:
         return None
-    limits = {stage: f" ({low:.1f} to {high:.1f})" for stage, (low, high) in told.get("intervals", {}).items()}
-    listed = ", ".join(f"{stage} {points:.1f}{limits.get(stage, '')}" for stage, points in steps.items())
-    if told["most"] is None:
-        return f"No stage loses any of all attributes (points on seen combinations: {listed})."
-    before, after = next((b, a) for stage, b, a in STEPS if stage == told["most"])
-    start = 100.0 if before is None else told["all"][before]
-    text = (
-        f"Stage {told['most']} loses most: all attributes fall from {start:.1f} % to {told['all'][after]:.1f} % "
-        f"on seen combinations (points lost: {listed})."
-    )
-    if told.get("intervals", {}).get(told["most"], [1.0])[0] <= 0:
-        text += " So few prompts can't tell that from chance; ask for more."
+
+    def points(name: str, value: float) -> str:
+        low, high = told["intervals"].get(name, (None, None))
+        return f"{value:.1f}" if low is None else f"{value:.1f} ({low:.1f} to {high:.1f})"
+
+    listed = ", ".join(f"{stage} {points(stage, value)}" for stage, value in steps.items())
+    if told["most"] is not None:
+        before, after = next((b, a) for stage, b, a in STEPS if stage == told["most"])
+        start = 100.0 if before is None else told["all"][before]
+        text = (
+            f"Stage {told['most']} loses most: all attributes fall from {start:.1f} % to {told['all'][after]:.1f} % "
+            f"on {where} (points lost: {listed})."
+        )
+    elif told["n"] >= intervals.LEAST_PAIRS and max(steps.values()) <= 0:
+        text = f"No stage loses any of all attributes on {where} (points lost: {listed})."
+    else:
+        text = f"{told['n']} {'prompt' if told['n'] == 1 else 'prompts'} can't tell which stage loses most on {where} "
+        text += f"(points lost of all attributes: {listed}); "
+        text += f"about {told['more']} more would." if told["more"] else "ask for more."
     if "video_alone" in told:
-        text += f" From real first images the video stage loses {told['video_alone']:.1f}"
-        text += f"; generated ones cost it {told['first_images']:.1f} more." if "first_images" in told else "."
+        text += f" From real first images the video stage loses {points('video_alone', told['video_alone'])}"
+        if "first_images" in told:
+            text += f"; generated ones cost it {points('first_images', told['first_images'])} more"
+        text += "."
     return text

@@ -16,6 +16,7 @@ import numpy as np
 
 from data_pipeline.decoders import ClipError
 from data_pipeline.world import rng
+from stages.evaluation.figures import told_apart
 from stages.evaluation.questions import Clips, Decoder, Prompt
 from videodiff.errors import UserError
 
@@ -94,22 +95,28 @@ def protocol_line(protocol: dict[str, Any], figures: list[dict[str, Any]]) -> st
         f"{protocol['frames']} frames at {protocol['fps']:g} a second (whole: times {protocol['factor']}), "
         f"{protocol['size']}x{protocol['size']}, against as many real clips at the same size, rate and length"
     ]
+    refused: list[str] = []
     for row in ROWS:
         for one in figures:
-            if one["row"] != row or one["figure"] not in ("frechet", "inception_clips") or "value" not in one:
+            if one["row"] != row or one["figure"] not in ("frechet", "inception_clips"):
                 continue
-            if one["figure"] == "frechet" and not _sees_clips(protocol, one["features"]):
+            if not _sees_clips(protocol, one["features"]):
+                continue
+            if "value" not in one:
+                refused.append(f"{row}: no figure by {one['features']} ({one['refused']})")
                 continue
             name = "FVD" if one["figure"] == "frechet" else "IS"
             low, high = one["interval"]
             said.append(f"{row}: {name} {one['value']:.1f} ({low:.1f} to {high:.1f}, N {one['n']}, {one['features']})")
     if len(said) == 1:
-        said.append("no network for clips among --judges saw them: no FVD, no inception score")
+        said += refused or ["no network for clips among --judges saw them: no FVD, no inception score"]
     return "; ".join(said)
 
 
 def _sees_clips(protocol: dict[str, Any], name: str) -> bool:
-    return any(told["name"] == name and told["takes"] == "clips" for told in protocol["features"])
+    judges = protocol["features"]
+    names = told_apart([told["name"] for told in judges])
+    return any(other == name and told["takes"] == "clips" for other, told in zip(names, judges, strict=True))
 
 
 def _videos_by_class(folder: Path) -> dict[str, list[Path]]:

@@ -42,15 +42,6 @@ class Gaussian:
 
         return functools.reduce(operator.add, (one(part) for part in matrix(features, what).split(_ROWS)))
 
-    @classmethod
-    def from_moments(cls, mean: Tensor, covariance: Tensor, count: int) -> Gaussian:
-        """From published statistics: mean [D], covariance [D,D] with divisor count - 1. UserError for other shapes."""
-        if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
-            raise UserError(
-                f"statistics: mean {list(mean.shape)} and covariance {list(covariance.shape)}; give [D] and [D,D]"
-            )
-        return cls(count, mean.double(), covariance.double() * (count - 1))
-
     def __add__(self, other: Gaussian) -> Gaussian:
         if self.mean.shape != other.mean.shape:
             raise UserError(

@@ -133,6 +133,27 @@ def set_interval(figure: Callable[..., float], sizes: Sequence[int], *key: int |
     return Interval(whole, float(low), float(high), min(sizes), float(halves.mean() - whole))
 
 
+def compare_sets(
+    new: Callable[..., float],
+    old: Callable[..., float],
+    count: int,
+    *key: int | str,
+    higher_is_better: bool = True,
+    resamples: int = 200,
+) -> Comparison:
+    """As `compare`, of a figure of sets: new and old give it of chosen ones of the same `count` samples. UserError as
+    `set_interval`."""
+    found = set_interval(lambda i: new(i) - old(i), (count,), *key, resamples=resamples)
+    half = (found.high - found.low) / 2
+    deviation = half / Z95 * math.sqrt(count)  # as if of a mean of `count` differences
+    if found.low <= 0 <= found.high:
+        needed = None if found.value == 0 else math.ceil(((Z95 + Z80) * deviation / found.value) ** 2)
+        more = None if needed is None else max(1, needed - count)
+        return Comparison(found.value, found.low, found.high, count, deviation, "can't tell", more)
+    verdict: Literal["better", "worse"] = "better" if (found.value > 0) == higher_is_better else "worse"
+    return Comparison(found.value, found.low, found.high, count, deviation, verdict, 0)
+
+
 def _means(sample: Floats, key: tuple[int | str, ...]) -> Floats:
     """Means of RESAMPLES bootstrap samples."""
     generator, n = draws(*key, "bootstrap"), len(sample)

@@ -14,7 +14,6 @@ import torch
 
 from videodiff.errors import UserError
 from videodiff.metrics.flow import dense_flow, interpolate_by_flow
-from videodiff.metrics.pictures import psnr, ssim
 from videodiff.metrics.samples import Features, Floats, Pictures, matrix, pictures_of
 
 _STILL = 3.0  # grey levels: what changes less on average over 8x8 pixels is noise of a codec
@@ -29,21 +28,11 @@ def flicker(clip: Pictures) -> float:
     return float(np.mean([np.abs(b.astype(np.int16) - a).mean() for a, b in pairwise(x)]))
 
 
-def second_difference(clip: Pictures) -> float:
-    """Mean of |x[t-1] - 2 x[t] + x[t+1]|: 0 for fades and for gradients that pan evenly, 4a for a flicker of +-a.
-
-    A sharp edge that moves still raises it, to twice its `flicker`; `unsteadiness` follows the edge.
-    """
-    x = pictures_of(clip, "clip", 3)
-    y = x.astype(np.int16)
-    changes = (a - 2 * middle + b for a, middle, b in zip(y[:-2], y[1:-1], y[2:], strict=True))
-    return float(np.mean([np.abs(change).mean() for change in changes]))
-
-
 def unsteadiness(clip: Pictures) -> float:
     """The second difference along the motion: 2 |x[t] - the middle of x[t-1] and x[t+1] along their flow|, mean.
 
-    Equal to `second_difference` where nothing moves, and small for any even motion. The frame that is judged has no
+    Where nothing moves that is the plain second difference: 4a for a flicker of +-a, 0 for fades. Small for any even
+    motion. The frame that is judged has no
     part in the flow. Raises UserError as `flow.dense_flow`.
     """
     x = pictures_of(clip, "clip", 3)
@@ -82,14 +71,6 @@ def is_dynamic(clip: Pictures, fps: float) -> bool:
     return int((strongest_motion(seen) > threshold).sum()) >= max(1, round(len(seen) / 4))
 
 
-def dynamic_degree(clips: Iterable[Pictures], fps: float) -> float:
-    """The share of clips that move (`is_dynamic`)."""
-    found = [is_dynamic(clip, fps) for clip in clips]
-    if not found:
-        raise UserError("dynamic degree: no clips; give at least one")
-    return float(np.mean(found))
-
-
 def still(clip: Pictures) -> np.ndarray:
     """bool [T-1]: whether nothing changes from a frame to the next, in no block of 8x8 pixels by 3 grey levels.
 
@@ -120,12 +101,6 @@ def consistency(features: Features) -> Consistency:
     x = torch.nn.functional.normalize(x, dim=1)
     before, first = ((x[1:] * other).sum(1).clamp(min=0).mean() for other in (x[:-1], x[:1]))
     return Consistency(float(before), float(first))
-
-
-def first_frame_fidelity(clip: Pictures, picture: Pictures) -> dict[str, float]:
-    """ "psnr" in dB and "ssim" of a clip's first frame against the picture [H,W,3] that it was to begin with."""
-    first = pictures_of(clip, "clip")[:1]
-    return {"psnr": float(psnr(first, picture[None])[0]), "ssim": float(ssim(first, picture[None])[0])}
 
 
 def _lengths(clip: Pictures) -> Iterable[np.ndarray]:

@@ -50,13 +50,19 @@ def clip_scores(pictures: Features, captions: Features) -> Tensor:
 
 
 def retrieval_recall(
-    pictures: Features, captions: Features, picture_of: Sequence[int] | None = None, ranks: Sequence[int] = (1, 5, 10)
+    pictures: Features,
+    captions: Features,
+    picture_of: Sequence[int] | None = None,
+    ranks: Sequence[int] = (1, 5, 10),
+    alike: Sequence[int] | None = None,
 ) -> dict[str, float]:
     """Shares "text_to_image_r1", "image_to_text_r1", ... of queries with a right answer among the first of their list.
 
     picture_of: for each caption the number of its picture, by default the caption's own number. A picture's query is
     right when any of its captions is in time. A wrong answer as near as the right one counts as nearer: features that
-    are all alike find nothing. Raises UserError for ranks that no list can miss, and pictures without a caption.
+    are all alike find nothing. alike: for each picture a number, equal for those whose captions say the same: each is
+    as right for the other's captions as for its own. Raises UserError for ranks that no list can miss, and pictures
+    without a caption.
     """
     x, y = two(pictures, captions, ("pictures", "captions"))
     a, b = _unit(x, "pictures"), _unit(y, "captions")
@@ -69,11 +75,11 @@ def retrieval_recall(
     if not ranks or min(ranks) < 1:
         raise UserError(f"ranks {list(ranks)}: give whole numbers of at least 1")
     refuse_few("retrieval", len(a), "pictures", max(ranks))
-    owner = owner.to(a.device)
-    places = {
-        "text_to_image": _places(b, a, owner, torch.arange(len(a), device=a.device)),
-        "image_to_text": _places(a, b, torch.arange(len(a), device=a.device), owner),
-    }
+    said = torch.arange(len(a)) if alike is None else torch.as_tensor(list(alike), dtype=torch.int64)
+    if len(said) != len(a):
+        raise UserError(f"alike: {len(said)} numbers for {len(a)} pictures; give one for each")
+    said_by, said = said[owner].to(a.device), said.to(a.device)
+    places = {"text_to_image": _places(b, a, said_by, said), "image_to_text": _places(a, b, said, said_by)}
     return {f"{way}_r{rank}": float((p < rank).double().mean()) for way, p in places.items() for rank in ranks}
 
 
@@ -101,7 +107,8 @@ def fleiss_kappa(counts: npt.NDArray[Any]) -> float:
 
 
 def _places(queries: Tensor, answers: Tensor, asked: Tensor, owned: Tensor) -> Tensor:
-    """For each query, how many wrong answers come before its best right one. asked and owned: numbers of pictures."""
+    """For each query, how many wrong answers come before its best right one. asked and owned: numbers that are equal
+    where an answer is right."""
     found = []
     for start, rows in blocks(queries, len(answers)):
         near = rows @ answers.T

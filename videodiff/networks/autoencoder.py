@@ -265,12 +265,18 @@ class Autoencoder(nn.Module):
     @torch.no_grad()
     def decode_clip(self, latent: Tensor) -> Tensor:
         """[B,C,T,h,w] in normalised units -> uint8 [B,T,H,W,3]; clip by clip, as `encode_clip`."""
+        return self.decode_checked(latent)[0]
+
+    @torch.no_grad()
+    def decode_checked(self, latent: Tensor) -> tuple[Tensor, list[bool]]:
+        """As `decode_clip`; and whether each clip was finite before it became bytes, which can't tell."""
         self._check(latent, "[B,C,T,h,w]")
-        clips = []
+        clips, finite = [], []
         for clip in latent.to(next(self.parameters()).dtype).transpose(1, 2):
             pictures = self.decode(clip, self.config.chunk).float().permute(0, 2, 3, 1)
             clips.append(((pictures + 1) * 127.5).round().clamp(0, 255).to(torch.uint8))
-        return torch.stack(clips)
+            finite.append(bool(torch.isfinite(pictures).all()))
+        return torch.stack(clips), finite
 
     def _check(self, latent: Tensor, legend: str) -> None:
         channels = self.config.latent_channels

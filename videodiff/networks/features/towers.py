@@ -19,7 +19,8 @@ from videodiff.networks.text import ContrastiveTextModel, public_clip
 
 
 def open_bundled(config: BundledFeatures, model: Model | None, device: torch.device, key: str) -> FeatureExtractor:
-    """Vectors of length 1 of film strips and of captions, by the averaged weights, whichever are judged."""
+    """Vectors of length 1 of film strips and of captions. By the averaged weights, unless the text stage is the newest
+    one and the raw ones were chosen: then it is the tower that is judged."""
     if model is None:
         raise UserError(f"{key}.kind: bundled needs a model, whose text stage it is; name one, or another kind")
     part = model.part("text")
@@ -32,10 +33,9 @@ def open_bundled(config: BundledFeatures, model: Model | None, device: torch.dev
     files = {name: getattr(part, name) for name in ("vocabulary", "words")}
     paths = {name: None if file is None else str(model.path(file)) for name, file in files.items()}
     network = ContrastiveTextModel(part.network.model_copy(update=paths))
-    # Opened again for its averaged weights: a judge must not change with the judged.
-    state = Model(model.folder, model.config).state("text")
-    state = {f"clip.{name}": value for name, value in state.items()}
-    fill(network, state, f"{key}.kind: bundled", model.path(part.weights), "a tower for texts and pictures")
+    weights = model.chosen("text")
+    state = {f"clip.{name}": value for name, value in model.state("text").items()}
+    fill(network, state, f"{key}.kind: bundled", model.path(weights), "a tower for texts and pictures")
     network.to(device)
     size = part.network.image_size
 
@@ -45,7 +45,7 @@ def open_bundled(config: BundledFeatures, model: Model | None, device: torch.dev
     return FeatureExtractor(
         kind=config.kind,
         name=f"the model's own text-image tower, {'film strips' if config.takes == 'clips' else 'still film strips'}",
-        sha256=part.weights.sha256,
+        sha256=weights.sha256,
         takes=config.takes,
         size=size,
         resize=STRIP,
