@@ -214,7 +214,7 @@ def test_thousands_of_gpus_and_a_plan_that_does_not_fit(capsys: pytest.CaptureFi
     assert "-> ZeRO 1" in small
     assert "does not fit" in small
     assert "warning: ZeRO 1 needs" in small
-    assert "; try --zero-stage " in small
+    assert "; try " in small
     nothing_left = ["engine.offload_optimizer=true", "activation_checkpointing=true", "engine.micro_batch=1"]
     small = said("--gpus-per-node", "1", "--gpu", "a10", "--zero-stage", "3", *nothing_left)
     assert "; try a GPU with more memory or a smaller network\n" in small
