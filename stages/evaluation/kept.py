@@ -5,7 +5,6 @@ A killed evaluation goes on where it stopped, and several ranks share one folder
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -15,11 +14,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from stages.evaluation.questions import Prompt
 from videodiff.errors import UserError
+from videodiff.tensor_files import save_file
 from videodiff.video_io import atomic_path
 
 NEWLINE = b"\n"
@@ -205,9 +205,6 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], told: dict[str, str
     """Write tensors with words about them, whole or not at all; OSError where the disk is full."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as draft:
-        try:
-            save_file({name: value.contiguous() for name, value in tensors.items()}, draft, told)
-        except SafetensorError as error:
-            raise OSError(errno.EIO, str(error), str(path)) from None
+        save_file({name: value.contiguous() for name, value in tensors.items()}, draft, told)
         with open(draft, "rb") as file:
             os.fsync(file.fileno())
