@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from data_pipeline.clips import CENTRE, Clip
 from data_pipeline.data_config import DataConfig
-from videodiff.seeding import uniforms
+from videodiff.seeding import uniform
 
 
 @dataclass(frozen=True)
@@ -25,16 +25,11 @@ class Augmentation:
         """That of a number of the run: a sample in an epoch."""
         crop = CENTRE
         if config.crop == "random":
-            crop = draw(seed, "crop down", number), draw(seed, "crop across", number)
-        flip = config.flip and draw(seed, "flip", number) < 0.5
-        return Augmentation(draw(seed, "window", number), crop, flip)
+            crop = uniform(seed, "crop down", number), uniform(seed, "crop across", number)
+        flip = config.flip and uniform(seed, "flip", number) < 0.5
+        return Augmentation(uniform(seed, "window", number), crop, flip)
 
     def cut(self, clip: Clip, frames: int) -> npt.NDArray[np.uint8]:
         """The window of so many frames, uint8 [T,H,W,3], of a clip that was decoded with this crop."""
         window = clip.window(frames, self.position)
         return window[:, :, ::-1] if self.flip else window
-
-
-def draw(seed: int, purpose: str, number: int) -> float:
-    """One uniform number in [0, 1), the same whenever it is asked for."""
-    return float(uniforms(seed, purpose, [number])[0])

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from data_pipeline.augmentation import Augmentation, draw
+from data_pipeline.augmentation import Augmentation
 from data_pipeline.bad_samples import BadSamples
 from data_pipeline.clips import Clip
 from data_pipeline.data_config import Bucket, DataConfig
@@ -31,6 +31,7 @@ from data_pipeline.prefetch import prefetched
 from data_pipeline.samples import RawSample, SampleError, label_of, read_sample
 from videodiff.batch import Encoded, VideoBatch
 from videodiff.errors import UserError
+from videodiff.seeding import uniform
 
 __all__ = ["DataConfig", "ShardSource"]
 
@@ -60,14 +61,16 @@ class ShardSource:
         bad_samples: Path | None = None,
         decoder: str = DECODER,
         encoder: Callable[[], str] | None = None,
+        paraphrases: bool = True,
     ) -> None:
         """``bad_samples`` is the run's list of bad clips: appended to, and believed, so that a resumed run is the same.
 
         ``decoder`` names the function "module:name" that decodes, in place of ``data_pipeline.clips:decode_clip``.
         ``encoder`` tells the hash of the encoders whose features may stand in encoded shards; without it there may be
-        none.
+        none. ``paraphrases``: whether batches have them.
         """
         self._config, self._seed, self._decoder = config, seed, decoder
+        self._paraphrases = paraphrases
         named = config.data_sets()
         opened = [open_shards(data_set.shards) for data_set in named]
         self._encoding = check_encoding([shard for shards in opened for shard in shards], config, encoder)
@@ -176,7 +179,9 @@ class ShardSource:
                 if isinstance(clip, Clip):
                     frames[row] = Augmentation.draw(self._config, self._seed, slot.number).cut(clip, bucket.frames)
                     self._keep(clip, told)
-                caption, paraphrase = (told.captions[index] for index in self._two(len(told.captions), slot.number))
+                first = self._first(len(told.captions), slot.number)
+                caption = told.captions[first]
+                paraphrase = told.captions[self._other(len(told.captions), first, slot.number)]
                 key, label = told.key, told.label
             else:
                 assert not isinstance(clip, Clip)
@@ -197,7 +202,7 @@ class ShardSource:
             numbers=torch.tensor([slot.number for slot in slots], dtype=torch.int64),
             keys=tuple(keys),
             weight=torch.tensor(weight),
-            paraphrases=tuple(paraphrases),
+            paraphrases=tuple(paraphrases) if self._paraphrases else (),
             labels=tuple(labels) if self._config.label else (),
             encoded=stack(encoded) if encoded else None,
         )
@@ -207,7 +212,7 @@ class ShardSource:
         assert self._encoding is not None
         features = unpack(raw.video, self._encoding.variants, len(raw.captions))
         variants = self._encoding.variants
-        variant = int(draw(self._seed, "variant", number) * variants) if variants > 1 else 0
+        variant = int(uniform(self._seed, "variant", number) * variants) if variants > 1 else 0
         chosen = features.choose(variant, self._first(len(raw.captions), number))
         check_finite(chosen)
         if not same_shapes(chosen, self._blank):
@@ -233,13 +238,14 @@ class ShardSource:
 
     def _first(self, choices: int, number: int) -> int:
         """Which of a sample's captions it has."""
-        return int(draw(self._seed, "caption", number) * choices)
+        return int(uniform(self._seed, "caption", number) * choices)
 
-    def _two(self, choices: int, number: int) -> tuple[int, int]:
-        """A sample's caption and another one of its captions, the same again where it has only one."""
-        first = self._first(choices, number)
-        others = [index for index in range(choices) if index != first] or [first]
-        return first, others[int(draw(self._seed, "paraphrase", number) * len(others))]
+    def _other(self, choices: int, first: int, number: int) -> int:
+        """Another one of its captions, the same again where it has only one."""
+        if not self._paraphrases or choices == 1:
+            return first
+        others = [index for index in range(choices) if index != first]
+        return others[int(uniform(self._seed, "paraphrase", number) * len(others))]
 
     def _keep(self, clip: Clip, told: _Slot) -> None:
         whole = len(clip.frames) == clip.total

@@ -151,7 +151,13 @@ def train_stage(path: str | Path, overrides: Sequence[str] = ()) -> None:
         bad_samples = Path(config.run.dir) / "bad_samples.jsonl"
 
         def prepare() -> tuple[Task, ShardSource]:
-            source = ShardSource(config.data, config.run.seed, bad_samples, encoder=_encoder(config))
+            source = ShardSource(
+                config.data,
+                config.run.seed,
+                bad_samples,
+                encoder=_encoder(config),
+                paraphrases=isinstance(config, TextStage),
+            )
             task = make_task(config)
             begun = Checkpoints(Path(config.run.dir) / CHECKPOINTS, 1).exist()
             if isinstance(config, DiffusionStageConfig) and config.init_from is not None and not begun:

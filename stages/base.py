@@ -6,6 +6,7 @@ Shapes: B batch, C latent channels, T frames, H W latent size, L tokens, D width
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cached_property
 from hashlib import blake2b
@@ -48,6 +49,8 @@ from videodiff.training.engine import EngineConfig
 from videodiff.training.task import LossOutput
 from videodiff.training.trainer import RunConfig
 from videodiff.video_io import contact_sheet, write_png
+
+HASHERS, POOLED_BYTES = 8, 1 << 16  # threads that hash clips, for clips worth handing over
 
 
 class StageConfig(Config):
@@ -123,31 +126,48 @@ class DiffusionStageConfig(DenoisingStageConfig):
 class PosteriorCache:
     """The autoencoder's posteriors of clips, encoded once each and found again by the clip's pixels.
 
-    Exact: a clip is encoded alone, so that its latents do not depend on the batch it is met in.
+    Exact: a clip is encoded in a group of fixed size, so that its latents do not depend on the batch it is met in.
     """
 
     def __init__(self, autoencoder: Autoencoder, bytes_left: int) -> None:
         self.autoencoder, self.bytes_left = autoencoder, bytes_left
         self.known: dict[bytes, tuple[Tensor, Tensor]] = {}
+        self._pool = ThreadPoolExecutor(HASHERS)
 
     def __call__(self, frames: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation [B,C,T,h,w] float32 of uint8 clips [B,T,H,W,3]."""
-        means, stds = zip(*(self._one(clip) for clip in frames), strict=True)
+        keys = list((self._pool.map if frames[0].nbytes > POOLED_BYTES else map)(_digest, frames))
+        found = {key: self.known[key] for key in keys if key in self.known}
+        missing = [(key, clip) for key, clip in dict(zip(keys, frames, strict=True)).items() if key not in found]
+        # Short clips go together, as many as the autoencoder takes frames at a time; the last group is filled up.
+        size = max(1, self.autoencoder.config.chunk // frames.shape[1])
+        for start in range(0, len(missing), size):
+            group = missing[start : start + size]
+            clips = [clip for _, clip in group]
+            made = self._encode(clips + clips[-1:] * (size - len(clips)))
+            for (key, _), posterior in zip(group, made, strict=False):
+                found[key] = posterior
+                self._keep(key, posterior)
+        means, stds = zip(*(found[key] for key in keys), strict=True)
         return torch.stack(means), torch.stack(stds)
 
     @torch.no_grad()
-    def _one(self, clip: Tensor) -> tuple[Tensor, Tensor]:
-        key = blake2b(clip.contiguous().numpy().data, digest_size=16, key=str(tuple(clip.shape)).encode()).digest()
-        if (found := self.known.get(key)) is not None:
-            return found
-        device = next(self.autoencoder.parameters()).device
-        posterior = self.autoencoder.encode_clip(clip[None].to(device))
-        found = posterior.mean[0], posterior.std[0]
-        size = sum(part.nbytes for part in found)
+    def _encode(self, clips: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """Of clips [T,H,W,3] that follow one another like the frames of one."""
+        frames = torch.cat(clips)[None].to(next(self.autoencoder.parameters()).device)
+        posterior = self.autoencoder.encode_clip(frames)
+        parts = (part[0].split(len(clips[0]), dim=1) for part in (posterior.mean, posterior.std))
+        return list(zip(*parts, strict=True))
+
+    def _keep(self, key: bytes, posterior: tuple[Tensor, Tensor]) -> None:
+        size = sum(part.nbytes for part in posterior)
         if size <= self.bytes_left:
-            self.known[key] = found
+            self.known[key] = (posterior[0].clone(), posterior[1].clone())  # alone, not with its whole group
             self.bytes_left -= size
-        return found
+
+
+def _digest(clip: Tensor) -> bytes:
+    return blake2b(clip.contiguous().numpy().data, digest_size=16, key=str(tuple(clip.shape)).encode()).digest()
 
 
 def known_mask(slots: Sequence[int], like: Tensor) -> Tensor:

@@ -127,6 +127,15 @@ def test_one_process_follows_adamw_and_the_average_in_float64(stage: int) -> Non
     assert nn.functional.linear is linear  # DeepSpeed puts its own there for good
 
 
+@pytest.mark.slow
+def test_a_compiled_network_follows_them_too() -> None:
+    config = EngineConfig(zero_stage=1, precision="fp32", compiled_network=True, **SETTINGS)
+    engine = Engine(network(), config, trains, BATCH)
+    average, norms = train_with(engine, config)
+    check(engine.gather(engine.masters()), engine.gather(average.values), norms, config)
+    engine.close()
+
+
 def test_two_processes_follow_them_too(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0"]
     command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", __file__, str(tmp_path)]
@@ -198,6 +207,7 @@ def test_learning_rate_is_a_function_of_the_step() -> None:
         ({"decay_steps": 3}, "decay_steps"),
         ({"betas": [0.9, 1.0]}, "betas"),
         ({"micro_batch": 0}, "micro_batch"),
+        ({"compiled_network": True, "zero_stage": 3}, "compiled_network"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(values: dict, words: str) -> None:

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from videodiff.seeding import generator, normals, uniforms
+from videodiff.seeding import generator, normals, uniform, uniforms
 
 
 def first_draws(*key: int | str) -> list[float]:
@@ -33,6 +33,12 @@ def test_a_samples_noise_does_not_depend_on_its_batch() -> None:
     for order in ([5], [2, 0], [4, 4, 1]):
         assert torch.equal(normals((4, 3, 5), 7, "noise", order), whole[order])
     assert torch.equal(uniforms(7, "time", [3, 1]), uniforms(7, "time", range(6))[[3, 1]])
+
+
+def test_rows_are_the_draws_of_their_own_generators() -> None:
+    for row, number in zip(normals((4, 3, 5), 7, "noise", [9, 2]), (9, 2), strict=True):
+        assert torch.equal(row, torch.randn(4, 3, 5, generator=generator(7, "noise", number)))
+    assert uniform(7, "time", 3) == float(uniforms(7, "time", [3])[0])
 
 
 def test_samples_purposes_and_seeds_are_independent() -> None:

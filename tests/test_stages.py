@@ -20,7 +20,7 @@ from data_pipeline.world import render_clip
 from stages import image, interpolation, video
 from stages.assemble import begin_with
 from stages.autoencoder import AutoencoderStage, AutoencoderTask
-from stages.base import Dropout, with_known
+from stages.base import Dropout, PosteriorCache, with_known
 from stages.image import ImageStage
 from stages.interpolation import InterpolationStage
 from stages.pipeline import Pipeline, SampleKey
@@ -31,6 +31,7 @@ from videodiff.batch import Condition
 from videodiff.diffusion.samplers import DDIM
 from videodiff.errors import UserError
 from videodiff.model import DESCRIPTION, VOCABULARY, WORDS, Model, export, write_weights
+from videodiff.networks.autoencoder import Autoencoder, AutoencoderConfig
 from videodiff.networks.features.extractor import film_strip
 from videodiff.networks.text import build_vocabulary
 from videodiff.networks.unet import is_temporal
@@ -576,3 +577,20 @@ def test_a_film_strip_shows_four_moments_in_reading_order() -> None:
 
 def test_run_config_is_the_one_that_others_rely_on() -> None:
     assert {"dir", "steps", "save_every", "seed"} <= set(RunConfig.model_fields)
+
+
+@pytest.mark.parametrize("frames", [1, 5])  # pictures go through in groups of 16, clips of 5 frames in threes
+@pytest.mark.parametrize("room", [0, 1 << 30])
+def test_latents_do_not_depend_on_the_batch_a_clip_is_met_in(frames: int, room: int) -> None:
+    torch.manual_seed(0)
+    autoencoder = Autoencoder(AutoencoderConfig(latent_channels=2, patch=2, widths=[8, 8]))
+    clips = torch.from_numpy(np.stack([render_clip(0, n, 32, frames, 8.0).frames for n in range(7)]))
+    whole = PosteriorCache(autoencoder, room)(clips)
+    for rows in ([0], [6, 2], [3, 3, 5, 1], list(range(6, -1, -1))):
+        other = PosteriorCache(autoencoder, room)
+        for _ in range(2):  # made, then remembered
+            for part, same in zip(other(clips[rows]), whole, strict=True):
+                assert torch.equal(part, same[rows])
+    alone = autoencoder.encode_clip(clips[2:3])
+    torch.testing.assert_close(whole[0][2:3], alone.mean, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(whole[1][2:3], alone.std, atol=1e-5, rtol=1e-5)

@@ -9,6 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from pickle import UnpicklingError
@@ -26,6 +27,7 @@ from videodiff.config import Config
 from videodiff.errors import UserError
 from videodiff.video_io import atomic_path
 
+KNOWN_CAPTIONS = 1 << 17  # whose ids are kept, some hundred bytes each
 END_OF_WORD = "</w>"
 # Letters, single digits and runs of other signs: how CLIP's tokenizer cuts a lower-cased caption.
 WORDS = re.compile(r"'s|'t|'re|'ve|'m|'ll|'d|[^\W\d_]+|\d|(?:[^\s\w]|_)+")
@@ -217,14 +219,19 @@ class Tokenizer:
         self.size: int = self._tokenizer.vocab_size
         self.end: int = self._tokenizer.eot_token_id
         self.pad_with_end = pad_with_end
+        # Training meets the same captions epoch after epoch, and their splitting took longer than a small network's
+        # step on a GPU.
+        self._row = lru_cache(maxsize=KNOWN_CAPTIONS)(self._ids)
 
     def __call__(self, captions: Sequence[str]) -> Tensor:
         """int64 [B,L]: start, tokens, end, zeros. What is too long is cut: see `lost_words`."""
-        ids: Tensor = self._tokenizer(list(captions))
-        if self.pad_with_end:
-            after = (ids == self.end).cumsum(dim=1) > 0
-            ids = torch.where(after, self.end, ids)
-        return ids
+        if not captions:
+            return torch.zeros(0, self.context_length, dtype=torch.long)
+        return torch.stack([self._row(caption) for caption in captions])
+
+    def _ids(self, caption: str) -> Tensor:
+        ids: Tensor = self._tokenizer([caption])[0]
+        return torch.where((ids == self.end).cumsum(0) > 0, self.end, ids) if self.pad_with_end else ids
 
     def tokens(self) -> list[str]:
         """The token of each id; the last two are start and end."""

@@ -4,6 +4,7 @@ The same command works alone and under a launcher that sets RANK, WORLD_SIZE, LO
 (torchrun does). Alone there is no network at all: the group of one lives in this process's memory and needs no port.
 """
 
+import atexit
 import os
 import sys
 from datetime import timedelta
@@ -46,6 +47,7 @@ def start() -> None:
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if alone:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=PATIENCE)
+        atexit.register(_leave)  # NCCL complains of a group that outlives its program
     else:
         dist.init_process_group(backend, timeout=PATIENCE)
 
@@ -65,6 +67,11 @@ def cleanup() -> None:
         sys.stderr.flush()
         os._exit(0)
     dist.destroy_process_group()
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def rank() -> int:

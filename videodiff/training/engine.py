@@ -97,6 +97,8 @@ class Engine:
         self._original = copy.deepcopy(module) if rank() == 0 else None
         weights = {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
         module.to(device())
+        if config.compiled_network:
+            module.compile()  # in place: names of parameters stay as they are
         self._deepspeed: Any = _wrap(module, config, self.micro_batch, self.accumulation)
         self._parameters = {name: p for name, p in module.named_parameters() if name in self._shapes}
         self._pieces = {name: self._locate(p, self._shapes[name]) for name, p in self._parameters.items()}

@@ -21,6 +21,8 @@ class EngineConfig(Config):
     offload_optimizer: masters and moments live in the CPU's memory, and AdamW steps there (ZeRO 1 to 3).
     offload_parameters: so do a rank's parameters while they are not used (ZeRO 3).
     compiled_adam: DeepSpeed's own AdamW in place of torch's; it is compiled at the first start.
+    compiled_network: forward and backward pass through torch.compile (ZeRO 0 to 2). The first step takes a minute or
+    more; worth it for long runs on a GPU, where a small network's many kernels take longer to start than to run.
     """
 
     zero_stage: Literal[0, 1, 2, 3] = operational(1)
@@ -39,6 +41,7 @@ class EngineConfig(Config):
     offload_optimizer: bool = operational(False)
     offload_parameters: bool = operational(False)
     compiled_adam: bool = operational(False)
+    compiled_network: bool = operational(False)
 
     @model_validator(mode="after")
     def _fits_together(self) -> "EngineConfig":
@@ -50,6 +53,8 @@ class EngineConfig(Config):
             raise ValueError("offload_optimizer needs zero_stage 1, 2 or 3; set one")
         if self.offload_parameters and self.zero_stage != 3:
             raise ValueError("offload_parameters needs zero_stage 3; set it")
+        if self.compiled_network and self.zero_stage == 3:
+            raise ValueError("compiled_network: ZeRO 3 fetches parameters layer by layer; use zero_stage 0, 1 or 2")
         if self.accumulation_dtype not in ("fp32", self.precision):
             raise ValueError(
                 f"accumulation_dtype is {self.accumulation_dtype}; take fp32 or the precision, {self.precision}"
@@ -127,7 +132,9 @@ def bucket(trained: int) -> int:
 
 
 def check_compiler(config: EngineConfig, on_cuda: bool) -> None:
-    """Refuse (UserError) an AdamW that would have to be compiled where nothing can."""
-    needed = "g++" if config.offload_optimizer or not on_cuda else "nvcc"
-    if config.compiled_adam and shutil.which(needed) is None:
-        raise UserError(f"engine.compiled_adam: {needed} is not found, which compiles it; install it or leave it out")
+    """Refuse (UserError) what would have to be compiled where nothing can."""
+    adam = "g++" if config.offload_optimizer or not on_cuda else "nvcc"
+    # On a GPU torch.compile brings its own compiler (Triton), but for a C one that links what starts the kernels.
+    for key, needed in (("compiled_adam", adam), ("compiled_network", "gcc" if on_cuda else "g++")):
+        if getattr(config, key) and shutil.which(needed) is None:
+            raise UserError(f"engine.{key}: {needed} is not found, which compiles it; install it or leave it out")
