@@ -351,8 +351,16 @@ def seconds(value: Any) -> float | None:
 
 
 def _in_shards(places: Iterable[str]) -> Iterator[Source]:
+    """Their samples; a shard that is torn, missing or no tar has a row of its own, unless all of them are."""
     taken: dict[str, str] = {}
-    for shard in (shard for place in places for shard in open_shards(place)):
+    problems: list[str] = []
+    shards = [shard for place in places for shard in open_shards(place, problems)]
+    if problems and not shards:
+        raise UserError(problems[0])
+    for told in problems:
+        path, _, detail = told.partition(": ")
+        yield Source(0, "", path, path, problem="unreadable", detail=detail)
+    for shard in shards:
         called = _name_of(shard, taken)
         for number in range(len(shard.offsets)):
             stop = (*shard.offsets, shard.bytes)[number + 1]

@@ -44,7 +44,8 @@ once() {
 VIDEODIFF_SAVE_SECONDS=${VIDEODIFF_SAVE_SECONDS:-240}
 
 # Every rank of a job:  ranks videodiff train ...  The script that calls it may be warned meanwhile (USR1), or before,
-# when it noted that in `warned`: it is passed on until the ranks save and leave. Returns what srun returned.
+# when it noted that in `warned`, as is done here: it is passed on until the ranks save and leave. Returns what srun
+# returned.
 ranks() {
     # No fall-back to localhost: a job whose ranks can't find one another must fail, not train alone on each node.
     local hosts code=0 tasks=${SLURM_TASKS_PER_NODE:-}
@@ -69,7 +70,7 @@ ranks() {
         bash -c 'trap "" USR1; export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID; exec "$@"' rank "$@" &
     step=$!
     # CONT is not trapped: Slurm sends it beside USR1, and bash would lose one of the two.
-    trap 'farewell "$step" & trap "" USR1' USR1
+    trap 'warned=1; farewell "$step" & trap "" USR1' USR1
     if [[ -n ${warned:-} ]]; then kill -USR1 $$; fi
     while kill -0 "$step" 2>/dev/null; do
         wait "$step" || true
@@ -77,6 +78,15 @@ ranks() {
     wait "$step" || code=$?
     trap '' USR1
     return "$code"
+}
+
+# The job begins again, later or at once.
+come_back() {
+    for _ in {1..20}; do  # the controller may be away for a moment
+        if scontrol requeue "$SLURM_JOB_ID"; then return 0; fi
+        sleep 30
+    done
+    return 1
 }
 
 # Pass a warning on to a step, again and again: ranks that still start don't listen. Ranks that hang, or save for too

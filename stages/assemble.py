@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
 from itertools import chain
 from pathlib import Path
@@ -27,7 +28,7 @@ from stages.video import VideoStage
 from videodiff import config as configs
 from videodiff.config import Config
 from videodiff.errors import UserError
-from videodiff.model import VOCABULARY, WORDS, Model
+from videodiff.model import VOCABULARY, WORDS, Model, export
 from videodiff.networks.text import build_vocabulary
 from videodiff.training import distributed
 from videodiff.training.checkpoint import Checkpoints
@@ -35,6 +36,8 @@ from videodiff.training.run_folder import CHECKPOINTS, cannot_write
 from videodiff.training.status import Status
 from videodiff.training.task import Task
 from videodiff.training.trainer import train
+
+BASE = "base"  # in a run's folder: what it stands on
 
 STAGE_CONFIGS: dict[str, type[StageConfig]] = {
     "autoencoder": AutoencoderStage,
@@ -103,6 +106,28 @@ def begin_with(task: Task, stage: str, model: Model) -> None:
     task.module.load_state_dict({name: state[name] for name in trained}, strict=False)
 
 
+def _on_own_base(config: StageConfig, begun: bool) -> StageConfig:
+    """The configuration with `model` naming the run's own copy of what it stands on, made when the run starts.
+
+    Hard links where the disk allows them. Without it a run could not go on once the model that it names has trained
+    further, or has pruned the checkpoint that was taken.
+    """
+    if config.model is None:
+        return config
+    own = Path(config.run.dir) / BASE
+    if begun:
+        return config.model_copy(update={"model": str(own)}) if own.is_dir() else config
+    problem = None
+    if distributed.rank() == 0:
+        try:
+            shutil.rmtree(own, ignore_errors=True)
+            export(Model.load(config.model), own)
+        except UserError as error:
+            problem = error
+    distributed.raise_from_first(problem)
+    return config.model_copy(update={"model": str(own)})
+
+
 def _base(config: StageConfig) -> Model:
     if config.model is None:
         raise UserError("model: this stage stands on the stage before it; name its run with model=RUN")
@@ -151,15 +176,16 @@ def train_stage(path: str | Path, overrides: Sequence[str] = ()) -> None:
         bad_samples = Path(config.run.dir) / "bad_samples.jsonl"
 
         def prepare() -> tuple[Task, ShardSource]:
+            begun = Checkpoints(Path(config.run.dir) / CHECKPOINTS, 1).exist()
+            standing = _on_own_base(config, begun)
             source = ShardSource(
                 config.data,
                 config.run.seed,
                 bad_samples,
-                encoder=_encoder(config),
+                encoder=_encoder(standing),
                 paraphrases=isinstance(config, TextStage),
             )
-            task = make_task(config)
-            begun = Checkpoints(Path(config.run.dir) / CHECKPOINTS, 1).exist()
+            task = make_task(standing)
             if isinstance(config, DiffusionStageConfig) and config.init_from is not None and not begun:
                 begin_with(task, config.stage, Model.load(config.init_from))
             return task, source

@@ -201,6 +201,18 @@ def test_an_evaluation_follows_a_training(cluster: Cluster) -> None:
     assert {"samples.jsonl", "samples-1.jsonl"} <= {path.name for path in (cluster.folder / "judgement").iterdir()}
 
 
+def test_an_evaluation_of_limited_time_finishes_over_requeues(cluster: Cluster) -> None:
+    out = cluster.folder / "patient"
+    options = ("--nodes=1", "--ntasks-per-node=2", "--time=2", "--signal=B:USR1@30")
+    judge = cluster.submit(
+        "evaluate.sbatch", str(cluster.folder / "straight"), "--stage", "image", "--num-prompts", "1500",
+        "--num-held-out", "0", "--out", str(out), options=options,
+    )  # fmt: skip
+    assert cluster.end(judge, 900) == "COMPLETED", cluster.log(judge)
+    assert int(cluster.lab.job(judge)["Restarts"]) >= 1, cluster.log(judge)
+    assert json.loads((out / "evaluation.json").read_text())["rows"][0]["n"] == 1500
+
+
 def test_an_evaluation_judges_each_checkpoint_of_a_run_that_trains(cluster: Cluster) -> None:
     job = cluster.train("followed", "run.steps=20", "run.keep_last=10", options=("--nodes=1", "--ntasks-per-node=2"))
     out = cluster.folder / "following"

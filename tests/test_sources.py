@@ -260,6 +260,20 @@ def test_shards_are_a_source_too(tmp_path: Path) -> None:
             found(refused)
 
 
+def test_a_torn_shard_has_a_row_and_the_others_are_read(tmp_path: Path) -> None:
+    for name in ("a", "b", "c"):
+        write_shard(tmp_path / f"{name}.tar", [("s", b"bytes", {"captions": ["a fox"]})])
+    (tmp_path / "a.tar").write_bytes((tmp_path / "a.tar").read_bytes()[:700])
+    (tmp_path / "b.tar").write_bytes(b"no tar")
+    listed = tmp_path / "list.txt"
+    listed.write_text("".join(f"{tmp_path}/{name}.tar\n" for name in "abcd"))
+    bad = {str(tmp_path / f"{name}.tar"): "unreadable" for name in "abd"}
+    assert problems(found(listed)) == {**bad, "c.tar/s": ""}
+    (tmp_path / "c.tar").unlink()
+    with pytest.raises(UserError, match=r"a\.tar"):
+        found(listed)
+
+
 def test_shards_of_one_name_in_two_folders_are_two(tmp_path: Path) -> None:
     for folder in ("x", "y"):
         (tmp_path / folder).mkdir()

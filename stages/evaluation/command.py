@@ -6,6 +6,7 @@ motion and losses. Equal seeds for every checkpoint; the same command goes on wh
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -76,6 +77,8 @@ def main(request: Request) -> None:
 
     Under torchrun or srun the ranks share the prompts; rank 0 writes and prints the result.
     """
+    if signal.getsignal(signal.SIGUSR1) == signal.SIG_IGN:  # by a job script, while nobody listened yet
+        signal.signal(signal.SIGUSR1, signal.SIG_DFL)  # a cluster's warning: what is finished lies on the disk
     distributed.start()
     try:
         _main(request)
