@@ -4,10 +4,15 @@
 clip is made window by window, the windows sharing their border frames. As published a window has some frames before its
 first given one and after its last (`offset`; 8 frames become 37 with k = 4 and 4 on either side), and what is given is
 noised, as in cascades (Ho et al. 2022).
+
+Not as published, with `deviation`: what is made is the difference from the linear blend of the given frames. It is zero
+wherever nothing moves, where a network that makes whole frames copies what it was told with an error of its own.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Literal
 
@@ -15,13 +20,13 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from stages.base import DiffusionStageConfig, DiffusionTask, with_known
+from stages.base import DiffusionStageConfig, DiffusionTask, known_mask, told_text, with_known
 from videodiff.batch import Condition, VideoBatch
 from videodiff.config import Config
 from videodiff.diffusion.schedule import NoiseSchedule
 from videodiff.errors import UserError
 from videodiff.model import Model
-from videodiff.networks.unet import UNet, temporal_parameter_names
+from videodiff.networks.unet import UNet, UNetConfig, temporal_parameter_names
 from videodiff.seeding import normals, uniforms
 
 
@@ -40,12 +45,28 @@ class KnownNoise(Config):
 
 class InterpolationStage(DiffusionStageConfig):
     """`videodiff train configs/demo/interpolation.yaml`; `factor` is the gain in frame rate, `offset` how many frames
-    of a window lie before the first and after the last given one."""
+    of a window lie before the first and after the last given one.
+
+    network: one of its own, trained whole; None starts from the video stage, whose spatial layers stay as they are.
+    deviation: of the difference from the blend in latents, which the network makes in units of one; None: whole frames.
+    """
 
     stage: Literal["interpolation"]
     factor: int = Field(2, ge=2)
     offset: int = Field(0, ge=0)
     known_noise: KnownNoise | None = None
+    network: UNetConfig | None = None
+    deviation: float | None = Field(None, gt=0)
+
+    @model_validator(mode="after")
+    def _a_difference_from_something(self) -> InterpolationStage:
+        if self.network is not None and self.network.temporal is None:
+            raise ValueError("network.temporal: frames between others are made by temporal layers; set temporal: {}")
+        if self.deviation is not None and self.known_noise is not None:
+            raise ValueError("deviation and known_noise: the blend is of clean frames; leave one of them out")
+        if self.deviation is not None and (self.dropout.image or self.dropout.both):
+            raise ValueError("deviation: without the given frames there is no blend; set dropout.image and .both to 0")
+        return self
 
 
 def known_slots(frames: int, factor: int, offset: int = 0) -> tuple[int, ...]:
@@ -71,12 +92,50 @@ def windows(keys: int, window_frames: int, factor: int, offset: int = 0) -> list
     return [*starts, keys - 1 - per_window]
 
 
+def blended(given: Tensor, frames: int, factor: int, offset: int = 0) -> Tensor:
+    """A window of `frames` frames [B,C,T,H,W] whose given ones are [B,C,K,H,W], by linear mixing of neighbours; beyond
+    the first and the last there is that one."""
+    place = ((torch.arange(frames, device=given.device) - offset) / factor).clamp(0, given.shape[2] - 1)
+    before = place.floor().long().clamp(max=given.shape[2] - 2)
+    weight = (place - before).to(given).view(-1, 1, 1)
+    return torch.lerp(given[:, :, before], given[:, :, before + 1], weight)
+
+
+def told_blend(condition: Condition, blend: Tensor, slots: Sequence[int]) -> Condition:
+    """The condition with a window's blend shown at all frames, and the mask at the given ones `slots`."""
+    mask = known_mask(slots, blend).expand(-1, -1, -1, *blend.shape[3:])
+    return replace(condition, known=blend, known_mask=mask)
+
+
 class InterpolationTask(DiffusionTask):
     """Trains to fill in the frames between given ones, which may be noised."""
 
     known_noise: KnownNoise | None = None
+    _last: tuple[VideoBatch, Tensor] | None = None  # the batch whose latents were asked for, and its blend
+
+    def latents(self, batch: VideoBatch, seed: int) -> Tensor:
+        """As everywhere; with a deviation the difference from the blend, in units of it."""
+        whole = super().latents(batch, seed)
+        if (deviation := self.part["deviation"]) is None:
+            return whole
+        slots = list(self.known_slots(whole.shape[2]))
+        blend = blended(whole[:, :, slots], whole.shape[2], self.part["factor"], self.part["offset"])
+        self._last = batch, blend
+        return (whole - blend) / deviation
+
+    def frames(self, latents: Tensor, batch: VideoBatch) -> Tensor:
+        if self.part["deviation"] is not None:
+            latents = self._blend(batch) + self.part["deviation"] * latents
+        return super().frames(latents, batch)
+
+    def _blend(self, batch: VideoBatch) -> Tensor:
+        assert self._last is not None
+        assert self._last[0] is batch  # its latents come first
+        return self._last[1]
 
     def condition(self, batch: VideoBatch, latents: Tensor, seed: int = 0, sampling: bool = False) -> Condition:
+        if self.part["deviation"] is not None:
+            return told_blend(self._told(batch), self._blend(batch), self.known_slots(latents.shape[2]))
         if self.known_noise is None:
             return super().condition(batch, latents, seed, sampling)
         times = uniforms(seed, "known-noise-time", batch.numbers) * self.known_noise.max_time
@@ -88,7 +147,7 @@ class InterpolationTask(DiffusionTask):
 
 
 def task(config: InterpolationStage, base: Model) -> InterpolationTask:
-    """The training task of the interpolation stage, started from the video stage of `base`."""
+    """The training task of the interpolation stage, started from the video stage of `base` or anew."""
     frames, factor, offset = config.data.frames, config.factor, config.offset
     inner = frames - 2 * offset
     if (inner - 1) % factor or inner <= factor:
@@ -101,11 +160,15 @@ def task(config: InterpolationStage, base: Model) -> InterpolationTask:
     steps, noise = video.schedule.num_steps, config.known_noise
     if noise is not None and noise.max_time > steps:
         raise UserError(f"known_noise.max_time: {noise.max_time:g} is beyond the schedule's {steps} steps; lower it")
-    network = UNet(video.network)
-    network.load_state_dict(base.unet("video").state_dict())
-    trainable = temporal_parameter_names(network)
+    if config.network is None:
+        network = UNet(video.network)
+        network.load_state_dict(base.unet("video").state_dict())
+        trainable = temporal_parameter_names(network)
+    else:
+        network = UNet(told_text(config.network, base).model_copy(update={"known_channels": True}))
+        trainable = {name for name, _ in network.named_parameters()}
     part = {
-        "network": video.network,
+        "network": network.config,
         "schedule": video.schedule,
         "prediction": video.prediction,
         "size": config.data.size,
@@ -114,6 +177,7 @@ def task(config: InterpolationStage, base: Model) -> InterpolationTask:
         "factor": factor,
         "offset": offset,
         "known_time": config.known_noise.time if config.known_noise is not None else 0.0,
+        "deviation": config.deviation,
         "sampling": config.sampling,
     }
     made = InterpolationTask(

@@ -280,6 +280,62 @@ def test_interpolation_as_published_reaches_beyond_what_is_given(toy_model: Path
         interpolation.task(stage_config(InterpolationStage, tmp_path, frames=10, offset=2), base)
 
 
+def test_a_blend_is_exact_on_a_line_and_holds_its_ends() -> None:
+    line = torch.arange(9.0).view(1, 1, 9, 1, 1) * torch.randn(2, 3, 1, 4, 4)
+    for factor in (1, 2, 4):
+        torch.testing.assert_close(interpolation.blended(line[:, :, ::factor], 9, factor), line)
+    beyond = interpolation.blended(line[:, :, 2:7:2], 9, 2, offset=2)
+    torch.testing.assert_close(beyond, line[:, :, [2, 2, 2, 3, 4, 5, 6, 6, 6]])
+
+
+def test_interpolation_may_make_the_difference_from_the_blend(toy_model: Path, tmp_path: Path) -> None:
+    """By a network of its own, which is stored whole."""
+    base = Model.load(toy_model)
+    own = base.config.video.network.model_copy(update={"model_channels": 24, "known_channels": False})  # type: ignore[union-attr]
+    given = {"network": own.model_dump(mode="json"), "deviation": 0.5}
+    dropout = {"text": 0.1, "image": 0.0, "both": 0.0}
+    config = stage_config(InterpolationStage, tmp_path, frames=5, fps=16.0, dropout=dropout, **given)
+    config = config.model_copy(update={"run": config.run.model_copy(update={"steps": 2, "save_every": 2})})
+    task, batch = interpolation.task(config, base), Clips(5, 16.0).batch([0, 1])
+    assert all(task.trains(name) for name, _ in task.module.named_parameters())
+    difference = task.latents(batch, 0)
+    assert (difference[:, :, ::2] == 0).all()
+    assert (difference[:, :, 1::2] != 0).any()
+    condition = task.condition(batch, difference)
+    assert condition.known is not None
+    assert condition.known_mask is not None
+    assert condition.known_mask[0, 0, :, 0, 0].tolist() == [1, 0, 1, 0, 1]
+    whole = super(interpolation.InterpolationTask, task).latents(batch, 0)
+    torch.testing.assert_close(condition.known + 0.5 * difference, whole)
+    assert torch.equal(task.frames(difference, batch), task.autoencoder.decode_clip(condition.known + 0.5 * difference))
+
+    model = trained(config, task, Clips(5, 16.0))
+    assert model.state("interpolation").keys() == task.module.state_dict().keys()
+    pipeline, sampling = Pipeline(model), model.diffusion("interpolation").sampling
+    clip, keys = torch.randn(2, 4, 4, 4, 4), [SampleKey(0, "a red circle"), SampleKey(0, "a blue square")]
+    made = pipeline.interpolation(keys, clip, 8.0, sampling)
+    assert torch.equal(made[:, :, ::2], clip)
+    blend = interpolation.blended(clip, 7, 2)
+    assert (made - blend).abs().max() > 1e-3
+    part = model.diffusion("interpolation").model_copy(update={"deviation": 1e-9})
+    model.config = model.config.model_copy(update={"interpolation": part})
+    torch.testing.assert_close(Pipeline(model).interpolation(keys, clip, 8.0, sampling), blend)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"network": {"model_channels": 64}}, "network.temporal"),
+        ({"deviation": 0.5}, "set dropout.image and .both to 0"),
+        ({"deviation": 0.5, "known_noise": {}, "dropout": {"image": 0.0, "both": 0.0}}, "leave one of them out"),
+        ({"deviation": 0.0}, "deviation"),
+    ],
+)
+def test_a_difference_needs_a_blend_of_clean_frames(given: dict[str, Any], words: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=words):
+        stage_config(InterpolationStage, tmp_path, frames=5, fps=16.0, **given)
+
+
 def test_a_stage_may_begin_with_anothers_weights(toy_model: Path, tmp_path: Path) -> None:
     """Those that train here; frozen layers must be the same."""
     base = Model.load(toy_model)

@@ -108,7 +108,8 @@ class DiffusionPart(Config):
     """A trained diffusion stage: `frames` x `size` x `size` at `fps`; `factor` is the gain in frame rate.
 
     Interpolation: `offset` frames lie before the first and after the last given one of a window, and what is given is
-    noised to the time `known_time`.
+    noised to the time `known_time`. `deviation`: what the network makes in units of one is the difference, so large in
+    latents, from the linear blend of what is given; None: it makes whole frames.
     """
 
     network: UNetConfig
@@ -120,6 +121,7 @@ class DiffusionPart(Config):
     factor: int = 1
     offset: int = 0
     known_time: float = 0.0
+    deviation: float | None = None
     sampling: Sampling = Sampling()
     weights: File
     raw: File | None = None
@@ -285,15 +287,16 @@ class Model:
     def unet(self, stage: DiffusionStage) -> UNet:
         """The network of a diffusion stage.
 
-        The spatial half of video and interpolation is the image stage's, unless the video stage trained its own;
-        upscale has one of its own.
+        The spatial half of video and interpolation is the image stage's, unless the video stage trained its own, or
+        interpolation has a network of its own; upscale has.
         """
         part = self.diffusion(stage)
         network = UNet(part.network)
         state = self.state(stage)
-        if stage == "interpolation" and self.config.video is not None:
+        shares = stage in ("video", "interpolation") and state.keys() != network.state_dict().keys()
+        if shares and stage == "interpolation" and self.config.video is not None:
             state = {**{name: value for name, value in self.state("video").items() if not is_temporal(name)}, **state}
-        if stage in ("video", "interpolation"):
+        if shares:
             state = {**self.state("image"), **state}
         self._fill(network, state, stage)
         return network.requires_grad_(False).eval()
