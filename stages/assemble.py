@@ -165,9 +165,9 @@ def _encoder(config: StageConfig) -> Callable[[], str] | None:
 
 def train_stage(path: str | Path, overrides: Sequence[str] = ()) -> None:
     """Start a stage's run, or go on with it: `videodiff train`."""
-    config = load_stage(path, overrides)
     distributed.start()
     try:
+        config = distributed.together(lambda: load_stage(path, overrides))
         if isinstance(config, TextStage) and config.network.pretrained is not None:
             text.adopt(config, config.network.pretrained, _base(config))
             if distributed.rank() == 0:

@@ -47,6 +47,15 @@ def test_the_video_stage_on_two_ranks_follows_one_process(shards: Path, toy_mode
         assert Model.load(run).config.stages() == ["autoencoder", "text", "image", "video"]
 
 
+def test_a_mistake_in_the_configuration_is_told_once(shards: Path, tmp_path: Path) -> None:
+    arguments = ["train", str(ROOT / "configs/demo/image.yaml"), f"data.shards={shards}", "data.bach_size=4"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([*TWO, *arguments], env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode != 0
+    assert done.stderr.count("videodiff: error:") == 1, done.stderr
+    assert "data.bach_size: unknown key" in done.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["image", "video"])
 def test_all_zero_stages_give_one_curve_over_fifty_steps(

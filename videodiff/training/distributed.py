@@ -7,6 +7,7 @@ The same command works alone and under a launcher that sets RANK, WORLD_SIZE, LO
 import atexit
 import os
 import sys
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -153,6 +154,19 @@ def raise_from_any(problem: str | None) -> None:
     """Raise UserError on every process when any of them found a problem: that of the first one that did."""
     problems = gather_to_first(problem)
     raise_from_first(None if problems is None else next(filter(None, problems), None))
+
+
+def together(make: Callable[[], Value]) -> Value:
+    """What `make` makes, on every process; where it fails (UserError) on any, all of them fail, and one tells it."""
+    if world() == 1:
+        return make()
+    made, problem = None, None
+    try:
+        made = make()
+    except UserError as error:
+        problem = str(error)
+    raise_from_any(problem)
+    return made  # type: ignore[return-value]  # there was no problem
 
 
 def gather_rows(rows: Tensor) -> Tensor:
