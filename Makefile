@@ -1,6 +1,6 @@
 # make demo         a prompt becomes outputs/demo.mp4, from nothing but Python and pip
 # make install      install everything, the packages of training and tests too
-# make test         install everything and run all tests but the slow ones (make test-slow runs those)
+# make test         install everything and run all tests but the slow ones (make test-slow runs those), in PROCESSES=2
 # make test-crash   kill a rank at a hundred file operations of a save, each time go on
 # make test-slurm   the job scripts on a real Slurm cluster that is started here (root; installs Debian's slurm-wlm)
 # make lint         ruff, format, types, shellcheck
@@ -9,12 +9,14 @@
 # make bench-train  our training loop against plain PyTorch and accelerate; writes docs/training-speed.md
 # make bench-metrics our metrics of feature sets against torchmetrics; writes docs/metrics-speed.md
 # make bench-data   measure the loader against bare decoders and plain webdataset; writes docs/data-speed.md
+# make bench-model  what the bundled model has learned, and how many steps it takes; writes docs/demo-model.md
 # make demo-model   train the bundled model again by its recorded recipe (hours on a CPU; run it again to go on);
 #                   INSTALL=1 puts the result in the place of the bundled one
 # make clean        remove what was built; runs/ and outputs/ stay
 
 PYTHON ?= python3
 VENV ?= .venv
+PROCESSES ?= 2
 PROMPT ?= a large red circle moving left on a white background
 
 BIN := $(VENV)/bin
@@ -22,7 +24,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # torch goes first and by its exact version: an unpinned one may bring gigabytes of CUDA packages that a CPU can't use.
 TORCH := $(shell sed -n 's/^\(torch==[^; ]*\).*/\1/p' constraints.txt)
 
-.PHONY: demo install demo-model bench-digits bench-network bench-train bench-data bench-metrics test test-slow test-crash test-slurm lint clean
+.PHONY: demo install demo-model bench-digits bench-network bench-train bench-data bench-metrics bench-model test test-slow test-crash test-slurm lint clean
 
 demo: $(VENV)/.demo
 	@mkdir -p outputs
@@ -43,6 +45,9 @@ bench-network: $(VENV)/.all
 bench-train: $(VENV)/.all $(VENV)/.bench
 	$(BIN)/python -m benchmarks.train --out docs/training-speed.md
 
+bench-model: $(VENV)/.all $(VENV)/.bench
+	$(BIN)/python -m benchmarks.model --out docs/demo-model.md
+
 bench-data: $(VENV)/.all $(VENV)/.bench
 	$(BIN)/python -m benchmarks.data --out docs/data-speed.md
 
@@ -50,7 +55,7 @@ bench-metrics: $(VENV)/.all $(VENV)/.bench
 	$(BIN)/python -m benchmarks.metrics --out docs/metrics-speed.md
 
 test: $(VENV)/.all
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(PROCESSES) --dist loadfile
 
 test-slow: $(VENV)/.all
 	$(BIN)/python -m pytest -q -m slow

@@ -133,6 +133,7 @@ def test_an_oracle_is_right_and_loses_nothing(tmp_path: Path) -> None:
     middle = {name: value["mean"] for name, value in next(
         e for e in report["rows"] if e["row"] == "interpolation"
     )["measures"].items()}  # fmt: skip
+    assert middle["middle_psnr"] == middle["middle_rebuilt_blended_psnr"]
     assert middle["middle_psnr"] == middle["middle_blended_psnr"] < middle["middle_rebuilt_psnr"] == EQUAL_DB
     for row in EVERY_ROW:
         assert read_image(tmp_path / f"{row}.png").shape[1] > 300

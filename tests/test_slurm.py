@@ -201,16 +201,24 @@ def test_an_evaluation_follows_a_training(cluster: Cluster) -> None:
     assert {"samples.jsonl", "samples-1.jsonl"} <= {path.name for path in (cluster.folder / "judgement").iterdir()}
 
 
-def test_an_evaluation_of_limited_time_finishes_over_requeues(cluster: Cluster) -> None:
+def test_a_warned_evaluation_comes_back_and_goes_on(cluster: Cluster) -> None:
     out = cluster.folder / "patient"
-    options = ("--nodes=1", "--ntasks-per-node=2", "--time=2", "--signal=B:USR1@30")
     judge = cluster.submit(
-        "evaluate.sbatch", str(cluster.folder / "straight"), "--stage", "image", "--num-prompts", "1500",
-        "--num-held-out", "0", "--out", str(out), options=options,
+        "evaluate.sbatch", str(cluster.folder / "straight"), "--stage", "image", "--num-prompts", "64",
+        "--num-held-out", "0", "--batch-size", "2", "--out", str(out), options=("--nodes=1", "--ntasks-per-node=2"),
     )  # fmt: skip
-    assert cluster.end(judge, 900) == "COMPLETED", cluster.log(judge)
-    assert int(cluster.lab.job(judge)["Restarts"]) >= 1, cluster.log(judge)
-    assert json.loads((out / "evaluation.json").read_text())["rows"][0]["n"] == 1500
+
+    def finished() -> int:
+        return sum(path.read_text().count("\n") for path in out.glob("samples*.jsonl"))
+
+    cluster.lab.wait(lambda: finished() >= 4, 240)
+    cluster.lab.run("scancel", "--batch", "--signal=USR1", judge)
+    cluster.lab.wait(lambda: cluster.lab.job(judge)["Restarts"] == "1", 120)
+    kept = finished()
+    assert 4 <= kept < 64
+    assert cluster.end(judge, 600) == "COMPLETED", cluster.log(judge)
+    assert finished() == 64  # none was made twice
+    assert json.loads((out / "evaluation.json").read_text())["rows"][0]["n"] == 64
 
 
 def test_an_evaluation_judges_each_checkpoint_of_a_run_that_trains(cluster: Cluster) -> None:

@@ -44,7 +44,7 @@ def _likeness(what: str) -> dict[str, Unit]:
     }
 
 
-MIDDLES = ("middle", "middle_blended", "middle_by_flow", "middle_rebuilt")
+MIDDLES = ("middle", "middle_rebuilt_blended", "middle_blended", "middle_by_flow", "middle_rebuilt")
 LOOKS = {
     "brightness": Unit("brightness, %", "real", 100.0, 1), "black": Unit("black pixels, %", "real", 100.0, 1),
     "sharpness": Unit("sharpness, grey levels squared", "real", digits=0),

@@ -152,6 +152,9 @@ def _rows(
         middle = np.arange(smooth_real.shape[1]) % plan.factor != 0
         # The autoencoder's own loss on these frames is the most that the stage could reach.
         rivals = {"middle": frames, "middle_rebuilt": road.decode(road.encode(smooth_real))}
+        # Blending what the stage is given, and (as no model can) the real frames before the autoencoder.
+        given = rivals["middle_rebuilt"][:, :: plan.factor]
+        rivals["middle_rebuilt_blended"] = np.stack([blend(clip, plan.factor) for clip in given])
         rivals["middle_blended"] = np.stack([blend(clip, plan.factor) for clip in real])
         if (moved := gauge.by_flow(real, plan.factor)) is not None:
             rivals["middle_by_flow"] = moved
