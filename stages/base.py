@@ -50,7 +50,7 @@ from videodiff.training.task import LossOutput
 from videodiff.training.trainer import RunConfig
 from videodiff.video_io import contact_sheet, write_png
 
-HASHERS, POOLED_BYTES = 8, 1 << 16  # threads that hash clips, for clips worth handing over
+HASHERS, POOLED_BYTES = 8, 1 << 16  # threads that hash frames, for frames worth handing over
 
 
 class StageConfig(Config):
@@ -109,7 +109,7 @@ class DenoisingStageConfig(StageConfig):
 
     loss: DiffusionLoss = DiffusionLoss()
     dropout: Dropout = Dropout()
-    latent_cache_gib: float = operational(1.0, ge=0, description="encoded clips kept in the memory of each rank")
+    latent_cache_gib: float = operational(1.0, ge=0, description="encoded frames kept in the memory of each rank")
     activation_checkpointing: bool = operational(False, description="less memory for about a third more computation")
 
 
@@ -124,9 +124,10 @@ class DiffusionStageConfig(DenoisingStageConfig):
 
 
 class PosteriorCache:
-    """The autoencoder's posteriors of clips, encoded once each and found again by the clip's pixels.
+    """The autoencoder's posteriors of frames, encoded once each and found again by their pixels: whatever windows of a
+    clip are drawn, its frames are the same.
 
-    Exact: a clip is encoded in a group of fixed size, so that its latents do not depend on the batch it is met in.
+    Exact: a frame is encoded in a group of fixed size, so that its latents do not depend on the batch it is met in.
     """
 
     def __init__(self, autoencoder: Autoencoder, bytes_left: int) -> None:
@@ -136,28 +137,27 @@ class PosteriorCache:
 
     def __call__(self, frames: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation [B,C,T,h,w] float32 of uint8 clips [B,T,H,W,3]."""
-        keys = list((self._pool.map if frames[0].nbytes > POOLED_BYTES else map)(_digest, frames))
+        flat = frames.flatten(0, 1)
+        keys = list((self._pool.map if flat[0].nbytes > POOLED_BYTES else map)(_digest, flat))
         found = {key: self.known[key] for key in keys if key in self.known}
-        missing = [(key, clip) for key, clip in dict(zip(keys, frames, strict=True)).items() if key not in found]
-        # Short clips go together, as many as the autoencoder takes frames at a time; the last group is filled up.
-        size = max(1, self.autoencoder.config.chunk // frames.shape[1])
+        missing = [(key, frame) for key, frame in dict(zip(keys, flat, strict=True)).items() if key not in found]
+        size = self.autoencoder.config.chunk
         for start in range(0, len(missing), size):
             group = missing[start : start + size]
-            clips = [clip for _, clip in group]
-            made = self._encode(clips + clips[-1:] * (size - len(clips)))
-            for (key, _), posterior in zip(group, made, strict=False):
+            whole = [frame for _, frame in group] + [group[-1][1]] * (size - len(group))
+            for (key, _), posterior in zip(group, self._encode(whole), strict=False):
                 found[key] = posterior
                 self._keep(key, posterior)
-        means, stds = zip(*(found[key] for key in keys), strict=True)
-        return torch.stack(means), torch.stack(stds)
+        parts = zip(*(found[key] for key in keys), strict=True)
+        mean, std = (torch.stack(part).unflatten(0, frames.shape[:2]).transpose(1, 2).contiguous() for part in parts)
+        return mean, std
 
     @torch.no_grad()
-    def _encode(self, clips: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
-        """Of clips [T,H,W,3] that follow one another like the frames of one."""
-        frames = torch.cat(clips)[None].to(next(self.autoencoder.parameters()).device)
-        posterior = self.autoencoder.encode_clip(frames)
-        parts = (part[0].split(len(clips[0]), dim=1) for part in (posterior.mean, posterior.std))
-        return list(zip(*parts, strict=True))
+    def _encode(self, frames: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """Of frames [H,W,3], as if they were a clip's."""
+        clip = torch.stack(frames)[None].to(next(self.autoencoder.parameters()).device)
+        posterior = self.autoencoder.encode_clip(clip)
+        return list(zip(posterior.mean[0].unbind(1), posterior.std[0].unbind(1), strict=True))
 
     def _keep(self, key: bytes, posterior: tuple[Tensor, Tensor]) -> None:
         size = sum(part.nbytes for part in posterior)
@@ -166,8 +166,8 @@ class PosteriorCache:
             self.bytes_left -= size
 
 
-def _digest(clip: Tensor) -> bytes:
-    return blake2b(clip.contiguous().numpy().data, digest_size=16, key=str(tuple(clip.shape)).encode()).digest()
+def _digest(frame: Tensor) -> bytes:
+    return blake2b(frame.contiguous().numpy().data, digest_size=16, key=str(tuple(frame.shape)).encode()).digest()
 
 
 def known_mask(slots: Sequence[int], like: Tensor) -> Tensor:

@@ -635,7 +635,7 @@ def test_run_config_is_the_one_that_others_rely_on() -> None:
     assert {"dir", "steps", "save_every", "seed"} <= set(RunConfig.model_fields)
 
 
-@pytest.mark.parametrize("frames", [1, 5])  # pictures go through in groups of 16, clips of 5 frames in threes
+@pytest.mark.parametrize("frames", [1, 5])
 @pytest.mark.parametrize("room", [0, 1 << 30])
 def test_latents_do_not_depend_on_the_batch_a_clip_is_met_in(frames: int, room: int) -> None:
     torch.manual_seed(0)
