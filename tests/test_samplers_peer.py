@@ -92,7 +92,8 @@ def table_loop(  # type: ignore[no-untyped-def]
 
 
 @TABLES
-@pytest.mark.parametrize("eta", [0.0, 0.6, 1.0])
+# A hair below 1: at 1 the peer takes the root of a difference that rounding makes negative on some processors.
+@pytest.mark.parametrize("eta", [0.0, 0.6, 1 - 1e-7])
 def test_ddim(schedule: NoiseSchedule, prediction: Prediction, spacing: str, eta: float) -> None:
     schedulers = pytest.importorskip("diffusers.schedulers")
     peer = schedulers.DDIMScheduler(
