@@ -219,6 +219,30 @@ def test_far_tails_have_a_probability_and_a_gradient() -> None:
         assert (gradient != 0).all()
 
 
+@pytest.mark.parametrize("levels", [17, None])
+def test_terms_that_are_not_taken_leave_the_gradient_alone(levels: int | None) -> None:
+    """Near alpha = 0 an estimate from eps is far from any grey level: the mass of its bin is no number in float32, and
+    it is not asked for either, since only the last step has bins."""
+    schedule = NoiseSchedule(kind="cosine", num_steps=1000)
+    t = torch.tensor([1, 2, 500, 999, 1000])
+    x0 = (torch.arange(40.0).view(1, 1, 40) % 17 / 8 - 1).expand(5, 1, 40)
+    estimate = (x0 + torch.tensor([0.1, 0.3, 1.0, 3e3, 1e6]).view(5, 1, 1) * torch.randn(x0.shape)).requires_grad_()
+    log_sigma = log_variance(torch.full(x0.shape, 0.5), schedule, t, t - 1).float().requires_grad_()
+    nats = bound_term(x0, estimate, log_sigma, schedule, t, t - 1, levels)
+    assert nats.isfinite().all()
+    for gradient in torch.autograd.grad(nats.sum(), (estimate, log_sigma)):
+        assert gradient.isfinite().all()
+        assert (gradient.flatten(1).abs().amax(1) > 0).all()
+
+
+def test_no_distance_is_too_far_for_a_bin() -> None:
+    mean = torch.tensor([0.0, 10.0, 1e3, 1e6, -1e6, 1e9])
+    log_p = log_bin_probability(torch.zeros(6), mean, torch.full((6,), 0.03), 17)
+    assert log_p.isfinite().all()
+    assert (log_p[:4].diff() < 0).all()
+    assert log_p[5] < log_p[3]
+
+
 @pytest.mark.parametrize("prediction", get_args(Prediction))
 def test_the_bound_is_the_same_in_the_words_of_every_prediction(prediction: Prediction) -> None:
     schedule = SCHEDULES[1]

@@ -98,7 +98,7 @@ def fit(network: nn.Module, loss_at: LossAt, steps: int, batch: int, learning_ra
         loss = loss_at(torch.arange(step * batch, (step + 1) * batch))
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(parameters, CLIP)
+        nn.utils.clip_grad_norm_(parameters, CLIP, error_if_nonfinite=True)
         optimizer.step()
         average.update(parameters, step, DECAY)
     seconds = (time.process_time() - start) / steps

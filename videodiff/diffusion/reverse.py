@@ -56,11 +56,15 @@ def bound_term(
     q = spread(lower, x0) - log_sigma
     error = spread((b.sqrt() * (1 - a / b) / (1 - a)) ** 2, x0) * (x0 - estimate) ** 2  # of the means: DDPM, eq. 7
     kl = 0.5 * (q.exp() - 1 - q + error * (-log_sigma).exp())
+    is_last = (s == 0).view(-1, *[1] * (x0.dim() - 1))
+    # Harmless values where another term is taken: far from the data a bin's mass is no number, and neither would be the
+    # gradient, which `where` multiplies with 0.
+    estimate, log_sigma = torch.where(is_last, estimate, x0), torch.where(is_last, log_sigma, 0)
     if levels is None:
         last = 0.5 * (math.log(2 * math.pi) + log_sigma + (x0 - estimate) ** 2 * (-log_sigma).exp())
     else:
         last = -log_bin_probability(x0, estimate, (0.5 * log_sigma).exp(), levels)
-    return torch.where((s == 0).view(-1, *[1] * (x0.dim() - 1)), last, kl).flatten(1).sum(1)
+    return torch.where(is_last, last, kl).flatten(1).sum(1)
 
 
 def log_bin_probability(x: Tensor, mean: Tensor, deviation: Tensor, levels: int) -> Tensor:
@@ -74,6 +78,8 @@ def log_bin_probability(x: Tensor, mean: Tensor, deviation: Tensor, levels: int)
     flip = below + above > 0  # the right tail, seen in the mirror, where log_ndtr is exact
     low, high = torch.where(flip, -above, below), torch.where(flip, -below, above)
     log_low, log_high = torch.special.log_ndtr(low), torch.special.log_ndtr(high)
-    inside = log_high + (-(log_low - log_high).expm1()).log()
+    # Very far out both logarithms round to one value, or past one another: the bin has next to nothing of that mass.
+    share = -(log_low - log_high).clamp(max=-torch.finfo(x.dtype).eps).expm1()
+    inside = log_high + share.log()
     left, right = torch.special.log_ndtr(above), torch.special.log_ndtr(-below)
     return torch.where(x < -1 + half, left, torch.where(x > 1 - half, right, inside))
