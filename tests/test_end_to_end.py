@@ -33,7 +33,12 @@ OWN = {
         "sampling.sampler.steps=2",
     ],
     "video": ["data.frames=4", "sampling.sampler.steps=2"],
-    "interpolation": ["data.frames=5", "sampling.sampler.steps=2"],
+    "interpolation": [
+        "network={channels: 4, model_channels: 16, channel_mult: [1], num_res_blocks: 1, attention_levels: [true],"
+        " head_channels: 8, temporal: {}}",
+        "data.frames=5",
+        "sampling.sampler.steps=2",
+    ],
     "control": [],
     "upscale": [
         "data.size=64",
