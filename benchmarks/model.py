@@ -237,7 +237,8 @@ def percent(interval: Interval) -> str:
 def main(name: str, cases: Sequence[str], count: int, seeds: int, budgets: Sequence[int], out: Path | None) -> None:
     """Run the cases, print the report, and write it to `out`, its pictures beside it."""
     subject = Subject(Model.load(name))
-    command = f"python -m benchmarks.model --model {name} --prompts {count} --seeds {seeds}"
+    command = f"python -m benchmarks.model --model {name} --prompts {count} --seeds {seeds} --steps"
+    command = " ".join([command, *map(str, budgets)])
     lines = ["# What the model has learned", "", f"`{command}`; shares with 95 % intervals."]
     made: dict[str, tuple[str, Callable[[], list[str]]]] = {
         "swap": ("The image of one, the text of another", lambda: swap(subject, count)),

@@ -207,7 +207,6 @@ class Pipeline:
         generators = [keys[b].generator("interpolation", starts[w]) for b, w in rows]
         condition = self.condition([keys[b].prompt for b, _ in rows], fps * factor)
         given = known.flatten(0, 1)
-        blend = interpolation_stage.blended(given[:, :, list(slots)], frames, factor, offset)
         if part.known_time:
             drawn = [keys[b].generator("interpolation-known", starts[w]) for b, w in rows]
             noise = torch.stack([torch.randn(given.shape[1:], generator=g) for g in drawn]).to(given.device)
@@ -215,11 +214,12 @@ class Pipeline:
             given = interpolation_stage.noised(given, noise, times, part.schedule)
         if part.deviation is None:
             condition = with_known(condition, given, slots)
+            made = self._sample("interpolation", condition, frames, generators, sampling, on_step)
         else:
+            blend = interpolation_stage.blended(given[:, :, list(slots)], frames, factor, offset)
             condition = interpolation_stage.told_blend(condition, blend, slots)
-        made = self._sample("interpolation", condition, frames, generators, sampling, on_step)
-        if part.deviation is not None:
-            made = blend + part.deviation * made
+            difference = self._sample("interpolation", condition, frames, generators, sampling, on_step)
+            made = blend + part.deviation * difference
         total = (count - 1) * factor + 1 + 2 * offset
         smooth = clip.new_zeros(clips, channels, total, *clip.shape[3:])
         for (b, w), window in zip(rows, made, strict=True):
