@@ -36,22 +36,22 @@ install: $(VENV)/.all
 demo-model: $(VENV)/.all
 	$(BIN)/python -m stages.demo_model --out runs/demo $(if $(INSTALL),--install)
 
-bench-digits: $(VENV)/.bench
+bench-digits: $(VENV)/.all
 	$(BIN)/python -m benchmarks.digits
 
 bench-network: $(VENV)/.all
 	$(BIN)/python -m benchmarks.network --out docs/network-speed.md
 
-bench-train: $(VENV)/.all $(VENV)/.bench
+bench-train: $(VENV)/.bench
 	$(BIN)/python -m benchmarks.train --out docs/training-speed.md
 
-bench-model: $(VENV)/.all $(VENV)/.bench
+bench-model: $(VENV)/.all
 	$(BIN)/python -m benchmarks.model --out docs/demo-model.md
 
-bench-data: $(VENV)/.all $(VENV)/.bench
+bench-data: $(VENV)/.bench
 	$(BIN)/python -m benchmarks.data --out docs/data-speed.md
 
-bench-metrics: $(VENV)/.all $(VENV)/.bench
+bench-metrics: $(VENV)/.all
 	$(BIN)/python -m benchmarks.metrics --out docs/metrics-speed.md
 
 test: $(VENV)/.all
@@ -100,4 +100,4 @@ $(VENV)/.all: pyproject.toml $(VENV)/.torch
 
 $(VENV)/.bench: pyproject.toml $(VENV)/.torch
 	$(PIP) install -e '.[bench]' -c constraints.txt
-	@touch $@ $(VENV)/.demo
+	@touch $@ $(VENV)/.all $(VENV)/.demo

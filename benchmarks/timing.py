@@ -5,13 +5,14 @@ A shared machine is noisy: single times are not worth reporting, the ratio withi
 
 from __future__ import annotations
 
-import multiprocessing
-import resource
+import ctypes
+import gc
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -76,35 +77,23 @@ def _wait() -> None:
         torch.cuda.synchronize()
 
 
-def peak_memory(prepare: Callable[..., Callable[[], object]], *arguments: object) -> float:
-    """MiB that a call needs at its peak beyond what holding its inputs needs.
-
-    On a CPU measured in a process of its own: `prepare(*arguments)`, a function of a module, builds the call there.
-    """
+def peak_memory(call: Callable[[], object]) -> float:
+    """MiB that a call needs at its peak beyond what is held before it; nan where the system tells none (not Linux)."""
     if torch.cuda.is_available():
-        call = prepare(*arguments)
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         call()
         return (torch.cuda.max_memory_allocated() - before) / MIB
-    context = multiprocessing.get_context("spawn")
-    queue = context.SimpleQueue()
-    process = context.Process(target=_measure, args=(queue, torch.get_num_threads(), prepare, *arguments))
-    process.start()
-    process.join()
-    if process.exitcode:
-        raise RuntimeError(f"the process that measures memory ended with status {process.exitcode}")
-    return queue.get()
-
-
-def _measure(queue, threads: int, prepare, *arguments) -> None:  # type: ignore[no-untyped-def]
-    torch.set_num_threads(threads)
-    call = prepare(*arguments)
+    if sys.platform != "linux":
+        return float("nan")
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed goes back, so that it counts when it is taken again
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak begins anew
     before = _peak()
     call()
-    queue.put((_peak() - before) / MIB)
+    return (_peak() - before) / MIB
 
 
 def _peak() -> int:
-    scale = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]) * 1024

@@ -9,6 +9,7 @@ crop, flip, caption) follows from (seed, sample, epoch).
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -27,7 +28,7 @@ from data_pipeline.decoding import DECODER, DecodePool
 from data_pipeline.features import blank, check_encoding, check_finite, same_shapes, stack, unpack
 from data_pipeline.index import fingerprint, open_shards
 from data_pipeline.mixture import Mixture
-from data_pipeline.prefetch import prefetched
+from data_pipeline.prefetch import mapped, prefetched
 from data_pipeline.samples import RawSample, SampleError, label_of, read_sample
 from videodiff.batch import Encoded, VideoBatch
 from videodiff.errors import UserError
@@ -124,17 +125,18 @@ class ShardSource:
 
     def _jobs(self, number: int, step: int, slots: list[_Slot]) -> Iterator[dict[str, Any] | None]:
         """For each of the rank's samples what its decoding needs; None where nothing is to be decoded."""
-        while True:
-            slot = _Slot(number, self._mixture.sample(number), self._mixture.bucket(number))
-            raw = None
-            if number not in self._bad.recorded and slot.sample not in self._cache:
-                slot, raw = self._read(slot)
+        numbers = itertools.count(number, step)
+        # Threads do for what is encoded what decoding helpers do for videos: most of it is copied outside of Python.
+        threads = self._config.workers if self._encoding else 0
+        for slot, raw in mapped(self._read, numbers, threads):
             slots.append(slot)
             yield None if raw is None else self._job(slot, raw)
-            number += step
 
-    def _read(self, slot: _Slot) -> tuple[_Slot, RawSample | None]:
-        """The slot with its text and, where there is something to decode, the sample."""
+    def _read(self, number: int) -> tuple[_Slot, RawSample | None]:
+        """A number's slot with its text and, where there is something to decode, the sample."""
+        slot = _Slot(number, self._mixture.sample(number), self._mixture.bucket(number))
+        if number in self._bad.recorded or slot.sample in self._cache:
+            return slot, None
         shard, place = self._mixture.place(slot.sample)
         try:
             raw = read_sample(shard, place)

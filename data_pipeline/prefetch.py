@@ -1,14 +1,36 @@
-"""Work done ahead in a thread."""
+"""Work done ahead in threads."""
 
 from __future__ import annotations
 
 import contextlib
 import queue
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def mapped(function: Callable[[Item], Result], items: Iterator[Item], threads: int) -> Iterator[Result]:
+    """The function's results in the order of the items, made by so many threads (0: none), twice as many ahead. What
+    the function raises is raised in its place."""
+    if threads == 0:
+        yield from map(function, items)
+        return
+    ahead: deque[Future[Result]] = deque()
+    with ThreadPoolExecutor(threads, "videodiff-read") as pool:
+        try:
+            for item in items:
+                ahead.append(pool.submit(function, item))
+                if len(ahead) > 2 * threads:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def prefetched(items: Iterator[Item], depth: int, close: Callable[[], None]) -> Iterator[Item]:

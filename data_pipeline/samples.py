@@ -57,10 +57,10 @@ def read_sample(shard: Shard, number: int) -> RawSample:
             data = file.read(stop - start)
         if shard.crc32 and zlib.crc32(data) != shard.crc32[number]:
             raise tarfile.ReadError("checksum")
-        sample = tars.read_group(data, shard.path.name)
+        sample = tars.read_group(data)
     except UserError:  # it cannot be fetched
         raise
-    except (OSError, tarfile.TarError, EOFError, StopIteration, ValueError) as error:
+    except (OSError, tarfile.TarError, EOFError, ValueError) as error:
         raise _torn(shard, start, error) from None
     return _checked(shard, sample)
 

@@ -6,9 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("sklearn")
-pytest.importorskip("matplotlib")
-
 from benchmarks.digits.__main__ import SECTIONS, main
 from benchmarks.digits.cache import Cache
 from benchmarks.digits.data import LEVELS, NUM_TEST, load, to_grid
