@@ -1,15 +1,18 @@
 """Our U-Net against those of diffusers: time, memory, and what a sampler costs beside the network.
 
-    python -m benchmarks.network [--pairs 7] [--threads N] [--cases image video samplers] [--out docs/network-speed.md]
+    python -m benchmarks.network [--pairs 7] [--threads N] [--cases image video samplers] [--modes eager compiled]
+                                 [--out docs/network-speed.md]
 
 image: UNet2DConditionModel, a smaller Stable Diffusion 1 with the same weights on both sides. video: per FLOP, against
-UNet3DConditionModel and UNetMotionModel of the same widths. samplers: seconds a step with a network that costs nothing,
-as a share of a step of the image network.
+UNet3DConditionModel and UNetMotionModel of the same widths. samplers: what is done beside the network, guidance and the
+denoiser's float64 among it, for each evaluation of a network that costs nothing, as a share of one of the video network
+on the same latents. The report is written after each case.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import platform
 import tempfile
 from collections.abc import Callable, Sequence
@@ -19,13 +22,13 @@ from typing import Any
 import torch
 from rich.console import Console
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.timing import Ratio, paired, peak_memory
+from benchmarks.timing import Ratio, flops, paired, peak_memory
 from stages.public_configs import unet_config
 from videodiff.batch import Condition
-from videodiff.diffusion.prediction import Estimate
-from videodiff.diffusion.samplers import DDIM, DDPM, DPMSolver, Heun
+from videodiff.diffusion.denoiser import Denoiser
+from videodiff.diffusion.guidance import ClassifierFree
+from videodiff.diffusion.samplers import DDIM, DDPM, DPMSolver, Heun, Langevin, PredictorCorrector, SamplerConfig
 from videodiff.diffusion.schedule import NoiseSchedule
 from videodiff.networks.text import declare_torchvision_ops
 from videodiff.networks.unet import TemporalConfig, UNet, UNetConfig
@@ -38,7 +41,9 @@ WIDTHS, CROSS, TOKENS, FRAMES = (128, 256, 512, 512), 768, 77, 8
 SIDE = {"image": 32, "video": 16}  # latent height and width
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 BATCHES, BACKWARD = (1, 8), (False, True)
-SAMPLER_STEPS, SAMPLER_SHAPE = 20, (1, 8, 16, 32, 32)  # latents of a clip of 16 frames of 256x256 pixels
+MATRIX = {"cpu": 2048, "cuda": 8192}  # side of the matrices whose product is the measured rate
+SAMPLER_STEPS = 20
+SAMPLERS = (DDIM, DDPM, DPMSolver, Heun, Langevin, PredictorCorrector)
 
 
 def peer_image() -> Any:
@@ -80,8 +85,10 @@ def make(which: str) -> nn.Module:
 
 def call_of(which: str, batch: int, dtype: str, backward: bool, device: str, compiled: bool) -> Callable[[], Tensor]:
     """A forward call, or forward and backward, of a network on inputs of its own form."""
-    network = make(which).to(device, DTYPES[dtype], memory_format=torch.channels_last).train(backward)
-    network.requires_grad_(backward)
+    network = make(which).to(device, DTYPES[dtype]).train(backward).requires_grad_(backward)
+    for weight in network.parameters():
+        if weight.dim() == 4:
+            weight.data = weight.data.contiguous(memory_format=torch.channels_last)
     video = which not in ("ours image", "UNet2DConditionModel")
     frames, side = (FRAMES, SIDE["video"]) if video else (1, SIDE["image"])
     generator = torch.Generator().manual_seed(1)
@@ -97,6 +104,8 @@ def call_of(which: str, batch: int, dtype: str, backward: bool, device: str, com
             return forward(x, time, condition)
     else:
         inputs = x if video else x[:, :, 0].contiguous(memory_format=torch.channels_last)
+        if which == "UNetMotionModel":  # its pipeline, and not the network, gives every frame the text
+            text = text.repeat_interleave(frames, 0)
 
         def run() -> Tensor:
             return forward(inputs, time, encoder_hidden_states=text, return_dict=False)[0]
@@ -113,35 +122,36 @@ def call_of(which: str, batch: int, dtype: str, backward: bool, device: str, com
     return step
 
 
-def bfloat16_is_slow(device: str, side: int = 1024) -> bool:
-    """Whether matrices of bfloat16 multiply slower than those of float32 here, as on CPUs that only emulate them."""
-    first, other = (torch.ones(side, side, device=device, dtype=dtype) for dtype in DTYPES.values())
-    return paired(lambda: other @ other, lambda: first @ first, 5).median > 1
+def matrix_rate(dtype: torch.dtype, device: str) -> float:
+    """FLOPs a second of the device's own matrix product, the best of five."""
+    side = MATRIX[device]
+    x = torch.ones(side, side, device=device, dtype=dtype)
+    product = paired(lambda: x @ x, lambda: x @ x, 5)
+    return 2 * side**3 / min(product.ours, product.theirs)
 
 
-def flops(call: Callable[[], object]) -> float:
-    with FlopCounterMode(display=False) as counter:
-        call()
-    return float(counter.get_total_flops())
-
-
-def compare(ours: str, theirs: str, per_flop: bool, pairs: int, device: str, compiled: bool) -> list[str]:
-    """Rows of a Markdown table: one for each precision, batch size and direction."""
+def compare(ours: str, theirs: str, per_flop: bool, pairs: int, device: str, modes: Sequence[str]) -> list[str]:
+    """Rows of a Markdown table: one for each precision, batch size, direction and mode."""
     rows = []
-    slow = bfloat16_is_slow(device)
-    for dtype in DTYPES:
-        for batch in BATCHES[: 1 if slow and dtype == "bfloat16" else None]:
-            for backward in BACKWARD:
-                setting = (batch, dtype, backward, device, compiled)
-                one, other = call_of(ours, *setting), call_of(theirs, *setting)
-                if not per_flop and dtype == "float32" and not backward:
-                    _agree(one(), other())
-                work = (flops(one), flops(other)) if per_flop else (1.0, 1.0)
-                memory = [peak_memory(call) for call in (one, other)]
-                ratio = paired(one, other, pairs, work)
-                what = "forward + backward" if backward else "forward"
-                rows.append(f"| {theirs} | {dtype} | {batch} | {what} | {_shown(ratio)} | {_pair(memory)} |")
-                print(rows[-1], flush=True)
+    rates = {name: matrix_rate(dtype, device) for name, dtype in DTYPES.items()}
+    # Where bfloat16 is only emulated, its large batch takes an hour that tells nothing.
+    emulated = rates["bfloat16"] < rates["float32"]
+    for dtype, batch, backward, mode in itertools.product(DTYPES, BATCHES, BACKWARD, modes):
+        if emulated and dtype == "bfloat16" and batch > 1:
+            continue
+        setting = (batch, dtype, backward, device)
+        work = [flops(call_of(which, *setting, compiled=False)) for which in (ours, theirs)]
+        one, other = (call_of(which, *setting, compiled=mode == "compiled") for which in (ours, theirs))
+        if not per_flop and dtype == "float32" and not backward:
+            _agree(one(), other())
+        memory = [peak_memory(call) for call in (one, other)]
+        ratio = paired(one, other, pairs, (work[0], work[1]) if per_flop else (1.0, 1.0))
+        shares = [100 * w / t / rates[dtype] for w, t in zip(work, (ratio.ours, ratio.theirs), strict=True)]
+        what = ("forward + backward" if backward else "forward") + (", compiled" if mode == "compiled" else "")
+        rows.append(
+            f"| {theirs} | {dtype} | {batch} | {what} | {_shown(ratio)} | {_pair(memory)} | {_pair(shares, ' %')} |"
+        )
+        print(rows[-1], flush=True)
     return rows
 
 
@@ -156,31 +166,38 @@ def _shown(ratio: Ratio) -> str:
     return f"{ratio.median:.2f} ({ratio.low:.2f} to {ratio.high:.2f}) | {ratio.verdict} | {times}"
 
 
-def _pair(memory: Sequence[float]) -> str:
-    return " / ".join(f"{value:.0f}" for value in memory)
+def _pair(values: Sequence[float], unit: str = "") -> str:
+    return " / ".join(f"{value:.0f}{unit}" for value in values)
 
 
 def samplers(pairs: int, device: str) -> list[str]:
-    """Rows: seconds that a sampler's step takes without the network, against a step of the image network."""
-    schedule = NoiseSchedule()
-    zero = torch.zeros(SAMPLER_SHAPE, device=device)
-
-    def denoise(x_t: Tensor, t: Tensor) -> Estimate:
-        return Estimate(zero, x_t)
-
-    network = call_of("ours image", 1, "float32", False, device, False)
+    """Rows: what is done beside the network for each evaluation, against an evaluation of the video network."""
+    shape = (1, 4, FRAMES, SIDE["video"], SIDE["video"])
+    text, mask = torch.randn(1, TOKENS, CROSS, device=device), torch.ones(1, TOKENS, dtype=torch.bool, device=device)
+    condition = Condition((text,), (mask,))
+    network = call_of("ours video", 2, "float32", False, device, False)  # with and without the text
+    noise = torch.randn(shape, device=device)
     rows = []
-    for sampler in (DDIM(steps=SAMPLER_STEPS), DDPM(steps=SAMPLER_STEPS), DPMSolver(steps=SAMPLER_STEPS),
-                    Heun(steps=SAMPLER_STEPS)):  # fmt: skip
-        noise = torch.randn(SAMPLER_SHAPE, device=device)
-        generators = [torch.Generator().manual_seed(0)]
+    for kind in SAMPLERS:
+        sampler: SamplerConfig = kind(steps=SAMPLER_STEPS)  # type: ignore[operator]
+        evaluations = 0
 
-        def run(sampler: Any = sampler, noise: Tensor = noise, generators: Any = generators) -> Tensor:
-            return sampler(denoise, noise, schedule, generators)
+        def nothing(x: Tensor, _: Tensor, __: Condition) -> Tensor:
+            nonlocal evaluations
+            evaluations += 1
+            return torch.zeros_like(x)
 
-        ratio = paired(run, network, pairs, (SAMPLER_STEPS, 1.0))
+        denoiser = Denoiser(nothing, NoiseSchedule(), "eps")
+        denoise = ClassifierFree(text=7.5)(denoiser, condition)
+
+        def run(sampler: SamplerConfig = sampler, denoise: Any = denoise, denoiser: Denoiser = denoiser) -> Tensor:
+            return sampler(denoise, noise, denoiser.schedule, [torch.Generator().manual_seed(0)])
+
+        run()
+        count = evaluations
+        ratio = paired(run, network, pairs, (count, 1.0))
         rows.append(
-            f"| {type(sampler).__name__} | {ratio.ours / SAMPLER_STEPS * 1e3:.3f} | {ratio.theirs * 1e3:.1f} "
+            f"| {kind.__name__} | {count} | {ratio.ours / count * 1e3:.2f} | {ratio.theirs * 1e3:.0f} "
             f"| {100 * ratio.median:.2f} % ({100 * ratio.low:.2f} to {100 * ratio.high:.2f}) |"
         )
         print(rows[-1], flush=True)
@@ -188,42 +205,57 @@ def samplers(pairs: int, device: str) -> list[str]:
 
 
 HEAD = (
-    "| against | precision | batch | what | time, ours / theirs (95 %) | verdict | ms | extra MiB |\n"
-    + "|---" * 8
+    "| against | precision | batch | what | time, ours / theirs (95 %) | verdict | ms | extra MiB | of matrix rate |\n"
+    + "|---" * 9
     + "|"
 )
-SAMPLER_HEAD = "| sampler | ms a step without the network | ms of the network | share (95 %) |\n" + "|---" * 4 + "|"
+SAMPLER_HEAD = (
+    "| sampler | evaluations | ms beside the network | ms of the network | share (95 %) |\n" + "|---" * 5 + "|"
+)
 
 
-def main(cases: Sequence[str], pairs: int, threads: int | None, compiled: bool, out: Path | None) -> None:
+def main(cases: Sequence[str], pairs: int, threads: int | None, modes: Sequence[str] | None, out: Path | None) -> None:
     """Run the cases and print, or write, their tables."""
     if threads:
         torch.set_num_threads(threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    modes = modes or (["eager", "compiled"] if device == "cuda" else ["eager"])
     machine = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU"
+    rates = ", ".join(f"{name} {matrix_rate(dtype, device) / 1e9:.0f}" for name, dtype in DTYPES.items())
     lines = [
         "# Speed of the networks",
         "",
         f"`python -m benchmarks.network --pairs {pairs}`: {machine}, {torch.get_num_threads()} threads, PyTorch "
-        f"{torch.__version__}, diffusers {diffusers.__version__}{', compiled' if compiled else ''}. Ratios of paired "
-        "calls in one run, below 1: ours is faster. Extra MiB: peak beyond weights and inputs, ours / theirs. Where "
-        "bfloat16 is emulated and slower than float32, it is measured at batch 1 alone.",
+        f"{torch.__version__}, diffusers {diffusers.__version__}. Ratios of paired calls in one run, below 1: ours is "
+        "faster. Extra MiB: peak beyond weights and inputs, ours / theirs. The last column is the share of the rate of "
+        f"the machine's own matrix product (GFLOP/s of {MATRIX[device]} squared: {rates}). Where bfloat16 is slower "
+        "than float32, because it is emulated, it is measured at batch 1 alone.",
     ]
-    if "image" in cases:
-        lines += ["", f"## Image: the same weights, latents of {SIDE['image']}x{SIDE['image']}", "", HEAD]
-        lines += compare("ours image", "UNet2DConditionModel", False, pairs, device, compiled)
-    if "video" in cases:
-        size = f"{FRAMES} frames of {SIDE['video']}x{SIDE['video']}"
-        lines += ["", f"## Video: time per FLOP, {size}", "", HEAD]
-        for peer in ("UNet3DConditionModel", "UNetMotionModel"):
-            lines += compare("ours video", peer, True, pairs, device, compiled)
-    if "samplers" in cases:
-        lines += ["", "## Samplers: what a step costs beside the network", "", SAMPLER_HEAD]
-        lines += samplers(pairs, device)
-    text = "\n".join(lines) + "\n"
-    if out is not None:
-        out.write_text(text, encoding="utf-8")
-        Console().print(f"wrote {out}")
+    size = f"{FRAMES} frames of {SIDE['video']}x{SIDE['video']}"
+    tables: dict[str, tuple[str, Callable[[], list[str]]]] = {
+        "image": (
+            f"## Image: the same weights, latents of {SIDE['image']}x{SIDE['image']}\n\n{HEAD}",
+            lambda: compare("ours image", "UNet2DConditionModel", False, pairs, device, modes),
+        ),
+        "video": (
+            f"## Video: time per FLOP, {size}\n\n{HEAD}",
+            lambda: [
+                row
+                for peer in ("UNet3DConditionModel", "UNetMotionModel")
+                for row in compare("ours video", peer, True, pairs, device, modes)
+            ],
+        ),
+        "samplers": (
+            f"## Samplers: what an evaluation costs beside the network, {size}\n\n{SAMPLER_HEAD}",
+            lambda: samplers(pairs, device),
+        ),
+    }
+    for case in cases:
+        head, rows = tables[case]
+        lines += ["", head, *rows()]
+        if out is not None:
+            out.write_text("\n".join(lines) + "\n", encoding="utf-8")
+            Console().print(f"wrote {out}")
 
 
 if __name__ == "__main__":
@@ -231,7 +263,7 @@ if __name__ == "__main__":
     parser.add_argument("--cases", nargs="+", default=["image", "video", "samplers"])
     parser.add_argument("--pairs", type=int, default=7)
     parser.add_argument("--threads", type=int)
-    parser.add_argument("--compiled", action="store_true", help="torch.compile both networks")
+    parser.add_argument("--modes", nargs="+", choices=["eager", "compiled"], help="[both on a GPU, eager on a CPU]")
     parser.add_argument("--out", type=Path, help="Markdown file to write")
     given = parser.parse_args()
-    main(given.cases, given.pairs, given.threads, given.compiled, given.out)
+    main(given.cases, given.pairs, given.threads, given.modes, given.out)

@@ -1,4 +1,4 @@
-"""Paired timings and peak memory: two ways of doing the same thing, side by side in one run.
+"""Paired timings, peak memory and counted work: two ways of doing the same thing, side by side in one run.
 
 A shared machine is noisy: single times are not worth reporting, the ratio within a pair that ran at the same moment is.
 """
@@ -16,6 +16,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 RESAMPLES = 2000
 MIB = 2**20
@@ -75,6 +77,13 @@ def _seconds(call: Callable[[], object]) -> float:
 def _wait() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+
+
+def flops(call: Callable[[], object]) -> float:
+    """Operations of a call, as torch counts them. Attention is taken apart for it: fused kernels count as nothing."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        call()
+    return float(counter.get_total_flops())
 
 
 def peak_memory(call: Callable[[], object]) -> float:

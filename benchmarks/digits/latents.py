@@ -13,13 +13,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.digits.bench import BATCH, Bench
 from benchmarks.digits.cache import digest
 from benchmarks.digits.judge import Score, share
 from benchmarks.digits.report import claim, picture, save_grid, table
 from benchmarks.digits.train import denoiser_loss, fit, seeded
+from benchmarks.timing import flops
 from data_pipeline.world import ATTRIBUTES, Combination, draw_train, render, rng, sample_scene
 from data_pipeline.world_reader import read_image
 from videodiff.batch import Condition
@@ -118,12 +118,6 @@ def shares(pictures: Tensor, asked: list[Combination]) -> Shares:
     }
     hits["all"] = torch.stack(list(hits.values())).all(0)
     return {name: share(hit) for name, hit in hits.items()}
-
-
-def flops(call: Callable[[], object]) -> float:
-    with FlopCounterMode(display=False) as counter:
-        call()
-    return float(counter.get_total_flops())
 
 
 def _side(
