@@ -130,7 +130,7 @@ class AutoencoderTask:
             distance = self.perceptual(pictures, frames).float()
             metrics["perceptual"] = distance.detach().mean()
             error = error + self.config.perceptual.weight * distance
-        losses = error + self._latent_term(latent, weight, metrics)
+        losses = error + self._latent_term(latent, frames, weight, metrics)
         if contest is not None and hidden is not None:
             term, measured = contest.term(pictures, error, weight, hidden[0])
             losses, metrics = losses + term, {**metrics, **measured}
@@ -140,12 +140,12 @@ class AutoencoderTask:
             adversary=None if contest is None else contest.against(frames, pictures, clips),
         )
 
-    def _latent_term(self, latent: list[Tensor], weight: Tensor, metrics: dict[str, Tensor]) -> Tensor:
+    def _latent_term(self, latent: list[Tensor], frames: Tensor, weight: Tensor, metrics: dict[str, Tensor]) -> Tensor:
         """[N]: weighted KL of a Gaussian latent, or the loss of codebook and commitment; adds to `metrics`."""
         if self.module.quantizer is None:
             kl = kl_divergence(*latent)
             metrics["kl"] = kl.detach().mean()
-            return self.config.loss.kl_weight * kl
+            return self.config.loss.divergence(kl, frames)
         raw, code, indices = latent
         quantization = self.module.quantizer.loss(raw, code)
         # Over the frames of all ranks: a rank's few would never use a large codebook.

@@ -122,6 +122,16 @@ class DiffusionStageConfig(DenoisingStageConfig):
     init_from: str | None = None
     sampling: Sampling = Sampling()
 
+    @model_validator(mode="after")
+    def _says_what_can_be_sampled(self) -> DiffusionStageConfig:
+        """Where the YAML says all of it, what does not go together is refused before a model is opened."""
+        schedule, prediction, network = (getattr(self, name, None) for name in ("schedule", "prediction", "network"))
+        if schedule is not None and prediction is not None:
+            check_pair(prediction, schedule)
+        if schedule is not None and network is not None:
+            self.sampling.sampler.check(schedule, network.variance)
+        return self
+
 
 class PosteriorCache:
     """The autoencoder's posteriors of frames, encoded once each and found again by their pixels: whatever windows of a

@@ -262,6 +262,16 @@ def test_the_loss_is_per_frame() -> None:
     torch.testing.assert_close(AutoencoderLoss().error(made, target), torch.tensor([0.0, 0.1, 0.2]))
 
 
+def test_the_loss_is_that_of_latent_diffusion_over_the_values_of_a_frame() -> None:
+    """Rombach et al.: |x - x'| summed over a picture, and 1e-6 of the divergence summed over its latent."""
+    frames, made = (torch.rand(2, 3, 8, 12, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    mean, log_variance = torch.full((2, 4, 2, 3), 3.0), torch.full((2, 4, 2, 3), -2.0)
+    theirs = (frames - made).abs().sum((1, 2, 3)) + 1e-6 * kl_divergence(mean, log_variance)
+    loss = AutoencoderLoss()
+    ours = loss.error(made, frames) + loss.divergence(kl_divergence(mean, log_variance), frames)
+    torch.testing.assert_close(ours * frames[0].numel(), theirs)
+
+
 def test_every_parameter_trains_and_a_picture_is_learned() -> None:
     network = make().train()
     frames = to_float(clips(1, 1, 8, 8).repeat_interleave(2, 0))

@@ -54,6 +54,7 @@ def stage(folder: Path, shards: Path, steps: int = 4, **more: Any) -> Autoencode
         "data": {"shards": str(shards), "batch_size": 4, "frames": 2, "fps": 8.0, "size": 32, "workers": 0},
         "engine": engine,
         "network": QUANTISED,
+        "loss": {"edge_weight": 7.0},
         **more,
     }
     return configs.build(AutoencoderStage, tree, "the test")
@@ -212,7 +213,7 @@ def test_kl_and_perceptual_distance_count_by_their_weights(shards: Path, tmp_pat
     save_file(vgg(), tmp_path / "vgg.safetensors")
     batch = next(ShardSource(stage(tmp_path, shards).data, 0).batches(0, 0, 1, 4))
     losses, seen = [], {}
-    for weight, kl in ((None, 0.0), (0.5, 0.0), (2.0, 0.0), (None, 0.1)):
+    for weight, kl in ((None, 0.0), (0.5, 0.0), (2.0, 0.0), (None, 300.0)):
         given = None if weight is None else {"path": str(tmp_path / "vgg.safetensors"), "weight": weight}
         config = stage(tmp_path, shards, network=GAUSSIAN, perceptual=given, loss={"kl_weight": kl})
         torch.manual_seed(0)
@@ -223,7 +224,9 @@ def test_kl_and_perceptual_distance_count_by_their_weights(shards: Path, tmp_pat
     assert seen["perceptual"] > 0
     torch.testing.assert_close(losses[1] - losses[0], 0.5 * seen["perceptual"], atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(losses[2] - losses[0], 2.0 * seen["perceptual"], atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(losses[3] - losses[0], 0.1 * seen["kl"], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        losses[3] - losses[0], kl / batch.frames[0, 0].numel() * seen["kl"], atol=1e-4, rtol=1e-4
+    )
     moments = task.module._moments(to_float(batch.frames))
     torch.testing.assert_close(seen["kl"], kl_divergence(*moments).mean().detach())
 

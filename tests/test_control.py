@@ -262,3 +262,12 @@ def test_a_model_without_a_control_is_refused(
     errors = capsys.readouterr().err
     assert "holds no control stage" in errors
     assert len(errors.splitlines()) == 1
+
+
+def test_impossible_controls_are_refused(toy_model: Path) -> None:
+    network = Model.load(toy_model).diffusion("image").network
+    for factor in (0, -1):
+        with pytest.raises(ValueError, match=rf"factor {factor}.* give the autoencoder's"):
+            ControlNet(network, factor)
+    with pytest.raises(ValueError, match="scale nan is no number"):
+        ControlledUNet(UNet(network), ControlNet(network, 2), float("nan"))

@@ -94,7 +94,15 @@ def test_a_samples_loss_does_not_depend_on_its_batch() -> None:
 
 @pytest.mark.parametrize(
     "data",
-    [{"gamma": 0}, {"gamma": -1}, {"weighting": "p2"}, {"variance_weight": 0}, {"levels": 1}, {"offset_noise": -1}],
+    [
+        {"gamma": 0},
+        {"gamma": -1},
+        {"weighting": "p2"},
+        {"variance_weight": 0},
+        {"levels": 1},
+        {"offset_noise": -1},
+        {"gamma": 3},
+    ],
 )
 def test_impossible_losses_are_refused(data: dict[str, object]) -> None:
     with pytest.raises(UserError):

@@ -40,7 +40,7 @@ PUBLISHED: list[tuple[str, type[Config], dict[str, Any]]] = [
     ("Emu Video, section 3: 8 latent channels", UNetConfig, {"channels": 8, "num_res_blocks": 2}),
     ("Emu Video, section 3", TemporalConfig, {"kernel": 3}),
     ("Emu Video, section 3: w_p", ClassifierFree, {"text": 7.5}),
-    ("latent diffusion's autoencoder_kl_32x32x4.yaml", AutoencoderLoss, {"kl_weight": 1e-6}),
+    ("latent diffusion's autoencoder_kl_32x32x4.yaml", AutoencoderLoss, {"kl_weight": 1e-6, "edge_weight": 1.0}),
     ("the same", PerceptualConfig, {"weight": 1.0}),
     (
         "the same; pix2pix, section 6.1.2",

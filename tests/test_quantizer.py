@@ -133,3 +133,8 @@ def test_a_gaussian_latent_has_no_codebook() -> None:
 def test_a_codebook_that_can_not_be_is_refused(quantizer: dict[str, float], key: str) -> None:
     with pytest.raises(ConfigError, match=rf"quantizer\..*{key}"):
         build(AutoencoderConfig, {"quantizer": quantizer}, "the test")
+
+
+def test_a_code_has_a_channel() -> None:
+    with pytest.raises(ValueError, match=r"channels 0.* latent_channels"):
+        Quantizer(QuantizerConfig(codebook_size=4), 0)

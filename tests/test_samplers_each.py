@@ -1,6 +1,7 @@
 """What single samplers promise beyond what holds for all of them."""
 
 import itertools
+import math
 from collections.abc import Callable
 
 import pytest
@@ -9,7 +10,7 @@ from gaussian import PLAIN, ZERO, AnySampler, M, S, affine, at, coefficients, ge
 from torch import Tensor
 
 from videodiff.diffusion.prediction import Denoise, Estimate
-from videodiff.diffusion.reverse import log_variance
+from videodiff.diffusion.reverse import log_variance, log_variance_bounds
 from videodiff.diffusion.samplers import DDIM, DDPM, DPMSolver, Heun, Langevin, PredictorCorrector, invert
 from videodiff.diffusion.samplers.base import asker, at_times, folded
 from videodiff.diffusion.samplers.langevin import langevin_step
@@ -110,6 +111,45 @@ def test_learned_variance_lies_between_the_fixed_ones(schedule: NoiseSchedule) -
         torch.testing.assert_close(made(fraction), fixed, rtol=0, atol=1e-12)
     assert made(0.5).isfinite().all()
     assert not torch.allclose(made(0.5), made(0.0))
+
+
+def test_with_the_true_variance_few_steps_are_exact() -> None:
+    """q(x_s | x_t) of Gaussian data is Gaussian: a network that learned its variance passes through the true marginals
+    at any stride, which neither fixed variance does."""
+    count, sampler = 20_000, DDPM(steps=4, variance="learned")
+    times = [int(t) for t in sampler.times(ZERO)]
+    earlier = dict(zip(times, [*times[1:], 0], strict=True))
+    alpha_bar = ZERO.alpha_bar
+
+    def spread_at(s: int) -> float:
+        return float(alpha_bar[s] * S**2 + 1 - alpha_bar[s]) ** 0.5
+
+    def fraction(t: int) -> float:
+        """Where the true variance lies: that of x_s, of deviation spread_at(s), of which x_t is a noisy multiple."""
+        s = earlier[t]
+        kept = float(alpha_bar[t] / alpha_bar[s])
+        true = 1 / (1 / spread_at(s) ** 2 + kept / (1 - kept))
+        lower, upper = (float(x) for x in log_variance_bounds(ZERO, torch.tensor([t]), torch.tensor([s])))
+        return (math.log(true) - lower) / (upper - lower)
+
+    def deviations(sampler: DDPM) -> dict[int, float]:
+        seen = {}
+
+        def denoise(x_t: Tensor, t: Tensor) -> Estimate:
+            estimate, time = oracle(ZERO)(x_t, t), int(t[0])
+            seen[time] = float(x_t.std())
+            told = torch.full_like(x_t, fraction(time)) if sampler.variance == "learned" and earlier[time] else None
+            return Estimate(estimate.x0, estimate.eps, torch.zeros_like(x_t) if told is None else told)
+
+        sampler(denoise, normals((count,), 0, "noise", [0]).double(), ZERO, generators(1))
+        return seen
+
+    wanted = {t: spread_at(t) for t in times}
+    tolerance = 5 / (2 * count) ** 0.5
+    assert deviations(sampler) == pytest.approx(wanted, rel=tolerance)
+    for variance in ("beta", "beta_tilde"):
+        off = deviations(DDPM(steps=4, variance=variance))  # type: ignore[arg-type]
+        assert any(abs(off[t] / wanted[t] - 1) > 2 * tolerance for t in times)
 
 
 def test_the_learned_variance_is_the_one_that_is_trained() -> None:

@@ -425,6 +425,15 @@ def test_what_does_not_fit_is_refused_before_training(mistake: str, toy_model: P
         image.task(configs.build(ImageStage, tree, "the test"), base)
 
 
+@pytest.mark.parametrize("mistake", ["steps", "variance", "times", "pair"])
+def test_what_the_yaml_alone_tells_is_refused_before_a_model_is_opened(mistake: str, tmp_path: Path) -> None:
+    change, problem = MISTAKES[mistake]
+    network = {"model_channels": 32, "channel_mult": [1], "attention_levels": [True], "head_channels": 8}
+    tree = configs.to_dict(stage_config(ImageStage, tmp_path, frames=1, network=network)) | change
+    with pytest.raises(UserError, match=problem):
+        configs.build(ImageStage, tree, "the test")
+
+
 def test_an_autoencoder_refuses_a_size_that_it_cannot_halve(tmp_path: Path) -> None:
     tree = configs.to_dict(stage_config(AutoencoderStage, tmp_path, frames=1))
     tree["data"]["size"] = 36

@@ -133,6 +133,14 @@ def test_impossible_histories_are_refused(data: dict[str, object]) -> None:
         build(DiffusionLoss, {"importance": data}, "loss.yaml")
 
 
+def test_impossible_times_are_refused() -> None:
+    with pytest.raises(ValueError, match="num_steps 0"):
+        LossHistory(LossSecondMoment(), 0)
+    for shift in (-1.0, 0.0, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match=r"shift .* orders no times"):
+            sample_times(NoiseSchedule(), 0, torch.arange(3), shift)
+
+
 def test_a_loss_draws_by_its_history() -> None:
     loss, numbers = DiffusionLoss(importance=LossSecondMoment(history=4)), torch.arange(30)
     assert build(DiffusionLoss, to_dict(loss), "here") == loss

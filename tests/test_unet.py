@@ -317,8 +317,11 @@ def test_attention_by_matrices_is_attention() -> None:
     query, key, value = normal(3, 2, 9, 8), normal(3, 2, 6, 8, seed=1), normal(3, 2, 6, 8, seed=2)
     mask = (torch.arange(6)[None] < torch.tensor([1, 4, 6])[:, None])[:, None, None]
     wanted = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-    low = layers.attend(*(part.bfloat16() for part in (query, key, value)), mask)
-    torch.testing.assert_close(low.float(), wanted, atol=0.03, rtol=0)
+    for learns in (False, True):  # fused, and by matrices
+        low = layers.attend(*(part.bfloat16().requires_grad_(learns) for part in (query, key, value)), mask)
+        torch.testing.assert_close(low.float(), wanted, atol=0.03, rtol=0)
+        full = layers.attend(*(part.clone().requires_grad_(learns) for part in (query, key, value)), mask)
+        torch.testing.assert_close(full, wanted, atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(layers.attend_by_matrices(query, key, value, mask), wanted, atol=1e-6, rtol=1e-5)
 
 
@@ -336,8 +339,15 @@ def test_time_is_told_apart_in_bf16() -> None:
         ({"head_channels": 7}, "head_channels 7 does not divide"),
         ({"num_heads": 5}, "num_heads 5 does not divide"),
         ({"num_heads": (2, 2, 2)}, "num_heads has 3 entries"),
-        ({"norm_groups": 5}, "norm_groups 5 does not divide"),
+        ({"norm_groups": 5}, r"norm_groups 5 does not divide.* choose a divisor of \d+"),
         ({"attention": "plain"}, "context_dims names some"),
+        ({"attention": "plain", "context_dims": (), "num_transformer_layers": 2}, "attention plain has none"),
+        ({"attention": "plain", "context_dims": (), "projection": "conv"}, "attention plain has none"),
+        ({"context_dims": (0,)}, "context_dims"),
+        ({"context_dims": (-4,)}, "context_dims"),
+        ({"pooled_dim": 0}, "pooled_dim"),
+        ({"feed_forward_factor": 0.01}, "feed_forward_factor 0.01 leaves no hidden channel"),
+        ({"temporal": {"feed_forward_factor": 1e-3}}, "temporal.feed_forward_factor 0.001 leaves no hidden"),
         ({"temporal": {"kernel": 2}}, "even"),
         ({"chanels": 4}, "channels"),
         ({"channel_mult": (1, 0)}, "channel_mult"),

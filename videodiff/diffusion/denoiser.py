@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -9,6 +10,7 @@ from torch import Tensor
 from videodiff.batch import Condition
 from videodiff.diffusion.prediction import Denoise, Estimate, Prediction, Variance, check_pair, split
 from videodiff.diffusion.schedule import NoiseSchedule
+from videodiff.errors import UserError
 from videodiff.shapes import check_shape
 
 Network = Callable[[Tensor, Tensor, Condition], Tensor]  # (x [B,C,T,H,W], time float32 [B] in 0..N-1, condition) -> x
@@ -18,8 +20,8 @@ class Denoiser:
     """A network with the meaning of its output.
 
     The network runs in `dtype`; everything outside of it is at least float32. With a `learned_range` variance it gives
-    2C channels, the prediction and then the variance. Raises UserError when `prediction` cannot be turned into clean
-    data at every step of `schedule`.
+    2C channels, the prediction and then the variance. Raises UserError for a `prediction` that there isn't or that
+    cannot be turned into clean data at every step of `schedule`, and likewise for the others.
     """
 
     def __init__(
@@ -30,6 +32,11 @@ class Denoiser:
         dtype: torch.dtype = torch.float32,
         variance: Variance = "fixed",
     ) -> None:
+        for name, given, known in (("prediction", prediction, Prediction), ("variance", variance, Variance)):
+            if given not in get_args(known):
+                raise UserError(f"{name} {given!r} is none of {', '.join(get_args(known))}")
+        if not dtype.is_floating_point:
+            raise UserError(f"dtype {dtype} can't hold noise; use torch.float32, torch.bfloat16 or torch.float16")
         check_pair(prediction, schedule)
         self.network = network
         self.schedule = schedule

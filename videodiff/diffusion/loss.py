@@ -22,7 +22,7 @@ class DiffusionLoss(Config):
     """Mean squared error of what the network predicts, weighted by noise level; or the variational bound.
 
     simple: weight 1 (DDPM, eq. 14). min_snr: the error of x0 weighted with min(SNR, gamma) (Hang et al. 2303.09556,
-    eq. 8), written for the predicted quantity. gamma is read by min_snr only. vlb: N L_t in bits per dimension, whose
+    eq. 8), written for the predicted quantity. vlb: N L_t in bits per dimension, whose
     mean over uniform times is the bound without its prior (improved DDPM, eq. 4); a fixed variance is beta_tilde. Bits
     are this loss's unit for latents too, only a factor there; what is reported of them is `Bound`'s, in nats.
     A network that learns its variance is trained with `variance_weight` times the same N L_t besides simple or
@@ -43,12 +43,14 @@ class DiffusionLoss(Config):
     offset_noise: float = Field(0.0, ge=0)
 
     @model_validator(mode="after")
-    def _one_choice_of_times(self) -> "DiffusionLoss":
+    def _fits_together(self) -> "DiffusionLoss":
         if self.importance is not None and self.time_shift != 1:
             raise ValueError(
                 f"time_shift {self.time_shift} and importance both say which times are trained; take time_shift out, "
                 "or set importance: null"
             )
+        if self.weighting != "min_snr" and self.gamma != type(self).model_fields["gamma"].default:
+            raise ValueError(f"gamma {self.gamma:g} is of weighting min_snr alone; leave it out, or choose that")
         return self
 
     def weight(self, snr: Tensor, prediction: Prediction) -> Tensor:

@@ -1,5 +1,7 @@
 """Which times are trained: evenly, leaning to the noisy ones, or in proportion to how large their losses are."""
 
+import math
+
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -16,6 +18,8 @@ def sample_times(schedule: NoiseSchedule, seed: int, numbers: Tensor, shift: flo
     uniform, s > 1 makes the noisiest of them s times as frequent. What frames of a clip share, such as a motion, shows
     through far more noise than what a single picture shows, so that it is decided at the noisiest times.
     """
+    if not 0 < shift < math.inf:
+        raise ValueError(f"shift {shift} orders no times; it is above 0, and 1 for even ones")
     u = uniforms(seed, "time", numbers)
     return (shift * u / (1 + (shift - 1) * u) * schedule.num_steps).long().clamp(max=schedule.num_steps - 1) + 1
 
@@ -35,6 +39,8 @@ class LossHistory:
     """The last losses at each time. Equal on all ranks, and not a function of progress: a run has to store it."""
 
     def __init__(self, config: LossSecondMoment, num_steps: int) -> None:
+        if num_steps < 1:
+            raise ValueError(f"num_steps {num_steps}: there are no times to remember losses of; give the schedule's")
         self.config = config
         self.losses = torch.zeros(num_steps, config.history, dtype=torch.float64)  # oldest first
         self.counts = torch.zeros(num_steps, dtype=torch.int64)

@@ -4,6 +4,7 @@ Shapes: N frames, B clips, T frames of a clip, C latent channels, H W picture si
 Frames are float in [-1,1] inside, uint8 [B,T,H,W,3] at `encode_clip` and `decode_clip`.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -55,7 +56,10 @@ class AutoencoderConfig(Config):
             what = "layout ldm" if self.ldm else "norm_groups"
             raise ValueError(f"norm rms has no groups, and {what} asks for them; use norm: group")
         if self.norm_groups is not None and (odd := [w for w in self.widths if w % self.norm_groups]):
-            raise ValueError(f"norm_groups {self.norm_groups} does not divide the width {odd[0]}")
+            raise ValueError(
+                f"norm_groups {self.norm_groups} does not divide the width {odd[0]}; choose a divisor of "
+                f"{math.gcd(*self.widths)}, which divides all of them"
+            )
         return self
 
     @property
@@ -297,17 +301,22 @@ class Autoencoder(nn.Module):
 
 
 class AutoencoderLoss(Config):
-    """Mean of the absolute error plus `square_weight` times the squared one, pixels near edges of the target counted up
-    to `edge_weight` times, plus `kl_weight` times the KL divergence of a Gaussian latent from N(0, 1), summed over a
+    """Latent diffusion's (Rombach et al. 2022, appendix G) over the number 3HW of a frame's values: the mean of the
+    absolute error, plus `kl_weight` / (3HW) times the KL divergence of a Gaussian latent from N(0, 1), summed over a
     frame's latent.
 
-    Without the edge weight an object's outline, a small share of its pixels, is learned last; with the square, what is
-    far off counts more than what is nearly right, and the first thousand steps are shorter.
+    edge_weight: pixels near edges of the target count up to so many times. An object's outline, a small share of its
+    pixels, is else learned last. square_weight: the squared error counts so much besides the absolute one. What is far
+    off then counts more than what is nearly right, and the first thousand steps are shorter.
     """
 
-    edge_weight: float = Field(7.0, ge=1)
+    edge_weight: float = Field(1.0, ge=1)
     square_weight: float = Field(0.0, ge=0)
     kl_weight: float = Field(1e-6, ge=0)
+
+    def divergence(self, kl: Tensor, frames: Tensor) -> Tensor:
+        """The weighted share of a divergence [N] in the loss of frames [N,3,H,W]."""
+        return self.kl_weight / frames[0].numel() * kl
 
     def error(self, reconstruction: Tensor, frames: Tensor) -> Tensor:
         """[N,3,H,W] twice -> float32 [N], one value a frame: the weighted absolute error."""

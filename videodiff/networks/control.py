@@ -3,6 +3,7 @@
 Shapes: B images, C latent channels, H W picture size, h w latent size (H / factor), T = 1.
 """
 
+import math
 from collections.abc import Callable
 
 from torch import Tensor, nn
@@ -26,6 +27,8 @@ class ControlNet(nn.Module):
     def __init__(self, config: UNetConfig, factor: int) -> None:
         """config: the image network's. factor: pixels along a side of a latent."""
         super().__init__()
+        if factor < 1:
+            raise ValueError(f"factor {factor}: a latent has at least one pixel along a side; give the autoencoder's")
         self.factor = factor
         self.encoder = encoder_of(config)
         width = config.model_channels
@@ -66,6 +69,8 @@ class ControlledUNet(nn.Module):
 
     def __init__(self, base: UNet, control: ControlNet, scale: float = 1.0) -> None:
         super().__init__()
+        if not math.isfinite(scale):
+            raise ValueError(f"scale {scale} is no number; 1 is what was trained, 0 nothing")
         self.base, self.control, self.scale = base, control, scale
         self.config = base.config
 

@@ -26,7 +26,7 @@ class DiscriminatorConfig(Config):
     """
 
     width: PositiveInt = 64
-    num_layers: int = Field(3, ge=1)
+    num_layers: int = Field(3, ge=1, le=8)
     start: int = Field(50_001, ge=0)
     weight: float = Field(0.5, gt=0)
     learning_rate: float | None = Field(None, gt=0)

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 # CUDA attention kernels refuse more than 65,535 (batch x head) rows, which temporal attention over every position
 # of every clip passes easily (pytorch issue 142228). More rows than this are attended in pieces.
 ATTENTION_ROWS = 65_535
-# On a CPU the backward pass of torch's fused attention is slow over few keys: up to this many, forward and backward
-# took 1.3 to 10 times as long as those of two matrix products (AMD EPYC and Intel Xeon, torch 2.13). Forward alone it
-# is the faster one.
-CPU_MATRIX_KEYS = {torch.bfloat16: 512, torch.float32: 32}
+# On a CPU in bf16 the backward pass of torch's fused attention is slow: up to this many keys, forward and backward took
+# 1.4 to 10 times as long as those of two matrix products (AMD EPYC and Intel Xeon, torch 2.13). Forward alone it is the
+# faster one; in float32 it stays, since what it gives a row does not depend on the others by so much as rounding.
+CPU_MATRIX_KEYS = 512
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None
     rows, heads = query.shape[:2]
     if rows * heads <= ATTENTION_ROWS:
         learns = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
-        if learns and query.device.type == "cpu" and key.shape[2] <= CPU_MATRIX_KEYS.get(query.dtype, 0):
+        low = query.device.type == "cpu" and query.dtype == torch.bfloat16
+        if learns and low and key.shape[2] <= CPU_MATRIX_KEYS:
             return attend_by_matrices(query, key, value, mask)
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
     axis, size = (0, ATTENTION_ROWS // heads) if heads <= ATTENTION_ROWS else (1, ATTENTION_ROWS)

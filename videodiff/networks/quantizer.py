@@ -26,6 +26,8 @@ class Quantizer(nn.Module):
 
     def __init__(self, config: QuantizerConfig, channels: int) -> None:
         super().__init__()
+        if channels < 1:
+            raise ValueError(f"channels {channels}: a code has at least one; give latent_channels")
         self.config = config
         # Wide apart. The paper's uniform numbers within 1 / K of 0 lie in one heap, of which few are ever nearest: a
         # perplexity of 2.7 among 64 codes after 60 steps on the built-in world, against 12.6, and a larger error.

@@ -175,9 +175,13 @@ class TextConfig(Config):
     def _check(self) -> "TextConfig":
         for width, heads in (("width", "heads"), ("image_width", "image_heads")):
             if getattr(self, width) % getattr(self, heads):
-                raise ValueError(f"{heads} {getattr(self, heads)} does not divide {width} {getattr(self, width)}")
+                raise ValueError(
+                    f"{heads} {getattr(self, heads)} does not divide {width} {getattr(self, width)}; choose a divisor"
+                )
         if self.image_size % self.patch_size:
-            raise ValueError(f"patch_size {self.patch_size} does not divide image_size {self.image_size}")
+            raise ValueError(
+                f"patch_size {self.patch_size} does not divide image_size {self.image_size}; choose a divisor"
+            )
         return self
 
 

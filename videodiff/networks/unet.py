@@ -6,6 +6,7 @@ that of Stable Diffusion 1 and 2 (Rombach et al. 2022) and of ADM (Dhariwal & Ni
 temporal layers.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
@@ -71,8 +72,8 @@ class UNetConfig(Config):
     resample: Literal["conv", "residual"] = Field("conv", description="residual: blocks halve and double the size")
     num_transformer_layers: int = Field(1, ge=1)
     feed_forward_factor: float = Field(4.0, gt=0)
-    context_dims: tuple[int, ...] = Field((), description="width of the tokens of each text encoder")
-    pooled_dim: int | None = Field(None, description="width of the pooled text that joins the time embedding")
+    context_dims: tuple[PositiveInt, ...] = Field((), description="width of the tokens of each text encoder")
+    pooled_dim: PositiveInt | None = Field(None, description="width of the pooled text that joins the time embedding")
     known_channels: bool = Field(False, description="take condition.known and its mask on C+1 further channels")
     learn_variance: bool = Field(False, description="give 2C channels: what is predicted, then its variance")
     temporal: TemporalConfig | None = None
@@ -134,12 +135,30 @@ class UNetConfig(Config):
                     "every level with attention"
                 )
             if self.norm_groups is not None and width % self.norm_groups:
-                raise ValueError(f"norm_groups {self.norm_groups} does not divide model_channels x mult {width}")
-        if self.attention == "plain" and self.context_dims:
+                common = math.gcd(*(self.model_channels * mult for mult in self.channel_mult))
+                raise ValueError(
+                    f"norm_groups {self.norm_groups} does not divide model_channels x mult {width}; choose a divisor "
+                    f"of {common}, which divides every level"
+                )
+        if self.attention == "plain":
+            self._check_plain()
+        narrowest = self.model_channels * min(self.channel_mult)
+        factors = {"feed_forward_factor": self.feed_forward_factor}
+        if self.temporal is not None:
+            factors["temporal.feed_forward_factor"] = self.temporal.feed_forward_factor
+        for name, factor in factors.items():
+            if int(narrowest * factor) < 1:
+                raise ValueError(f"{name} {factor:g} leaves no hidden channel at width {narrowest}; 4 is usual")
+        return self
+
+    def _check_plain(self) -> None:
+        if self.context_dims:
             raise ValueError(
                 "attention plain sees no text, but context_dims names some; use transformer, or leave it out"
             )
-        return self
+        for name in ("num_transformer_layers", "projection", "feed_forward_factor"):
+            if (given := getattr(self, name)) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} {given} is of transformers, and attention plain has none; leave it out")
 
 
 def res_block(
