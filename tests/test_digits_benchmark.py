@@ -85,7 +85,7 @@ def test_tables_are_not_broken_into_lines() -> None:
 
 
 @pytest.mark.slow
-def test_every_section_runs_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_section_runs_and_goes_on(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     main(["--quick", "--runs", str(tmp_path)])
     report = tmp_path / "docs" / "core-results.md"
     text = report.read_text(encoding="utf-8")
@@ -94,7 +94,7 @@ def test_every_section_runs_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFi
     for line in text.splitlines():
         if line.startswith("!["):
             assert (report.parent / line.partition("(")[2].rstrip(")")).is_file()
-    capsys.readouterr()
+    capfd.readouterr()
     main(["--quick", "--runs", str(tmp_path), "--only", "ddim"])
-    assert "samples-" not in capsys.readouterr().out  # nothing was drawn again
+    assert "samples-" not in capfd.readouterr().out  # nothing was drawn again
     assert report.read_text(encoding="utf-8") == text

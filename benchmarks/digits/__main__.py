@@ -1,4 +1,4 @@
-"""python -m benchmarks.digits [--only SECTION ...] [--quick] [--runs FOLDER] [--docs FOLDER]
+"""python -m benchmarks.digits [--only SECTION ...] [--processes 2] [--quick] [--runs FOLDER] [--docs FOLDER]
 
 Trains, measures and writes core-results.md with its pictures into the docs folder. Networks, samples and finished
 sections are kept in the runs folder: the same command goes on where it was interrupted. `--only` renews single sections
@@ -8,7 +8,10 @@ and leaves the others as they were; `--quick` runs every line with sizes that me
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import time
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import sklearn
@@ -34,25 +37,37 @@ SECTIONS = {
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.digits", description=__doc__.split("\n\n")[1])
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), metavar="SECTION")
+    parser.add_argument("--processes", type=int, default=2, help="sections that run at once, a thread each [2]")
     parser.add_argument("--quick", action="store_true", help="every line, but nothing measured; minutes become seconds")
     parser.add_argument("--runs", type=Path, help="what was trained and drawn [runs/digits]")
     parser.add_argument("--docs", type=Path, help="where the report goes [docs]")
     given = parser.parse_args(arguments)
     runs = given.runs or Path("runs/digits-quick" if given.quick else "runs/digits")
     docs = given.docs or (runs / "docs" if given.quick else Path("docs"))
-    bench = Bench(QUICK if given.quick else Settings(), Cache(runs), docs / "core-results")
-    for name in given.only:
-        title, run = SECTIONS[name]
-        print(title, flush=True)
-        start = time.perf_counter()
-        text = run(bench)
-        (runs / f"{name}.md").write_text(wrapped(f"## {title}\n\n{text}\n"), encoding="utf-8")
-        print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
+    settings = QUICK if given.quick else Settings()
+    measure = partial(section, settings=settings, runs=runs, pictures=docs / "core-results")
+    if given.processes > 1:
+        # What both need is made by one while the other waits for it.
+        spawn = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(given.processes, spawn, torch.set_num_threads, (1,)) as pool:
+            list(pool.map(measure, given.only))
+    else:
+        list(map(measure, given.only))
+    bench = Bench(settings, Cache(runs), docs / "core-results")
     report = docs / "core-results.md"
     finished = [runs / f"{name}.md" for name in SECTIONS]
     texts = [path.read_text(encoding="utf-8") for path in finished if path.exists()]
     report.write_text("\n".join([wrapped(introduction(bench)), *texts]), encoding="utf-8")
     print(f"written: {report}")
+
+
+def section(name: str, settings: Settings, runs: Path, pictures: Path) -> None:
+    """Measure one section and keep its text."""
+    title, run = SECTIONS[name]
+    start = time.perf_counter()
+    text = run(Bench(settings, Cache(runs), pictures))
+    (runs / f"{name}.md").write_text(wrapped(f"## {title}\n\n{text}\n"), encoding="utf-8")
+    print(f"{title}: {time.perf_counter() - start:.0f} s", flush=True)
 
 
 def introduction(bench: Bench) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import time
 from collections.abc import Callable
 from hashlib import blake2b
@@ -26,7 +27,10 @@ class Cache:
     def tensors(self, name: str, key: object, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """What `make` gave for this name and key, now or in an earlier run."""
         path = self.folder / f"{name}-{digest(key)}.safetensors"
-        if not path.exists():
+        with open(path.with_suffix(".lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # another process may be making it just now
+            if path.exists():
+                return load_file(path)
             start = time.perf_counter()
             made = {k: v.detach().contiguous() for k, v in make().items()}
             unfinished = path.with_suffix(".part")
