@@ -124,6 +124,11 @@ def test_an_oracle_is_right_and_loses_nothing(tmp_path: Path) -> None:
     first = report["rows"][0]
     assert first["measures"]["reconstruction_psnr"]["mean"] == EQUAL_DB
     assert first["not_finite"] == 0
+    told = {name: value["mean"] for name, value in first["measures"].items()}
+    for channel, colour in enumerate(("red", "green", "blue")):  # what the latents are here
+        assert told[f"latent_mean_{channel}"] == pytest.approx(255 * told[colour], rel=0.02)
+    assert told["latent_mean"] == pytest.approx(np.mean([told[f"latent_mean_{channel}"] for channel in range(3)]))
+    assert 0 < told["latent_deviation_0"] < 128
     assert ("motion" in first["shares"], "motion" in report["rows"][3]["shares"]) == (True, False)
     generated = next(e for e in report["rows"] if e["row"] == "video_generated")
     assert generated["measures"]["first_frame_psnr"]["mean"] == EQUAL_DB

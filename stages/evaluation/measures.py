@@ -22,6 +22,7 @@ from videodiff.metrics.scores import clip_scores
 from videodiff.networks.features import FeatureExtractor
 
 AT_ONCE = 8  # frames that LPIPS looks at together
+CHANNELS = 16  # of latents that are told one by one
 FRAMES = 8  # of a clip, evenly from its first to its last, that networks for pictures look at
 Distance = Callable[[Tensor, Tensor], Tensor]  # pictures [N,3,H,W] in [-1,1], twice -> [N]
 
@@ -56,6 +57,8 @@ MEASURES: dict[str, Unit] = {
     "captions_cut": Unit("captions that the text tower cuts, %", "less", 100.0, 1),
     "latent_mean": Unit("mean of the latents", "real", digits=3),
     "latent_deviation": Unit("deviation of the latents", "real", digits=3),
+    **{f"latent_{what}_{channel}": Unit(f"{what} of latent channel {channel}", "real", digits=3)
+       for channel in range(CHANNELS) for what in ("mean", "deviation")},
     "text_likeness": Unit("CLIP score", "more", digits=1),
     "consistency": Unit("frames alike, cosine", "real", digits=3),
     **LOOKS,

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from data_pipeline.world import ATTRIBUTES
 from data_pipeline.world_reader import read, read_image
-from stages.evaluation.measures import Gauge
+from stages.evaluation.measures import CHANNELS, Gauge
 from stages.evaluation.questions import Clips, Prompt
 from stages.pipeline import SampleKey
 from videodiff.model import Sampling
@@ -130,6 +130,9 @@ def _rows(
         near = gauge.likeness("reconstruction", frames, real)
         for told, latent in zip(near, latents, strict=True):  # what the next stages see: 0 and 1, were it perfect
             told |= {"latent_mean": float(latent.mean()), "latent_deviation": float(latent.std())}
+            for channel, values in enumerate(latent[:CHANNELS]):
+                told |= {f"latent_mean_{channel}": float(values.mean())}
+                told |= {f"latent_deviation_{channel}": float(values.std())}
         yield "autoencoder", Row(frames, finite, plan.fps, near, real)
     if "video_real" in wanted:
         first = road.encode(real[:, :1])
