@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.digits.__main__ import SECTIONS, main
+from benchmarks.digits.__main__ import main
 from benchmarks.digits.cache import Cache
 from benchmarks.digits.data import LEVELS, NUM_TEST, load, to_grid
 from benchmarks.digits.ddim import spherical
 from benchmarks.digits.judge import Score, among, frechet_distance, share
 from benchmarks.digits.report import claim, wrapped
+from benchmarks.digits.sections import SECTIONS
 from benchmarks.digits.train import rows
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
-import time
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -17,21 +16,13 @@ from pathlib import Path
 import sklearn
 import torch
 
-from benchmarks.digits import ddim, ddpm, guidance, latents, solvers
 from benchmarks.digits.bench import Bench
 from benchmarks.digits.cache import Cache
 from benchmarks.digits.data import LEVELS
 from benchmarks.digits.judge import FEATURES
 from benchmarks.digits.report import wrapped
+from benchmarks.digits.sections import SECTIONS, section
 from benchmarks.digits.settings import QUICK, Settings
-
-SECTIONS = {
-    "ddpm": ("DDPM: schedules, losses, likelihood", ddpm.run),
-    "ddim": ("DDIM: few steps, inversion, interpolation", ddim.run),
-    "guidance": ("Guidance: fidelity against diversity", guidance.run),
-    "solvers": ("Solvers: quality against evaluations", solvers.run),
-    "latents": ("Latent against pixel diffusion", latents.run),
-}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -59,15 +50,6 @@ def main(arguments: list[str] | None = None) -> None:
     texts = [path.read_text(encoding="utf-8") for path in finished if path.exists()]
     report.write_text("\n".join([wrapped(introduction(bench)), *texts]), encoding="utf-8")
     print(f"written: {report}")
-
-
-def section(name: str, settings: Settings, runs: Path, pictures: Path) -> None:
-    """Measure one section and keep its text."""
-    title, run = SECTIONS[name]
-    start = time.perf_counter()
-    text = run(Bench(settings, Cache(runs), pictures))
-    (runs / f"{name}.md").write_text(wrapped(f"## {title}\n\n{text}\n"), encoding="utf-8")
-    print(f"{title}: {time.perf_counter() - start:.0f} s", flush=True)
 
 
 def introduction(bench: Bench) -> str:
