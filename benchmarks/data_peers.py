@@ -18,17 +18,12 @@ import numpy as np
 import torch
 import webdataset
 
-from data_pipeline.clips import decode_clip, fit, grid_frames
+from data_pipeline.clips import fit, grid_frames
 
 FRAMES, FPS, SIZE, BATCH = 16, 8.0, 256, 8  # of what is asked for
 
 
 def by_decord(video: bytes) -> np.ndarray:
-    """By the decoder that our loader has."""
-    return decode_clip(video, fps=FPS, frames=FRAMES, size=SIZE).frames
-
-
-def by_bare_decord(video: bytes) -> np.ndarray:
     """By decord as its README has it, without the checks that our loader makes."""
     import decord
 
@@ -120,4 +115,4 @@ def _keep(videos: list[bytes]) -> None:
 
 def _decode_all(numbers: range) -> None:
     for number in numbers:
-        by_bare_decord(_videos[number % len(_videos)])
+        by_decord(_videos[number % len(_videos)])

@@ -40,9 +40,16 @@ class Findings:
         self.problems.append(line)
 
 
-def check_shards(location: str, workers: int, deadline_seconds: float, progress: bool = False) -> Findings:
+def check_shards(
+    location: str,
+    workers: int,
+    deadline_seconds: float,
+    progress: bool = False,
+    wanted: tuple[float, int] | None = None,
+) -> Findings:
     """Read and decode every sample of the shards at ``location`` (see `open_shards`).
 
+    ``wanted``: the rate and the number of frames that training will ask for; what can't give them is a finding.
     Raises UserError only where there is nothing to check; all that is wrong with the shards is in the findings.
     """
     found, unopened = Findings(), list[str]()
@@ -61,7 +68,7 @@ def check_shards(location: str, workers: int, deadline_seconds: float, progress:
             except UserError as error:
                 found.add("unusable shard", str(error))
                 continue
-            for raw, result in _decoded(shard, pool):
+            for raw, result in _decoded(shard, pool, wanted):
                 _judge(shard, raw, result, found)
                 advance(1)
     return found
@@ -99,7 +106,9 @@ def _check_file(shard: Shard, found: Findings) -> None:
         found.add("unread member", f"{path}: nothing reads its member {name!r}; leave it out")
 
 
-def _decoded(shard: Shard, pool: DecodePool) -> Iterator[tuple[RawSample | SampleError, Any]]:
+def _decoded(
+    shard: Shard, pool: DecodePool, wanted: tuple[float, int] | None
+) -> Iterator[tuple[RawSample | SampleError, Any]]:
     told: list[RawSample | SampleError] = []
 
     def jobs() -> Iterator[dict[str, Any] | None]:
@@ -109,7 +118,7 @@ def _decoded(shard: Shard, pool: DecodePool) -> Iterator[tuple[RawSample | Sampl
             if isinstance(raw, SampleError) or shard.encoding is not None:
                 yield None
             else:
-                yield {"video": raw.video, "suffix": raw.suffix, "frames": 1, "height": 16}
+                yield {"video": raw.video, "suffix": raw.suffix, "frames": 1, "height": 16, "wanted": wanted}
 
     for number, result in enumerate(pool.map(jobs())):
         raw, told[number] = told[number], SampleError("done", "")  # its video is not needed any more

@@ -88,16 +88,23 @@ def decode_clip(
     return read_video(video, lambda opened: window(opened, 0))
 
 
-def preview_clip(video: bytes, *, frames: int, height: int, suffix: str = "mp4") -> Preview:
+def preview_clip(
+    video: bytes, *, frames: int, height: int, suffix: str = "mp4", wanted: tuple[float, int] | None = None
+) -> Preview:
     """Decode all of a clip, and keep up to ``frames`` frames from its beginning to its end, ``height`` pixels high.
 
-    Raises ClipError "undecodable".
+    ``wanted``: the rate and the number of frames that training will ask for. Raises ClipError "undecodable", and with
+    them "too short" and "too slow" as `decode_clip` does.
     """
     if suffix in IMAGE_SUFFIXES:
+        if wanted is not None and wanted[1] > 1:
+            raise ClipError("too short", f"1 frame, {wanted[1]} asked")
         picture = _image(video)
         return Preview(_lowered(picture, height), 0, 1, 0.0, picture.shape[1], picture.shape[2], "pillow")
 
     def preview(opened: Opened) -> Preview:
+        if wanted is not None:
+            grid_frames(opened.times, *wanted)
         total = len(opened.times)
         kept = set(np.linspace(0, total - 1, min(frames, total)).astype(int).tolist())
         rows, first = [], 0

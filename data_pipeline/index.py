@@ -6,6 +6,7 @@ it may say each sample's checksum and shape too. Tars of others, without an inde
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import tarfile
@@ -13,7 +14,7 @@ from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, NoReturn
 
 from data_pipeline import locations, tars
 from videodiff.errors import UserError
@@ -77,8 +78,8 @@ class Shard:
 def open_shards(location: str, problems: list[str] | None = None) -> list[Shard]:
     """The shards that ``location`` names.
 
-    It is a folder (with an index or without), an index.json, one tar, or several by a {000..012} or * pattern; on this
-    machine, or at an http(s) or s3 URL, whose shards come into a local cache when they are first read. Sizes are
+    It is a folder (with an index or without), an index.json, one tar, or several by a {000..012} or *?[] pattern; on
+    this machine, or at an http(s) or s3 URL, whose shards come into a local cache when they are first read. Sizes are
     compared with the index, which finds a torn shard at once. Raises UserError for anything missing, torn or
     compressed; ``pipe:`` and other schemes are refused. Where ``problems`` are collected, shards that are missing, torn
     or compressed are named there and left out.
@@ -170,14 +171,19 @@ def _local(path: Path, problems: list[str] | None) -> list[Shard]:
         if (path / PLAN).exists():
             raise UserError(f"{path}: these shards were never finished; run the command that writes them again")
         found = sorted(tar for tar in path.glob("*.tar") if tar.name[0] != ".")
-    elif "*" in path.name and path.parent.is_dir():
-        found = sorted(path.parent.glob(path.name))
+    elif not path.exists() and glob.has_magic(str(path)):
+        found = sorted(Path(name) for name in glob.glob(str(path)))
+        return [shard for one in found for shard in _local(one, problems)] if found else _none_at(path)
     else:
         found = [path]
     if not found:
-        raise UserError(f"{path}: there is no shard here; write some with `videodiff data world`, or check the path")
+        return _none_at(path)
     opened = (read_index(file, problems) if file.name == INDEX else _scanned(file, problems) for file in found)
     return [shard for shards in opened for shard in shards]
+
+
+def _none_at(path: Path) -> NoReturn:
+    raise UserError(f"{path}: there is no shard here; write some with `videodiff data world`, or check the path")
 
 
 def _remote(url: str, problems: list[str] | None) -> list[Shard]:

@@ -48,6 +48,7 @@ def _facts(clips: Sequence[Row], config: PrepareConfig) -> dict[str, Any]:
         (c.get("decoder") or "none", c.get("codec") or "", c.get("container") or "") for c in sources.values()
     )
     failed = [clip for clip in clips if clip["place"][1] < 0]
+    lost = _lost(clips)
     sheets = [("kept", _sheet(kept, _KEPT))]
     sheets += [(reason, _sheet([c for c in clips if c["reason"] == reason], _REJECTED)) for reason in sorted(reasons)]
     return {
@@ -61,9 +62,32 @@ def _facts(clips: Sequence[Row], config: PrepareConfig) -> dict[str, Any]:
         "readers": sorted(readers.items()),
         "histograms": [h for h in (_histogram(name, clips, config) for name in _SHOWN) if h],
         "sheets": [(title, pictures) for title, pictures in sheets if pictures],
-        "failed": failed[:_LISTED],
+        "lost": lost[:_LISTED],
+        "num_lost": len(lost),
         "settings": {name: value for name, value in to_dict(config).items() if name not in _OPERATIONAL},
     }
+
+
+def _lost(clips: Sequence[Row]) -> list[dict[str, str]]:
+    """Of every source that has no clip among the kept: its name, what read it, and why."""
+    of_source: dict[str, list[Row]] = {}
+    for clip in clips:
+        of_source.setdefault(clip["source_key"], []).append(clip)
+    lost = []
+    for rows in of_source.values():
+        if any(clip["kept"] for clip in rows):
+            continue
+        reasons = Counter(clip["reason"] for clip in rows)
+        details = dict.fromkeys(clip["detail"] for clip in rows if clip["detail"])
+        lost.append(
+            {
+                "source": rows[0]["source"],
+                "decoder": rows[0].get("decoder") or "none",
+                "reason": ", ".join(f"{count} {name}" if len(rows) > 1 else name for name, count in reasons.items()),
+                "detail": next(iter(details), ""),
+            }
+        )
+    return lost
 
 
 def _sheet(clips: Sequence[Row], most: int) -> list[dict[str, Any]]:

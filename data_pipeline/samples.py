@@ -10,7 +10,7 @@ import io
 import json
 import tarfile
 import zlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,8 +44,9 @@ class RawSample:
     suffix: str = "mp4"  # says which
 
 
-def read_sample(shard: Shard, number: int) -> RawSample:
-    """Sample ``number`` of a shard, read at its place.
+def read_sample(shard: Shard, number: int, content: Sequence[str] = _CONTENT) -> RawSample:
+    """Sample ``number`` of a shard, read at its place. ``content``: suffixes of the member that is wanted, the first of
+    them that is there.
 
     Raises SampleError, a UserError, with the reasons "torn" (also where its checksum is not the index's), "no video",
     "no caption" and "unsafe name".
@@ -62,7 +63,7 @@ def read_sample(shard: Shard, number: int) -> RawSample:
         raise
     except (OSError, tarfile.TarError, EOFError, ValueError) as error:
         raise _torn(shard, start, error) from None
-    return _checked(shard, sample)
+    return _checked(shard, sample, content)
 
 
 def try_sample(shard: Shard, number: int) -> RawSample | SampleError:
@@ -73,9 +74,9 @@ def try_sample(shard: Shard, number: int) -> RawSample | SampleError:
         return error
 
 
-def read_texts(shard: Shard, number: int) -> RawSample:
+def read_texts(shard: Shard, number: int, content: Sequence[str] = _CONTENT) -> RawSample:
     """As `read_sample`, without reading the video: its bytes are empty."""
-    return _checked(shard, _read_texts(shard, number))
+    return _checked(shard, _read_texts(shard, number), content)
 
 
 def all_captions(location: str) -> Iterator[str]:
@@ -151,7 +152,7 @@ def _image_shape(header: bytes) -> Shape | None:
     return Shape(1, 0.0, height, width)
 
 
-def _checked(shard: Shard, sample: dict[str, Any]) -> RawSample:
+def _checked(shard: Shard, sample: dict[str, Any], content: Sequence[str]) -> RawSample:
     key = str(sample["__key__"])
 
     def bad(reason: str, what: str, remedy: str) -> SampleError:
@@ -159,7 +160,7 @@ def _checked(shard: Shard, sample: dict[str, Any]) -> RawSample:
 
     if key.startswith("/") or ".." in key.split("/"):
         raise bad("unsafe name", "has a name that points out of its folder", "write it again under another name")
-    content = _CONTENT if shard.encoding is None else (FEATURES,)
+    content = content if shard.encoding is None else (FEATURES,)
     suffix = next((suffix for suffix in content if suffix in sample), None)
     if suffix is None:
         raise bad("no video", f"has no video ({', '.join(content)})", "remove it or write it again")

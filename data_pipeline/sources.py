@@ -21,12 +21,17 @@ from typing import Any
 from pydantic import Field
 
 from data_pipeline import locations
+from data_pipeline.decoders import ClipError
+from data_pipeline.samples import SampleError
 from data_pipeline.shards import VIDEO_SUFFIXES, Shard, open_shards, read_sample, read_texts
 from data_pipeline.tables import TABLE_SUFFIXES, Row, read_table, utf8
 from videodiff.config import Config
 from videodiff.errors import UserError
 
-FILE_SUFFIXES = {f".{s}" for s in (*VIDEO_SUFFIXES, "gif", "m4v", "mpg", "mpeg", "ts", "flv", "wmv", "3gp", "ogv")}
+FILE_SUFFIXES = (
+    *VIDEO_SUFFIXES, "gif", "m4v", "mpg", "mpeg", "ts", "mts", "m2ts", "vob", "flv", "wmv", "3gp", "ogv",
+)  # fmt: skip
+_CAPTIONS = (".json", ".JSON", ".txt", ".TXT")
 _FIELD = re.compile(r"\{([^{}]+)\}")
 _LONGEST_FILE = 2**20  # bytes of a caption file; what is longer is none
 
@@ -74,6 +79,7 @@ class Source:
     problem: str = ""
     detail: str = ""
     url: str | None = None
+    crc32: int | None = None  # of the extent's bytes, where an index tells it
 
 
 def find_sources(config: SourcesConfig, location: str) -> Iterator[Source]:
@@ -107,17 +113,23 @@ def find_sources(config: SourcesConfig, location: str) -> Iterator[Source]:
 def fingerprint(source: Source) -> bytes:
     """Differs where anything said of a source does."""
     said = asdict(source)
-    if source.url is None:
-        del said["url"]  # so that folders which were begun before there was one go on
+    for name in ("url", "crc32"):  # so that folders which were begun before there were any go on
+        if said[name] is None:
+            del said[name]
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).digest()
 
 
 def read_bytes(source: Source) -> Path | bytes:
-    """What a reader opens: the file's path, or the bytes of a shard's sample."""
+    """What a reader opens: the file's path, or the bytes of a shard's sample. ClipError where that is no sample."""
     if source.extent is None:
         return Path(source.path)
     start, stop = source.extent
-    return read_sample(Shard(Path(source.path), (start,), stop, "", source.url), 0).video
+    sums = () if source.crc32 is None else (source.crc32,)
+    shard = Shard(Path(source.path), (start,), stop, "", source.url, crc32=sums)
+    try:
+        return read_sample(shard, 0, FILE_SUFFIXES).video
+    except SampleError as error:
+        raise ClipError(error.reason, str(error)) from None
 
 
 def state_of(source: Source) -> list[int]:
@@ -158,13 +170,13 @@ def _in_folder(root: Path) -> Iterator[Source]:
             yield Source(0, "", os.path.relpath(folder, root), folder, problem="unreadable", detail=problem)
             continue
         there = set(names)
-        videos = [name for name in names if os.path.splitext(name)[1].lower() in FILE_SUFFIXES]
+        videos = [name for name in names if os.path.splitext(name)[1].lower()[1:] in FILE_SUFFIXES]
         stems = Counter(os.path.splitext(name)[0] for name in videos)
         for name in videos:
             path = os.path.join(folder, name)
             source = Source(0, "", os.path.relpath(path, root), path)
             stem = os.path.splitext(name)[0]
-            own, shared = ([f"{n}{end}" for end in (".json", ".txt") if f"{n}{end}" in there] for n in (name, stem))
+            own, shared = ([f"{n}{end}" for end in _CAPTIONS if f"{n}{end}" in there] for n in (name, stem))
             if not own and shared and stems[stem] > 1:
                 detail = f"{shared[0]} may belong to any of {stems[stem]} videos; name it {name}.txt"
                 yield replace(source, problem="ambiguous caption", detail=detail)
@@ -355,6 +367,8 @@ def _in_shards(places: Iterable[str]) -> Iterator[Source]:
     taken: dict[str, str] = {}
     problems: list[str] = []
     shards = [shard for place in places for shard in open_shards(place, problems)]
+    if latents := next((shard for shard in shards if shard.encoding is not None), None):
+        raise UserError(f"{latents.path}: holds latents, which can't be cut; name the shards of the videos")
     if problems and not shards:
         raise UserError(problems[0])
     for told in problems:
@@ -365,9 +379,10 @@ def _in_shards(places: Iterable[str]) -> Iterator[Source]:
         for number in range(len(shard.offsets)):
             stop = (*shard.offsets, shard.bytes)[number + 1]
             extent = (shard.offsets[number], stop)
-            base = Source(0, "", f"{called}#{number}", str(shard.path.absolute()), extent, url=shard.url)
+            total = shard.crc32[number] if shard.crc32 else None
+            base = Source(0, "", f"{called}#{number}", str(shard.path.absolute()), extent, url=shard.url, crc32=total)
             try:
-                sample = read_texts(shard, number)
+                sample = read_texts(shard, number, FILE_SUFFIXES)
             except UserError as error:
                 yield replace(base, problem="unreadable", detail=str(error))
                 continue

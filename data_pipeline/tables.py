@@ -112,13 +112,14 @@ def _json(line: str) -> Row | None:
 
 
 def _checked(path: Path, rows: Iterator[Row | None], needed: Iterable[str]) -> Iterator[Row | None]:
-    """JSONL says its columns in each line: the first readable one is asked."""
-    asked = False
+    """JSONL says its columns in each line, and leaves out what is not there: a needed one stands in some line."""
+    lacking, has = dict.fromkeys(needed), dict[str, None]()
     for row in rows:
-        if row is not None and not asked:
-            _check(path, list(row), needed)
-            asked = True
+        for name in row or ():
+            has[name] = None
+            lacking.pop(name, None)
         yield row
+    _check(path, list(has), lacking)
 
 
 def _check(path: Path, has: Sequence[str], needed: Iterable[str]) -> None:

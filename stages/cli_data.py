@@ -36,6 +36,8 @@ def check(
     shards: Shards,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Of the whole run, for the steps of an epoch")] = None,
     world_size: Annotated[int, typer.Option(min=1, help="Ranks of the run")] = 1,
+    frames: Annotated[int | None, typer.Option(min=1, help="data.frames of the run; with --fps")] = None,
+    fps: Annotated[float | None, typer.Option(min=0.1, help="data.fps of the run; with --frames")] = None,
     workers: Workers = 2,
     deadline_seconds: Deadline = 30.0,
 ) -> None:
@@ -44,7 +46,10 @@ def check(
 
     if batch_size is not None:
         steps_per_epoch(0, batch_size, world_size)  # refuses numbers that don't fit before anything is read
-    found = check_shards(shards, workers, deadline_seconds, progress=sys.stdout.isatty())
+    if (frames is None) != (fps is None):
+        raise UserError("--frames and --fps say together what a run will ask of a clip; give both")
+    wanted = None if frames is None or fps is None else (fps, frames)
+    found = check_shards(shards, workers, deadline_seconds, progress=sys.stdout.isatty(), wanted=wanted)
     for line in found.problems:
         typer.echo(line)
     hours = f", {found.seconds / 3600:.3g} hours" if found.seconds else ""

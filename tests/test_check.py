@@ -71,6 +71,20 @@ def test_members_of_others(tmp_path: Path) -> None:
     assert (found.num_samples, found.num_good) == (7, 2)
 
 
+def test_what_a_run_could_not_use_is_found(world: Path, tmp_path: Path) -> None:
+    """Clips of 4 frames at 8 a second, and a picture."""
+    assert check_shards(str(world), 0, 60, wanted=(8.0, 4)).problems == []
+    assert dict(check_shards(str(world), 0, 60, wanted=(8.0, 5)).counts) == {"too short": 7}
+    assert dict(check_shards(str(world), 0, 60, wanted=(16.0, 2)).counts) == {"too slow": 7}
+    picture_alone = tar(tmp_path / "a.tar", [("1.jpg", picture(3, 20, 20)), ("1.txt", b"good")])
+    assert check_shards(str(picture_alone), 0, 60, wanted=(8.0, 1)).problems == []
+    assert dict(check_shards(str(picture_alone), 0, 60, wanted=(8.0, 2)).counts) == {"too short": 1}
+    done = videodiff("data", "check", str(world), "--frames", "5", "--fps", "8")
+    assert done.returncode == 2
+    assert "7 too short" in done.stderr
+    assert "give both" in videodiff("data", "check", str(world), "--fps", "8").stderr
+
+
 def test_the_command_exits_with_the_list(world: Path) -> None:
     done = videodiff("data", "check", str(world), "--batch-size", "4", "--world-size", "2")
     assert (done.returncode, done.stderr) == (0, "")

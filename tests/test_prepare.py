@@ -1,6 +1,7 @@
 """The whole of `videodiff data prepare`, `merge` and `filter` on real files: killed, cut short, fuzzed, filled up."""
 
 import hashlib
+import io
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -205,6 +207,27 @@ def test_shards_can_be_prepared_again(made: Path, tmp_path: Path) -> None:
     assert len(stored) == 9
     assert {(s.meta["width"], s.meta["height"], s.meta["licence"]) for s in stored} == {(32, 32, "CC0")}
     assert {(s.captions, s.meta["origin"]) for s in stored} == {(s.captions, s.meta["origin"]) for s in samples(made)}
+
+
+def test_a_sample_that_is_none_and_a_clip_that_takes_too_long_stop_nobody(videos: Path, tmp_path: Path) -> None:
+    video = (videos / "a.mp4").read_bytes()
+    with tarfile.open(tmp_path / "in.tar", "w") as tar:
+        for name, content in (("a.mp4", video), ("a.txt", b"a"), ("b.mp4", video), ("b.mp4", video), ("b.txt", b"b")):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    changes: dict[str, Any] = {"filters": {"duplicate_bits": None}}
+    prepare(str(tmp_path / "in.tar"), tmp_path / "out", settings(**changes))
+    told = {row["source"]: row["reason"] for row in rows(tmp_path / "out")}
+    assert told == {"in.tar/a": "", "in.tar/b": "torn"}
+
+    # To encode a clip starts ffmpeg, which takes longer. What was killed once is not tried again, with more time either.
+    late = settings(**changes, workers=1, clip_seconds=0.02)
+    prepare(str(tmp_path / "in.tar"), tmp_path / "late", late)
+    assert {row["reason"] for row in rows(tmp_path / "late")} == {"deadline", "torn"}
+    before = digests(tmp_path / "late")
+    prepare(str(tmp_path / "in.tar"), tmp_path / "late", settings(**changes, workers=1))
+    assert digests(tmp_path / "late") == before
 
 
 # Filters
@@ -557,5 +580,9 @@ def test_fuzzed_files_neither_crash_nor_hang_it(count: int, tmp_path: Path) -> N
     page = (out / "report.html").read_text()
     for row in table:
         assert row["kept"] or row["reason"] in page
+    listed = page.partition("Sources of which nothing was kept")[2]
+    kept = {row["source"] for row in table if row["kept"]}
+    for row in table:
+        assert (f"<td>{row['source']}</td>" in listed) == (row["source"] not in kept)
     for sample in samples(out):
         assert len(numbers(decode_clip(sample.video, fps=8, frames=4, size=64).frames)) == 4

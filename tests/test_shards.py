@@ -6,6 +6,7 @@ import json
 import pickle
 import sys
 import tarfile
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import FrameType
@@ -13,7 +14,11 @@ from typing import Any
 
 import pytest
 import webdataset
+from hypothesis import given
+from hypothesis import strategies as st
+from webdataset import tariterators
 
+from data_pipeline import tars
 from data_pipeline.order import Order
 from data_pipeline.shards import (
     all_captions,
@@ -260,6 +265,36 @@ def test_keys_and_captions_of_others_can_be_written_again(tmp_path: Path) -> Non
     for key in ("v1/a.b", "v1/", ""):
         with pytest.raises(ValueError, match="no dots"):
             write_shard(tmp_path / "b.tar", [(key, b"x", {"captions": ["a"]})])
+
+
+NAMES = st.sampled_from(["a.mp4", "a.MP4", "a.json", "a.seg.mp4", "b/a.mp4", "b/a.txt", "__x__/a.mp4", "__y.mp4",
+                        "noext", ".hidden", f"{'x' * 120}.mp4", f"{'x' * 120}.txt", "é.mp4"])  # fmt: skip
+
+
+@given(st.lists(st.tuples(NAMES, st.binary(max_size=1500)), max_size=12))
+def test_a_tar_of_others_is_grouped_as_webdataset_does(members: list[tuple[str, bytes]]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = foreign(Path(folder, "a.tar"), members)
+        theirs, broken = [], False
+        try:
+            with open(path, "rb") as file:
+                theirs += tariterators.group_by_keys(tariterators.tar_file_expander([{"url": "a", "stream": file}]))
+        except ValueError:  # two members of one name
+            broken = True
+        shard = scan_shard(path)
+        content = path.read_bytes()
+        ours, torn = [], False
+        for number in range(len(shard.offsets)):
+            start, stop = shard.extent(number)
+            try:
+                ours.append(tars.read_group(content[start:stop]))
+            except ValueError:
+                torn = True
+    assert torn == broken
+    for mine, other in zip(ours, theirs, strict=False):
+        assert mine == {name: value for name, value in other.items() if name not in ("__url__", "__local_path__")}
+    if not broken:
+        assert len(ours) == len(theirs)
 
 
 def test_only_webdatasets_own_members_are_skipped(tmp_path: Path) -> None:

@@ -1,8 +1,10 @@
 """Folders, tables and shards as people have them, with what is wrong in each."""
 
 import datetime
+import io
 import json
 import os
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from pyarrow import parquet
 from data_pipeline.clips import ClipError
 from data_pipeline.prepare_config import PrepareConfig
 from data_pipeline.readers import open_video
-from data_pipeline.shards import write_shard
+from data_pipeline.shards import write_index, write_shard
 from data_pipeline.sources import Source, SourcesConfig, TableConfig, find_sources, fingerprint, read_bytes, seconds
 from data_pipeline.tables import read_columns, write_table
 from videodiff.config import load
@@ -43,10 +45,12 @@ def problems(sources: dict[str, Source]) -> dict[str, str]:
 def test_a_folder_with_captions_beside_the_videos(tmp_path: Path) -> None:
     video(tmp_path / "b.MP4", "  a fox \n")
     video(tmp_path / "deep" / "a.webm", json.dumps({"captions": ["one", "two"], "license": "CC0", "n": 3}), ".json")
+    video(tmp_path / "UP.MP4", "loud", ".TXT")
     video(tmp_path / "c.mov", json.dumps({"caption": "three", "url": "somewhere"}), ".json")
     (tmp_path / "notes.pdf").write_bytes(b"")
     sources = found(tmp_path, licence="all of them", origin="a set")
-    assert list(sources) == ["b.MP4", "c.mov", "deep/a.webm"]
+    assert list(sources) == ["UP.MP4", "b.MP4", "c.mov", "deep/a.webm"]
+    assert sources["UP.MP4"].captions == ("loud",)
     assert sources["b.MP4"].captions == ("a fox",)
     assert sources["b.MP4"].meta == {"licence": "all of them", "origin": "a set"}
     assert sources["deep/a.webm"].captions == ("one", "two")
@@ -258,6 +262,57 @@ def test_shards_are_a_source_too(tmp_path: Path) -> None:
     for refused in ("pipe:touch hacked", "ftp://somewhere/a.tar"):
         with pytest.raises(UserError, match="is not opened"):
             found(refused)
+
+
+def test_a_pattern_may_stand_in_any_part(tmp_path: Path) -> None:
+    for folder, name in (("one", "a"), ("two", "b")):
+        (tmp_path / folder).mkdir()
+        write_shard(tmp_path / folder / f"{name}.tar", [("s", b"bytes", {"captions": ["a fox"]})])
+    for pattern in ("*/*.tar", "*/?.tar", "[ot]*/[ab].tar", "t*", "one/*"):
+        both = {"a.tar/s", "b.tar/s"} if pattern[0] in "*[" else {"b.tar/s"} if pattern == "t*" else {"a.tar/s"}
+        assert set(found(tmp_path / pattern)) == both, pattern
+    with pytest.raises(UserError, match=r"there is no shard here"):
+        found(tmp_path / "*/z.tar")
+
+
+def test_a_sample_that_is_none_costs_its_own_row(tmp_path: Path) -> None:
+    """Two videos of one name; bytes that are not those the index knows; and a GIF, which is a video here."""
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name in ("a.gif", "a.txt", "b.mp4", "b.mp4", "b.txt"):
+            member = tarfile.TarInfo(name)
+            member.size = 5
+            tar.addfile(member, io.BytesIO(b"bytes"))
+    sources = found(tmp_path / "a.tar")
+    assert problems(sources) == {"a.tar/a": "", "a.tar/b": ""}
+    assert read_bytes(sources["a.tar/a"]) == b"bytes"
+    with pytest.raises(ClipError, match="torn"):
+        read_bytes(sources["a.tar/b"])
+
+    (tmp_path / "known").mkdir()
+    write_shard(tmp_path / "known" / "a.tar", [("s", b"bytes", {"captions": ["a fox"]})])
+    write_index(tmp_path / "known", ["a.tar"], {})
+    assert read_bytes(found(tmp_path / "known")["a.tar/s"]) == b"bytes"
+    content = (tmp_path / "known" / "a.tar").read_bytes()
+    (tmp_path / "known" / "a.tar").write_bytes(content.replace(b"bytes", b"bites"))
+    with pytest.raises(ClipError, match="torn"):
+        read_bytes(found(tmp_path / "known")["a.tar/s"])
+
+
+def test_latents_are_no_videos(tmp_path: Path) -> None:
+    write_shard(tmp_path / "a.tar", [("s", b"numbers", {"captions": ["a fox"]})], "safetensors")
+    encoding = {"encoder": "0" * 64, "frames": 2, "fps": 8.0, "size": 32, "variants": 1}
+    write_index(tmp_path, ["a.tar"], {"encoding": encoding})
+    with pytest.raises(UserError, match="holds latents, which can't be cut"):
+        found(tmp_path)
+
+
+def test_a_column_may_stand_in_some_lines_of_jsonl_only(tmp_path: Path) -> None:
+    lines = ['{"video": "a.mp4", "caption": "x"}', '{"video": "b.mp4", "caption": "y", "from": 1, "to": 2}']
+    (tmp_path / "t.jsonl").write_text("\n".join(lines))
+    sources = found(tmp_path / "t.jsonl", table=TableConfig(start="from", end="to"))
+    assert [(source.start, source.end) for source in sources.values()] == [(None, None), (1.0, 2.0)]
+    with pytest.raises(UserError, match="no column 'since'"):
+        found(tmp_path / "t.jsonl", table=TableConfig(start="since"))
 
 
 def test_a_torn_shard_has_a_row_and_the_others_are_read(tmp_path: Path) -> None:
