@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -136,6 +137,9 @@ class _Helper:
         main = _MAIN.format(path=sys.path, fd=theirs.fileno(), function=function)
         # One thread in each library: the helpers themselves are the parallelism.
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+        # A killed one can't tidy up what it was writing.
+        self._folder = tempfile.TemporaryDirectory(prefix="videodiff-", ignore_cleanup_errors=True)
+        environment["TMPDIR"] = self._folder.name
         self._process = subprocess.Popen(
             [sys.executable, "-c", main], pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env=environment
         )
@@ -170,6 +174,7 @@ class _Helper:
         # Its connection closes with the object: another thread may be waiting on it just now, and wakes up by this.
         self._process.kill()
         self._process.wait()
+        self._folder.cleanup()
 
 
 def serve(descriptor: int, function_name: str) -> None:

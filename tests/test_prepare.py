@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -209,7 +210,11 @@ def test_shards_can_be_prepared_again(made: Path, tmp_path: Path) -> None:
     assert {(s.captions, s.meta["origin"]) for s in stored} == {(s.captions, s.meta["origin"]) for s in samples(made)}
 
 
-def test_a_sample_that_is_none_and_a_clip_that_takes_too_long_stop_nobody(videos: Path, tmp_path: Path) -> None:
+def test_a_sample_that_is_none_and_a_clip_that_takes_too_long_stop_nobody(
+    videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "scratch").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
     video = (videos / "a.mp4").read_bytes()
     with tarfile.open(tmp_path / "in.tar", "w") as tar:
         for name, content in (("a.mp4", video), ("a.txt", b"a"), ("b.mp4", video), ("b.mp4", video), ("b.txt", b"b")):
@@ -228,6 +233,7 @@ def test_a_sample_that_is_none_and_a_clip_that_takes_too_long_stop_nobody(videos
         with pytest.raises(UserError, match=r"none of 4 clips is kept \(3 deadline, 1 torn\)"):
             prepare(str(tmp_path / "in.tar"), tmp_path / "late", late)
         assert Counter(row["reason"] for row in rows(tmp_path / "late")) == {"deadline": 3, "torn": 1}
+        assert not list((tmp_path / "scratch").iterdir())
 
 
 # Filters
