@@ -22,9 +22,9 @@ class DiffusionLoss(Config):
     """Mean squared error of what the network predicts, weighted by noise level; or the variational bound.
 
     simple: weight 1 (DDPM, eq. 14). min_snr: the error of x0 weighted with min(SNR, gamma) (Hang et al. 2303.09556,
-    eq. 8), written for the predicted quantity. vlb: N L_t in bits per dimension, whose
-    mean over uniform times is the bound without its prior (improved DDPM, eq. 4); a fixed variance is beta_tilde. Bits
-    are this loss's unit for latents too, only a factor there; what is reported of them is `Bound`'s, in nats.
+    eq. 8), written for the predicted quantity. vlb: N L_t in bits per dimension, whose mean over uniform times is the
+    bound without its prior (improved DDPM, eq. 4); a fixed variance is beta_tilde. Bits are this loss's
+    unit for latents too, only a factor there; what is reported of them is `Bound`'s, in nats.
     A network that learns its variance is trained with `variance_weight` times the same N L_t besides simple or
     min_snr, in which the mean is held fixed: the hybrid loss (improved DDPM, eq. 16; in bits, as in its code).
     levels: grey levels of data in pixels, for the last term of the bound; None for latents.
