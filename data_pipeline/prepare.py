@@ -19,9 +19,9 @@ from typing import Any
 from data_pipeline.journal import Journal, read_rows
 from data_pipeline.making import make
 from data_pipeline.prepare_config import CONFIG, PrepareConfig, load_config
-from data_pipeline.publish import WORK_FOLDER, alone, publish
+from data_pipeline.publish import PASSED_OVER, WORK_FOLDER, alone, publish
 from data_pipeline.shards import PLAN
-from data_pipeline.sources import Source, find_sources, fingerprint
+from data_pipeline.sources import PassedOver, Source, find_sources, fingerprint
 from videodiff import config as configs
 from videodiff.errors import UserError
 from videodiff.video_io import write_json
@@ -115,7 +115,8 @@ def _planned(location: str, folder: Path, config: PrepareConfig, part: tuple[int
     """The sources of this part. All of them are listed, so that each part knows that they are the same ones."""
     number, parts = part
     digest, total, mine = hashlib.sha256(), 0, []
-    for source in find_sources(config.sources, location):
+    passed = PassedOver()
+    for source in find_sources(config.sources, location, passed):
         digest.update(fingerprint(source))
         total += 1
         if source.number % parts == number - 1:
@@ -129,6 +130,7 @@ def _planned(location: str, folder: Path, config: PrepareConfig, part: tuple[int
                 "other captions); undo the change or choose another folder"
             )
     if not (folder / "plan.json").is_file():
+        write_json(folder / PASSED_OVER, passed.endings)
         write_json(folder / "plan.json", plan)
     return mine
 

@@ -29,6 +29,7 @@ from videodiff.errors import UserError
 
 WORK_FOLDER = "work"
 TABLE, REPORT = "clips.parquet", "report.html"
+PASSED_OVER = "passed-over.json"  # in the folder of a part: what lay among the sources and is none
 
 _KINDS = {
     "string": "key reason detail duplicate_of shard source source_key path caption captions licence origin decoder "
@@ -66,7 +67,8 @@ def publish(out: Path, config: PrepareConfig, progress: bool = False) -> str:
     digest = _digest(shards)
     names = _pack(out, shards, digest, published, progress)
     write_table(out / TABLE, COLUMNS, clips)
-    write_report(out / REPORT, clips, config)
+    passed = _passed_over(folders[0])
+    write_report(out / REPORT, clips, passed, config)
     if not kept:
         raise UserError(f"{out}: none of {len(clips)} clips is kept ({told}); see {out / REPORT}, then data filter")
     said = {"source": "prepare", "clips": digest, "hours": sum(clip["seconds"] for clip in kept) / 3600}
@@ -77,8 +79,11 @@ def publish(out: Path, config: PrepareConfig, progress: bool = False) -> str:
             old.unlink(missing_ok=True)
     for folder in folders:
         forget(folder, "clips")
-    return f"{out}: kept {len(kept)} of {len(clips)} clips ({said['hours']:.3g} h) in {len(names)} shards" + (
-        f"; rejected: {told}" if told else ""
+    beside = ", ".join(f"{found['count']} {ending}" for ending, found in passed.items())
+    return (
+        f"{out}: kept {len(kept)} of {len(clips)} clips ({said['hours']:.3g} h) in {len(names)} shards"
+        + (f"; rejected: {told}" if told else "")
+        + (f"; passed over, as neither video nor caption: {beside}" if beside else "")
     )
 
 
@@ -104,6 +109,12 @@ def _folders(out: Path) -> list[Path]:
         if not (folder / "done.json").is_file():
             raise UserError(f"{out}: part {number}/{parts} is not done; run `videodiff data prepare` for it again")
     return folders + sorted(work.glob("later-*"), key=lambda path: int(path.name.partition("-")[2]))
+
+
+def _passed_over(folder: Path) -> dict[str, dict[str, Any]]:
+    """Each part has seen all of it; what was begun by an older version has not counted it."""
+    path = folder / PASSED_OVER
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
 
 
 def _gather(folders: list[Path], config: PrepareConfig) -> list[Row]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +35,10 @@ _KEPT, _REJECTED = 24, 8  # pictures on a sheet: of the kept clips, and of those
 _LISTED = 2000  # files that gave no clip
 
 
-def write_report(path: Path, clips: Sequence[Row], config: PrepareConfig) -> None:
-    """Write the page, whole or not at all. ``clips`` are rows of the table, with where their ``strip`` lies."""
-    write_page(path, Path(__file__).parent / "report.html.jinja", **_facts(clips, config))
+def write_report(path: Path, clips: Sequence[Row], passed: Mapping[str, Row], config: PrepareConfig) -> None:
+    """Write the page, whole or not at all. ``clips`` are rows of the table, with where their ``strip`` lies; passed:
+    ending -> "count" and "first" of the files that are no source."""
+    write_page(path, Path(__file__).parent / "report.html.jinja", passed=passed, **_facts(clips, config))
 
 
 def _facts(clips: Sequence[Row], config: PrepareConfig) -> dict[str, Any]:

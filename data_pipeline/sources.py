@@ -82,17 +82,30 @@ class Source:
     crc32: int | None = None  # of the extent's bytes, where an index tells it
 
 
-def find_sources(config: SourcesConfig, location: str) -> Iterator[Source]:
+class PassedOver:
+    """What a folder holds beside its videos and their captions, by ending: how many, and the first one's name."""
+
+    def __init__(self) -> None:
+        self.endings: dict[str, dict[str, Any]] = {}
+
+    def add(self, name: str) -> None:
+        ending = os.path.splitext(name)[1].lower() or "no ending"
+        known = self.endings.setdefault(ending, {"count": 0, "first": utf8(name)})
+        known["count"] += 1
+
+
+def find_sources(config: SourcesConfig, location: str, passed: PassedOver | None = None) -> Iterator[Source]:
     """All sources of a folder of videos, a table (.csv, .tsv, .jsonl, .parquet), or shards (a folder, tar or pattern of
     them, or a .txt with one such in each line).
 
-    Keys are unique and depend on names alone. Raises UserError where there is nothing to find, or nothing to read.
+    Keys are unique and depend on names alone. passed: is told of the files that are no source. Raises UserError where
+    there is nothing to find, or nothing to read.
     """
     path = Path(location)
     if path.suffix.lower() in TABLE_SUFFIXES:
         found = _in_table(config, path)
     elif path.is_dir() and not _holds_shards(path):
-        found = _in_folder(Path(os.path.abspath(path)))
+        found = _in_folder(Path(os.path.abspath(path)), passed)
     else:
         found = _in_shards(_lines(path) if path.suffix.lower() == ".txt" else [location])
     seen: set[bytes] = set()
@@ -164,7 +177,7 @@ def _checked(config: SourcesConfig, source: Source) -> Source:
 # --- folders ----------------------------------------------------------------------------------------------------------
 
 
-def _in_folder(root: Path) -> Iterator[Source]:
+def _in_folder(root: Path, passed: PassedOver | None = None) -> Iterator[Source]:
     for folder, names, problem in _walk(root):
         if problem:
             yield Source(0, "", os.path.relpath(folder, root), folder, problem="unreadable", detail=problem)
@@ -172,6 +185,11 @@ def _in_folder(root: Path) -> Iterator[Source]:
         there = set(names)
         videos = [name for name in names if os.path.splitext(name)[1].lower()[1:] in FILE_SUFFIXES]
         stems = Counter(os.path.splitext(name)[0] for name in videos)
+        if passed is not None:
+            known = {*videos, *(f"{name}{end}" for name in (*videos, *stems) for end in _CAPTIONS)}
+            for name in names:
+                if name not in known:
+                    passed.add(os.path.relpath(os.path.join(folder, name), root))
         for name in videos:
             path = os.path.join(folder, name)
             source = Source(0, "", os.path.relpath(path, root), path)

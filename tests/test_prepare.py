@@ -192,8 +192,12 @@ def test_odd_names_and_what_cannot_be_opened_go_through(videos: Path, tmp_path: 
     for name, target in (("self", "self.mp4"), ("dead", "nowhere")):
         (source / f"{name}.mp4").symlink_to(source / target)
         (source / f"{name}.txt").write_text("a caption")
+    for name in ("1.JPG", "2.jpg", "nobody's.txt", "README", ".hidden"):
+        (source / name).write_text("neither a video nor the caption of one")
     out = tmp_path / "out"
-    prepare(str(source), out, settings(filters={"duplicate_bits": None}))
+    said = prepare(str(source), out, settings(filters={"duplicate_bits": None}))
+    assert said.endswith("passed over, as neither video nor caption: 2 .jpg, 1 no ending, 1 .txt"), said
+    assert {"1.JPG", "nobody&#39;s.txt", "README"} <= set(re.split("[<>]", (out / "report.html").read_text()))
     assert Counter(row["reason"] for row in rows(out)) == {"": 3 * len(names), "unreadable": 2}
     assert {sample.captions for sample in samples(out)} == {("a caption",)}
     assert {row["source"] for row in rows(out)} >= {"new\nline.mp4", "raw\\udcff.mp4"}
