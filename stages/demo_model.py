@@ -54,19 +54,19 @@ def main(out: Path, num_prompts: int, num_held_out: int, install: bool) -> None:
     """Make the data, train the five stages, export, evaluate, write the card; `install` replaces the bundled model."""
     for name, arguments in SHARDS.items():
         options = [part for key, value in arguments.items() for part in (f"--{key}", str(value))]
-        _videodiff("data", "world", "--out", str(out / "shards" / name), *options)
+        call_videodiff("data", "world", "--out", str(out / "shards" / name), *options)
     for before, stage in zip((None, *STAGES[:-1]), STAGES, strict=True):
         shards = out / "shards" / STAGE_SHARDS.get(stage, "clips")
         overrides = [f"run.dir={out / stage}", f"data.shards={shards}"]
         if before is not None:
             overrides.append(f"model={out / before}")
-        _videodiff("train", str(resources.path(f"configs/demo/{stage}.yaml")), *overrides)
+        call_videodiff("train", str(resources.path(f"configs/demo/{stage}.yaml")), *overrides)
     model = out / "model"
     shutil.rmtree(model, ignore_errors=True)
     export(Model.load(out / STAGES[-1]), model, half=True)
     judged = out / f"evaluation-{sha256(model / DESCRIPTION)[:12]}"  # goes on for the same weights, begins for others
     counts = ("--num-prompts", str(num_prompts), "--num-held-out", str(num_held_out))
-    _videodiff("evaluate", str(model), *counts, "--seed", str(SEED), "--out", str(judged))
+    call_videodiff("evaluate", str(model), *counts, "--seed", str(SEED), "--out", str(judged))
     report = json.loads((judged / "evaluation.json").read_text(encoding="utf-8"))
     (model / "README.md").write_text(card(out, model, report, counts), encoding="utf-8")
     picture(model, out / "demo.png")
@@ -186,7 +186,8 @@ def _machines(out: Path) -> list[str]:
     return list(dict.fromkeys(line for path in files for line in path.read_text(encoding="utf-8").splitlines()))
 
 
-def _videodiff(*arguments: str) -> None:
+def call_videodiff(*arguments: str) -> None:
+    """Run the command with these arguments in a process of its own, which ends this one where it fails."""
     print("videodiff", *arguments, flush=True)
     with subprocess.Popen([sys.executable, "-m", "stages", *arguments], env={**KEEP_MEMORY, **os.environ}) as child:
         while child.poll() is None:

@@ -117,6 +117,8 @@ def check(request: Request, models: Mapping[str, Model]) -> None:
     if options.image_only and options.image is not None:
         raise UserError("--image-only makes a first image and --image gives one; leave one of them out")
     if options.image is not None:
+        if not model.diffusion("video").first_image:
+            raise UserError(f"--image: the video stage of {options.model} takes no first image; leave it out")
         _picture(options.image, model.diffusion("image").size)
     if options.control is not None:
         model.part("control")

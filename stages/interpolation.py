@@ -161,6 +161,11 @@ def task(config: InterpolationStage, base: Model) -> InterpolationTask:
     if noise is not None and noise.max_time > steps:
         raise UserError(f"known_noise.max_time: {noise.max_time:g} is beyond the schedule's {steps} steps; lower it")
     if config.network is None:
+        if not video.first_image:
+            raise UserError(
+                f"{base.folder}: its video stage is given no frames, so interpolation can't start from it; give "
+                "`network`, which starts anew"
+            )
         network = UNet(video.network)
         network.load_state_dict(base.unet("video").state_dict())
         trainable = temporal_parameter_names(network)

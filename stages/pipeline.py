@@ -166,8 +166,10 @@ class Pipeline:
         return self.condition(prompts, self.model.diffusion("image").fps)
 
     def video_condition(self, prompts: Sequence[str], first: Tensor, fps: float) -> Condition:
-        """What stage 2 is told: the prompts, and the first images [B,C,1,H,W]."""
+        """What stage 2 is told: the prompts, and the first images [B,C,1,H,W] where it was trained with any."""
         frames = self.model.diffusion("video").frames
+        if not self.model.diffusion("video").first_image:
+            return self.condition(prompts, fps)
         known = first.new_zeros(*first.shape[:2], frames, *first.shape[3:])
         known[:, :, :1] = first
         return with_known(self.condition(prompts, fps), known, video_stage.known_slots(frames))

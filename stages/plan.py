@@ -259,5 +259,5 @@ def _encoders(base: Model | None) -> float:
 
 def _with_time(config: DiffusionStageConfig, network: UNetConfig) -> UNetConfig:
     if isinstance(config, VideoStage):
-        return network.model_copy(update={"temporal": config.temporal, "known_channels": True})
+        return network.model_copy(update={"temporal": config.temporal, "known_channels": config.first_image})
     return network

@@ -6,6 +6,7 @@ image and its mask are trained.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import ClassVar, Literal
 
 from stages.base import DiffusionStageConfig, DiffusionTask
@@ -20,26 +21,30 @@ class VideoStage(DiffusionStageConfig):
     """`videodiff train configs/demo/video.yaml`; `model` names the run or model that holds the image stage.
 
     schedule, prediction: the image stage's when left out. Others are the temporal layers' to learn: the published
-    recipe changes both between its sizes although the spatial layers stay.
+    recipe changes both between its sizes although the spatial layers stay. first_image: False trains the naive way to
+    compare with, from text to video, by the same layers without the convolution that brings in an image.
     """
 
     takes_buckets: ClassVar[bool] = True
     stage: Literal["video"]
     temporal: TemporalConfig = TemporalConfig()
     freeze_spatial: bool = True
+    first_image: bool = True
     schedule: NoiseSchedule | None = None
     prediction: Prediction | None = None
 
 
-def known_slots(frames: int) -> tuple[int, ...]:
-    """The first frame is given."""
-    return (0,)
+def known_slots(frames: int, first_image: bool = True) -> tuple[int, ...]:
+    """The first frame is given, or none."""
+    return (0,) if first_image else ()
 
 
 def task(config: VideoStage, base: Model) -> DiffusionTask:
     """The training task of the video stage, its spatial half loaded from the image stage of `base`."""
     image = base.diffusion("image")
-    network_config = image.network.model_copy(update={"temporal": config.temporal, "known_channels": True})
+    network_config = image.network.model_copy(
+        update={"temporal": config.temporal, "known_channels": config.first_image}
+    )
     network = UNet(network_config)
     trainable = temporal_parameter_names(network)
     loaded = network.load_state_dict(base.state("image"), strict=False)
@@ -55,6 +60,7 @@ def task(config: VideoStage, base: Model) -> DiffusionTask:
         "size": config.data.size,
         "frames": config.data.frames,
         "fps": config.data.fps,
+        "first_image": config.first_image,
         "sampling": config.sampling,
     }
     return DiffusionTask(
@@ -62,7 +68,7 @@ def task(config: VideoStage, base: Model) -> DiffusionTask:
         base,
         network,
         part,
-        known_slots,
+        partial(known_slots, first_image=config.first_image),
         lambda name: not config.freeze_spatial or name in trainable,
         config,
     )

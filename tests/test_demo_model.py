@@ -36,7 +36,7 @@ def test_ctrl_c_lets_the_training_save(tmp_path: Path) -> None:
     """The parent waits for a child that takes two seconds to end well."""
     (tmp_path / "stages").mkdir()
     (tmp_path / "stages" / "__main__.py").write_text(SLOW_TO_END)
-    call = "from stages import demo_model; demo_model._videodiff('train')"
+    call = "from stages import demo_model; demo_model.call_videodiff('train')"
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); {call}"
     process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, start_new_session=True)
     deadline = time.monotonic() + 60

@@ -161,6 +161,29 @@ def _check_video_stage(toy_model: Path, tmp_path: Path, steps: int) -> None:
     assert torch.equal(*made)
 
 
+def test_the_naive_way_is_told_the_text_alone(toy_model: Path, tmp_path: Path) -> None:
+    """The same layers without a first image: what is given as one changes nothing, in training and in sampling."""
+    base = Model.load(toy_model)
+    config = _video(tmp_path, temporal={"fps": True}, first_image=False)
+    naive, told = (video.task(c, base) for c in (config, _video(tmp_path, temporal={"fps": True})))
+    names = [{name for name, _ in task.module.named_parameters() if task.trains(name)} for task in (naive, told)]
+    assert names[1] - names[0] == {"known_conv.weight"}
+    assert names[0] < names[1]
+    batch = Clips(4, 8.0).batch([0, 1])
+    assert naive.condition(batch, naive.latents(batch, 0)).known is None
+    model = trained(config, naive, Clips(4, 8.0))
+    assert not model.diffusion("video").first_image
+    road, keys = Pipeline(model, "cpu"), [SampleKey(0, "a red circle")]
+    side = base.diffusion("image").size // base.autoencoder.factor
+    clips = [
+        road.video(keys, torch.full((1, 4, 1, side, side), value), 8.0, model.diffusion("video").sampling)
+        for value in (0.0, 3.0)
+    ]
+    assert torch.equal(*clips)
+    with pytest.raises(UserError, match="given no frames"):
+        interpolation.task(stage_config(InterpolationStage, tmp_path, frames=5, factor=2), model)
+
+
 def test_a_run_is_a_function_of_its_seed(toy_model: Path, tmp_path: Path) -> None:
     """Wherever torch's own generator stands, as it does elsewhere in every process."""
     losses, weights = [], []
