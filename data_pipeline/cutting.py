@@ -16,7 +16,8 @@ from data_pipeline.filters import Filters, verdict
 from data_pipeline.measures import measure, perceptual_hash
 from data_pipeline.readers import Video, open_video
 from data_pipeline.scenes import ClipConfig, ScenesConfig, cut_clips, find_cuts, grid
-from data_pipeline.sources import Source, read_bytes, state_of
+from data_pipeline.source import Source
+from data_pipeline.sources import read_bytes, state_of
 from videodiff.video_io import encode_video
 
 Frames = npt.NDArray[np.uint8]

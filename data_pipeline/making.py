@@ -23,7 +23,7 @@ from data_pipeline.filters import verdict
 from data_pipeline.journal import Journal, Row, read_rows
 from data_pipeline.prepare_config import PrepareConfig, ScoresConfig
 from data_pipeline.progress import bar
-from data_pipeline.sources import Source
+from data_pipeline.source import Source
 from videodiff.errors import UserError
 
 Place = tuple[int, int]  # number of a source, and of a clip in it

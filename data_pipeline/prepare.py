@@ -21,7 +21,8 @@ from data_pipeline.making import make
 from data_pipeline.prepare_config import CONFIG, PrepareConfig, load_config
 from data_pipeline.publish import PASSED_OVER, WORK_FOLDER, alone, publish
 from data_pipeline.shards import PLAN
-from data_pipeline.sources import PassedOver, Source, find_sources, fingerprint
+from data_pipeline.source import PassedOver, Source
+from data_pipeline.sources import find_sources, fingerprint
 from videodiff import config as configs
 from videodiff.errors import UserError
 from videodiff.video_io import write_json

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from data_pipeline.filters import Filters
 from data_pipeline.scenes import ClipConfig, ScenesConfig
-from data_pipeline.sources import SourcesConfig
+from data_pipeline.source import SourcesConfig
 from videodiff import config as configs
 from videodiff.config import Config, operational
 from videodiff.errors import UserError

@@ -23,7 +23,7 @@ from data_pipeline.prepare_config import PrepareConfig
 from data_pipeline.progress import bar
 from data_pipeline.report import write_report
 from data_pipeline.shards import INDEX, PLAN, open_shards, read_sample, write_index, write_shard
-from data_pipeline.sources import Source
+from data_pipeline.source import Source
 from data_pipeline.tables import read_columns, utf8, write_table
 from videodiff.errors import UserError
 

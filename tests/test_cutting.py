@@ -10,7 +10,7 @@ from data_pipeline.clips import ClipError, decode_clip
 from data_pipeline.cutting import cut, fit_box, look, resize
 from data_pipeline.filters import Filters, Limits
 from data_pipeline.scenes import ClipConfig, ScenesConfig, cut_clips, find_cuts
-from data_pipeline.sources import Source
+from data_pipeline.source import Source
 from tests.numbered_videos import KINDS, X264, encode, numbered, numbers, vfr_times
 from tests.test_measures import moving, texture
 

@@ -16,7 +16,8 @@ import pytest
 from data_pipeline import locations
 from data_pipeline.loader import DataConfig, ShardSource
 from data_pipeline.shards import Shard, open_shards, read_sample, scan_shard, write_world_shards
-from data_pipeline.sources import SourcesConfig, find_sources, read_bytes, state_of
+from data_pipeline.source import SourcesConfig
+from data_pipeline.sources import find_sources, read_bytes, state_of
 from videodiff.errors import UserError
 
 

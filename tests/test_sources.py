@@ -16,7 +16,9 @@ from data_pipeline.clips import ClipError
 from data_pipeline.prepare_config import PrepareConfig
 from data_pipeline.readers import open_video
 from data_pipeline.shards import write_index, write_shard
-from data_pipeline.sources import Source, SourcesConfig, TableConfig, find_sources, fingerprint, read_bytes, seconds
+from data_pipeline.source import Source, SourcesConfig, TableConfig
+from data_pipeline.source_tables import seconds
+from data_pipeline.sources import find_sources, fingerprint, read_bytes
 from data_pipeline.tables import read_columns, write_table
 from videodiff.config import load
 from videodiff.errors import UserError
