@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from data_pipeline.clips import resize
 from data_pipeline.decoders import ClipError
+from data_pipeline.decoding import alive
 from data_pipeline.filters import Filters, verdict
 from data_pipeline.measures import measure, perceptual_hash
 from data_pipeline.readers import Video, open_video
@@ -46,6 +47,7 @@ def work(task: str, **job: Any) -> Any:
 
 def look(source: Source, scenes: ScenesConfig | None, clip: ClipConfig) -> dict[str, Any]:
     """What a video is, and the clips in it: the header's fields, decoder, fps, frames, seconds, ``state``, ``clips``.
+    Each frame begins the helper's deadline anew, however long the video is.
 
     Raises ClipError where it can't be opened or decoded, "too short" where nothing lies in the span, and "changed while
     read".
@@ -54,7 +56,7 @@ def look(source: Source, scenes: ScenesConfig | None, clip: ClipConfig) -> dict[
     video = open_video(read_bytes(source))
     start = -np.inf if source.start is None else video.first_time + source.start
     stop = np.inf if source.end is None else video.first_time + source.end
-    times, cuts = find_cuts(scenes, video.all(start, stop))
+    times, cuts = find_cuts(scenes, alive(video.all(start, stop)))
     _unchanged(source, state)
     if len(times) == 0:
         raise ClipError("too short", "no frame in its span" if source.end is not None else "no frames")
@@ -65,6 +67,7 @@ def look(source: Source, scenes: ScenesConfig | None, clip: ClipConfig) -> dict[
         "frames": len(times),
         "fps": 1 / interval if interval else None,
         "seconds": float(times[-1] - times[0]) + interval,
+        "passed_over": video.passed_over,
         "state": state,
         "clips": cut_clips(clip, times, cuts),
     }

@@ -1,7 +1,8 @@
 """Which decoder reads a clip of a shard.
 
 decord reads what it can, and PyAV the rest: what decord has no decoder for (AV1), where it is not installed, and files
-with several key frames among which decord would give other frames than asked (see data_pipeline/readers.py).
+of which decord would give other frames than asked: with several key frames, or an edit list (see
+data_pipeline/readers.py).
 """
 
 from __future__ import annotations
@@ -77,9 +78,31 @@ def _by_decord(video: bytes) -> Opened:
         for first in range(0, len(indices), _PIECE):
             yield read_frames(reader, indices[first : first + _PIECE])
 
-    # Some files say no times, in which place decord has random ones.
-    sure = len(reader.get_key_indices()) < 2 and bool((np.abs(times) < 1e6).all())
+    # Some files say no times, in which place decord has random ones; and what an edit list hides is not shown.
+    shown = bool(((times > -1e-3) & (times < min(1e6, _edited_seconds(video)))).all())
+    sure = len(reader.get_key_indices()) < 2 and shown
     return Opened("decord", times, read, sure)
+
+
+def _edited_seconds(video: bytes) -> float:
+    """How long an mp4 or mov is shown by the edit list of its shortest track; endless without one, and elsewhere.
+
+    ISO/IEC 14496-12, 8.2.2 and 8.6.6: seconds are a count of the movie header's time scale.
+    """
+    movie = video.rfind(b"moov") if video[4:8] == b"ftyp" else -1
+    header = video.find(b"mvhd", movie) if movie >= 0 else -1
+    if header < 0:
+        return np.inf
+    scale = int.from_bytes(video[header + (24 if video[header + 4 :][:1] == b"\1" else 16) :][:4], "big")
+    seconds, place = np.inf, video.find(b"elst", header)
+    while place >= 0 and scale:
+        size = 8 if video[place + 4 : place + 5] == b"\1" else 4
+        count = int.from_bytes(video[place + 8 : place + 12], "big")
+        entry = 2 * size + 4
+        entries = (place + 12 + entry * number for number in range(min(count, 64)))
+        seconds = min(seconds, sum(int.from_bytes(video[at : at + size], "big") for at in entries) / scale)
+        place = video.find(b"elst", place + 4)
+    return seconds or np.inf  # 0: as long as it is
 
 
 def _pixel_aspect(video: bytes) -> float:

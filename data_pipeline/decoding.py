@@ -18,13 +18,14 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.connection import Connection, wait
-from typing import Any
+from typing import Any, TypeVar
 
 from data_pipeline.decoders import ClipError
 from videodiff.errors import UserError
 
 DECODER = "data_pipeline.clips:decode_clip"
 _START_SECONDS = 180.0  # importing from a busy network disk takes its time
+Item = TypeVar("Item")
 _MAIN = "import sys; sys.path[:] = {path!r}; from data_pipeline.decoding import serve; serve({fd}, {function!r})"
 
 
@@ -55,8 +56,8 @@ class DecodePool:
         """The results of all jobs in the order of the jobs; a job None gives None. A failed clip is a ClipError, not
         raised. ``deadline_seconds`` may replace the pool's own.
 
-        Besides the decoder's own, the reasons are "deadline" (killed after deadline_seconds) and "crash" (its helper
-        died).
+        Besides the decoder's own, the reasons are "deadline" (killed after deadline_seconds, since its start or since
+        it was last `alive`) and "crash" (its helper died).
         """
         deadline = deadline_seconds or self._deadline
         if not self._helpers:
@@ -111,7 +112,7 @@ class DecodePool:
                 continue
             if helper.connection in done:
                 result = helper.receive()
-                if result is None:  # it has only told that it is up
+                if result is None:  # it has only told that it is up, or alive
                     continue
             elif time.monotonic() >= helper.until:
                 if not helper.up:
@@ -147,10 +148,11 @@ class _Helper:
         self.connection = Connection(ours.detach())
         self.up = False
         self.number: int | None = None
+        self._deadline = _START_SECONDS
         self.until = time.monotonic() + _START_SECONDS
 
     def send(self, number: int, job: dict[str, Any], deadline: float) -> None:
-        self.number = number
+        self.number, self._deadline = number, deadline
         self.until = time.monotonic() + deadline
         with contextlib.suppress(OSError):  # it died between two jobs: receive() will find its socket closed
             self.connection.send(job)
@@ -166,6 +168,9 @@ class _Helper:
         if message == "up":
             self.up = True
             return None
+        if message == "alive":
+            self.until = time.monotonic() + self._deadline
+            return None
         if isinstance(message, UserError):
             raise message
         return message
@@ -177,13 +182,28 @@ class _Helper:
         self._folder.cleanup()
 
 
+_to_pool: Connection | None = None  # in a helper, where its results go
+
+
+def alive(items: Iterable[Item]) -> Iterator[Item]:
+    """Those items, of each of which the pool hears in which this is done: a job's deadline begins anew (at most once a
+    second)."""
+    told = time.monotonic()
+    for item in items:
+        if _to_pool is not None and time.monotonic() - told > 1:
+            told = time.monotonic()
+            _to_pool.send("alive")
+        yield item
+
+
 def serve(descriptor: int, function_name: str) -> None:
     """The life of a helper: one job in, one result out, until the socket closes."""
     # Sent to the whole job at its end or preemption: the training process decides what happens, and closes the socket.
     for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2"):
         signal.signal(getattr(signal, name), signal.SIG_IGN)
+    global _to_pool
     function = _resolve(function_name)
-    connection = Connection(descriptor)
+    connection = _to_pool = Connection(descriptor)
     with contextlib.suppress(EOFError, OSError):
         connection.send("up")
         while True:

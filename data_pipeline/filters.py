@@ -36,6 +36,7 @@ class Filters(Config):
 
     source_fps: Limits | None = None  # frames a second of the source, in the clip
     source_side: Limits | None = None  # pixels of the source's shorter side
+    source_seconds: Limits | None = None  # of the whole source, or of its span
     aspect: Limits | None = None  # width / height of the source
     words: Limits | None = None  # of the longest caption
     motion: Limits | None = None

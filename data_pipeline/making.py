@@ -1,8 +1,9 @@
 """Sources are looked at and their clips cut, by helper processes; each result goes into a journal at once.
 
 The journal has two kinds of rows: a source's says what the video is and which clips lie in it, a clip's what was
-measured. A ``problem`` in either is a verdict for good, deadlines among them. What the filters say is not noted: it is
-decided anew whenever clips are published, and here only saves the encoding of what they reject.
+measured. A ``problem`` in either is a verdict for good, deadlines among them, unless that is asked to be tried again.
+What the filters say is not noted: it is decided anew whenever clips are published, and here only saves the encoding of
+what they reject.
 """
 
 from __future__ import annotations
@@ -29,15 +30,19 @@ from videodiff.errors import UserError
 Place = tuple[int, int]  # number of a source, and of a clip in it
 
 
-def make(journal: Journal, sources: list[Source], config: PrepareConfig, progress: bool) -> None:
-    """Look at every source and cut every clip of which the journal has nothing yet."""
+def make(
+    journal: Journal, sources: list[Source], config: PrepareConfig, progress: bool, retry: Sequence[str] = ()
+) -> None:
+    """Look at every source and cut every clip of which the journal has nothing yet, or a problem among ``retry``."""
     looked: dict[int, Row] = {}
     done: set[Place] = set()
-    for row in read_rows(journal.folder):
+    for row in read_rows(journal.folder):  # a later row replaces an earlier one
         if "source" in row:
             looked[row["source"]["number"]] = row
         else:
-            done.add((row["clip"][0], row["clip"][1]))
+            place = (row["clip"][0], row["clip"][1])
+            (done.discard if row.get("problem") in retry else done.add)(place)
+    looked = {number: row for number, row in looked.items() if row["problem"] not in retry}
     excluded = read_exclusions(config)
     if config.scores is not None:
         _scorer(config.scores)  # weights that are missing are told before anything else
@@ -162,6 +167,7 @@ def known(source: Source, look: Row, clip: Row) -> Row:
     return {
         "source_fps": clip["source_fps"],
         "source_side": min(look["width"], look["height"]),
+        "source_seconds": look["seconds"],
         "aspect": look["width"] / look["height"],
         "words": max((len(caption.split()) for caption in source.captions), default=0),
     }

@@ -13,6 +13,7 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +26,23 @@ from data_pipeline.source import PassedOver, Source
 from data_pipeline.sources import find_sources, fingerprint
 from videodiff import config as configs
 from videodiff.errors import UserError
-from videodiff.video_io import write_json
+from videodiff.video_io import atomic_path, write_json
+
+LISTED, MARK = "sources.marks", 16  # in the folder of a part: so many bytes of each source's fingerprint, in order
 
 
 def prepare(
-    location: str, out: Path, config: PrepareConfig, part: tuple[int, int] = (1, 1), progress: bool = False
+    location: str,
+    out: Path,
+    config: PrepareConfig,
+    part: tuple[int, int] = (1, 1),
+    progress: bool = False,
+    retry: Sequence[str] = (),
 ) -> str:
     """Turn the videos at ``location`` into shards in ``out``, or do part i of n of it, which `merge` then completes.
 
-    The same arguments go on where a killed run stopped, and end with the same bytes. Returns what there is to say.
+    The same arguments go on where a killed run stopped, and end with the same bytes; ``retry`` names problems
+    ("deadline", "crash", "unreadable", ...) whose videos and clips are tried again. Returns what there is to say.
     Raises UserError where ``out`` holds something else or can't be written, and where nothing can be read.
     """
     number, parts = part
@@ -48,14 +57,15 @@ def prepare(
             )
     folder = out / WORK_FOLDER / f"{number}-of-{parts}"
     with Journal(folder) as journal:
-        mine = _planned(location, folder, config, part)
-        make(journal, mine, config, progress)
+        mine, later = _planned(location, folder, config, part)
+        make(journal, mine, config, progress, retry)
         journal.sync()
     write_json(folder / "done.json", {"sources": len(mine), "rows": sum(1 for _ in read_rows(folder))})
+    came = f"; {later} sources came after the work was begun and are left out" if later else ""
     if parts > 1:
-        return f"part {number}/{parts} is done; when all are, run: videodiff data merge {out}"
+        return f"part {number}/{parts} is done{came}; when all are, run: videodiff data merge {out}"
     with alone(out):
-        return publish(out, config, progress)
+        return publish(out, config, progress) + came
 
 
 def parse_part(text: str) -> tuple[int, int]:
@@ -112,28 +122,47 @@ def _same(out: Path, config: PrepareConfig) -> None:
         )
 
 
-def _planned(location: str, folder: Path, config: PrepareConfig, part: tuple[int, int]) -> list[Source]:
-    """The sources of this part. All of them are listed, so that each part knows that they are the same ones."""
+def _planned(location: str, folder: Path, config: PrepareConfig, part: tuple[int, int]) -> tuple[list[Source], int]:
+    """The sources of this part, and how many are there that came after the work was begun: those are left out. All are
+    listed, so that each part knows that they are the same ones."""
     number, parts = part
-    digest, total, mine = hashlib.sha256(), 0, []
+    digest, mine, seen = hashlib.sha256(), [], bytearray()
     passed = PassedOver()
+    out = folder.parent.parent
+    planned, later = _listed(out), 0
     for source in find_sources(config.sources, location, passed):
+        mark = fingerprint(replace(source, number=0))[:MARK]
+        if planned is not None and mark not in planned:
+            later += 1
+            continue
+        source = source if planned is None else replace(source, number=planned[mark])
+        seen += mark
         digest.update(fingerprint(source))
-        total += 1
         if source.number % parts == number - 1:
             mine.append(source)
+    total = len(seen) // MARK
     plan = {"sources": total, "fingerprint": digest.hexdigest(), "parts": parts}
-    out = folder.parent.parent
     for known in _plans(out):  # of any part: none may begin what merge would refuse
         if known != plan:
             raise UserError(
-                f"{location}: not what it was when {out} was begun ({known['sources']} sources then, {total} now, or "
-                "other captions); undo the change or choose another folder"
+                f"{location}: not what it was when {out} was begun ({known['sources']} sources then, {total} of them "
+                "now, or other captions); undo the change or choose another folder"
             )
     if not (folder / "plan.json").is_file():
         write_json(folder / PASSED_OVER, passed.endings)
+        with atomic_path(folder / LISTED) as temporary:
+            temporary.write_bytes(seen)
         write_json(folder / "plan.json", plan)
-    return mine
+    return mine, later
+
+
+def _listed(out: Path) -> dict[bytes, int] | None:
+    """Mark of a source -> its number, as they were listed when the work was begun; None where it was not yet, or by an
+    older version."""
+    for path in sorted((out / WORK_FOLDER).glob(f"*/{LISTED}")):
+        marks = path.read_bytes()
+        return {marks[place : place + MARK]: number for number, place in enumerate(range(0, len(marks), MARK))}
+    return None
 
 
 def _plans(out: Path) -> list[dict[str, Any]]:

@@ -37,7 +37,7 @@ class PrepareConfig(Config):
     shard_mb: float = Field(256.0, gt=0)  # millions of bytes of a shard, about
     strip: int = Field(64, ge=0, le=512)  # height in pixels of the report's pictures; 0 for none
     workers: int | None = operational(None, ge=0)  # helper processes, one per core by default; 0 knows no deadlines
-    video_seconds: float = operational(900.0, gt=0)  # the deadline for looking at one video
+    video_seconds: float = operational(300.0, gt=0)  # the deadline for looking at a video, for each frame of it anew
     clip_seconds: float = operational(60.0, gt=0)  # and for cutting one clip
 
     @model_validator(mode="after")

@@ -22,7 +22,7 @@ from data_pipeline.measures import MEASURES
 from data_pipeline.prepare_config import PrepareConfig
 from data_pipeline.progress import bar
 from data_pipeline.report import write_report
-from data_pipeline.shards import INDEX, PLAN, open_shards, read_sample, write_index, write_shard
+from data_pipeline.shards import INDEX, PLAN, read_sample, scan_shard, write_index, write_shard
 from data_pipeline.source import Source
 from data_pipeline.tables import read_columns, utf8, write_table
 from videodiff.errors import UserError
@@ -35,7 +35,7 @@ _KINDS = {
     "string": "key reason detail duplicate_of shard source source_key path caption captions licence origin decoder "
     "container codec pixel_format hash sha256",
     "bool": "kept audio",
-    "int64": "sample scene frames width height source_width source_height source_side rotation words bytes",
+    "int64": "sample scene frames passed_over width height source_width source_height source_side rotation words bytes",
     "double": f"start seconds fps source_fps source_seconds aspect {' '.join(MEASURES)} clip_similarity aesthetic",
 }
 COLUMNS = {name: kind for kind, names in _KINDS.items() for name in names.split()}
@@ -79,10 +79,12 @@ def publish(out: Path, config: PrepareConfig, progress: bool = False) -> str:
             old.unlink(missing_ok=True)
     for folder in folders:
         forget(folder, "clips")
+    jumping = len({clip["source_key"] for clip in clips if clip.get("passed_over")})
     beside = ", ".join(f"{found['count']} {ending}" for ending, found in passed.items())
     return (
         f"{out}: kept {len(kept)} of {len(clips)} clips ({said['hours']:.3g} h) in {len(names)} shards"
         + (f"; rejected: {told}" if told else "")
+        + (f"; {jumping} videos have frames whose times don't go on, which were left out" if jumping else "")
         + (f"; passed over, as neither video nor caption: {beside}" if beside else "")
     )
 
@@ -119,18 +121,17 @@ def _passed_over(folder: Path) -> dict[str, dict[str, Any]]:
 
 def _gather(folders: list[Path], config: PrepareConfig) -> list[Row]:
     """A row for every clip, and for every source that gave none, in the order of the sources."""
-    looks: list[Row] = []
+    looks: dict[int, Row] = {}
     cuts: dict[tuple[int, int], Row] = {}
     for folder in folders:
         rows = list(read_rows(folder))
         _check_count(folder, len(rows))
         for row in rows:
-            if "source" in row:
-                looks.append(row)
-            else:  # a later one replaces an earlier one
+            if "source" in row:  # a later one replaces an earlier one
+                looks[row["source"]["number"]] = row
+            else:
                 cuts[row["clip"][0], row["clip"][1]] = {**row, "folder": folder}
-    looks.sort(key=lambda row: row["source"]["number"])
-    return [clip for row in looks for clip in _clips_of(row, cuts, config)]
+    return [clip for _, row in sorted(looks.items()) for clip in _clips_of(row, cuts, config)]
 
 
 def _check_count(folder: Path, rows: int) -> None:
@@ -167,6 +168,7 @@ def _clips_of(row: Row, cuts: dict[tuple[int, int], Row], config: PrepareConfig)
             "key": clip_key(source, index),
             "reason": clip["problem"] or cut.get("problem", ""),
             "detail": cut.get("detail", ""),
+            "passed_over": look.get("passed_over", 0),
             "start": clip["start"],
             "scene": clip["scene"],
             "frames": config.clip.frames,
@@ -251,7 +253,7 @@ def _bytes_of(out: Path, clip: Row, published: dict[str, tuple[str, int]], shard
         name, number = published[clip["key"]]
         if name not in shards:
             shards.clear()
-            (shards[name],) = open_shards(str(out / name))
+            shards[name] = scan_shard(out / name)
         content = read_sample(shards[name], number).video
     if content is None or not is_whole(content):
         raise UserError(f"{out}: the bytes of clip {clip['key']} are damaged; delete {out} and prepare it again")

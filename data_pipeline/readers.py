@@ -1,9 +1,10 @@
 """Video files as they come, behind one interface. The only importer of av.
 
 decord reads what it is known to read rightly; PyAV reads the rest: AV1, GIF, more than 8 bits, turned pictures, files
-whose times decord sees differently, and files with open groups of pictures, of which decord gives other frames than
-asked after it has sought (x265 makes them by default). Only the formats in FORMATS are opened, never a playlist that
-names other files. Frames are uint8 [H,W,3], upright, in the file's own pixels (`Video.pixel_aspect`); times are in
+whose times decord sees differently, cuts by an edit list that hides frames (`ffmpeg -ss -c copy` makes them; decord
+shows others in their place), and files with open groups of pictures, of which decord gives other frames than asked
+after it has sought (x265 makes them by default). Only the formats in FORMATS are opened, never a playlist that names
+other files. Frames are uint8 [H,W,3], upright, in the file's own pixels (`Video.pixel_aspect`); times are in
 seconds.
 """
 
@@ -51,6 +52,7 @@ class Video(ABC):
     header: Header
     pixel_aspect: float
     first_time: float  # of the first frame, in the file's own time
+    passed_over = 0  # frames so far whose times don't go on, as in files that were put together of several
 
     @abstractmethod
     def all(self, start: float = -np.inf, stop: float = np.inf) -> Iterator[tuple[float, Frame]]:
@@ -150,27 +152,27 @@ class PyavVideo(Video):
         streams[0].thread_type = "NONE"
         return container, streams[0]
 
-    def packets(self) -> Iterator[tuple[float | None, bool]]:
-        """(time shown, whether decoding can begin here) of every packet, in the order of decoding."""
+    def packets(self) -> Iterator[tuple[float | None, bool, bool]]:
+        """(time shown, whether decoding can begin here, whether it is hidden) of every packet, in decoding order."""
         with undecodable():
             container, stream = self._open()
             for packet in container.demux(stream):
                 if packet.size:
                     time = None if packet.pts is None else float(packet.pts * packet.time_base)
-                    yield time, packet.is_keyframe
+                    yield time, packet.is_keyframe, packet.is_discard
 
     def has_closed_groups(self) -> bool:
-        """Whether each packet says its time, and no picture leans on the group of pictures before its own."""
+        """Whether each packet is shown and says when, and no picture leans on the group of pictures before its own."""
         latest_key = -np.inf
-        for time, is_key in self.packets():
-            if time is None or (not is_key and time < latest_key):
+        for time, is_key, is_hidden in self.packets():
+            if time is None or is_hidden or (not is_key and time < latest_key):
                 return False
             latest_key = time if is_key else latest_key
         return True
 
     def times(self) -> npt.NDArray[np.float64]:
         """When its frames are shown, ascending; nothing is decoded for it where the packets say it."""
-        told = [time for time, _ in self.packets()]
+        told = [time for time, _, is_hidden in self.packets() if not is_hidden]
         times = [time for time, _ in self.all()] if None in told else told
         return np.unique(np.array([time for time in times if time is not None and time >= self.first_time - 1e-6]))
 
@@ -186,6 +188,7 @@ class PyavVideo(Video):
             # A stream without times has the header's rate. Times that go back would hide frames.
             time = frame.time if frame.time is not None else last + 1 / self._rate
             if time <= last and last >= 0:
+                self.passed_over += 1
                 continue
             last = time
             yield time, frame
@@ -244,7 +247,7 @@ class _DecordVideo(Video):
 
     def __init__(self, video: PyavVideo, source: Path | bytes) -> None:
         self.header, self.pixel_aspect = video.header, video.pixel_aspect
-        self._times = np.sort(np.array([time for time, _ in video.packets()], np.float64))
+        self._times = np.sort(np.array([time for time, _, _ in video.packets()], np.float64))
         self.first_time = video.first_time
         with undecodable():
             self._reader = open_decord(io.BytesIO(source) if isinstance(source, bytes) else str(source.absolute()))

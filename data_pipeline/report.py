@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -63,6 +64,7 @@ def _facts(clips: Sequence[Row], config: PrepareConfig) -> dict[str, Any]:
         "readers": sorted(readers.items()),
         "histograms": [h for h in (_histogram(name, clips, config) for name in _SHOWN) if h],
         "sheets": [(title, pictures) for title, pictures in sheets if pictures],
+        "every": [_told(rows) for rows in itertools.islice(_by_source(clips).values(), _LISTED)],
         "lost": lost[:_LISTED],
         "num_lost": len(lost),
         "settings": {name: value for name, value in to_dict(config).items() if name not in _OPERATIONAL},
@@ -71,11 +73,8 @@ def _facts(clips: Sequence[Row], config: PrepareConfig) -> dict[str, Any]:
 
 def _lost(clips: Sequence[Row]) -> list[dict[str, str]]:
     """Of every source that has no clip among the kept: its name, what read it, and why."""
-    of_source: dict[str, list[Row]] = {}
-    for clip in clips:
-        of_source.setdefault(clip["source_key"], []).append(clip)
     lost = []
-    for rows in of_source.values():
+    for rows in _by_source(clips).values():
         if any(clip["kept"] for clip in rows):
             continue
         reasons = Counter(clip["reason"] for clip in rows)
@@ -89,6 +88,25 @@ def _lost(clips: Sequence[Row]) -> list[dict[str, str]]:
             }
         )
     return lost
+
+
+def _by_source(clips: Sequence[Row]) -> dict[str, list[Row]]:
+    of_source: dict[str, list[Row]] = {}
+    for clip in clips:
+        of_source.setdefault(clip["source_key"], []).append(clip)
+    return of_source
+
+
+def _told(rows: Sequence[Row]) -> dict[str, Any]:
+    """A source in a line: what read it, what it is, and what became of its clips."""
+    first = rows[0]
+    return {
+        "source": first["source"],
+        "decoder": first.get("decoder") or "none",
+        "codec": first.get("codec") or "",
+        "kept": sum(clip["kept"] for clip in rows),
+        "clips": sum(clip["place"][1] >= 0 for clip in rows),
+    }
 
 
 def _sheet(clips: Sequence[Row], most: int) -> list[dict[str, Any]]:

@@ -49,7 +49,7 @@ def read_sample(shard: Shard, number: int, content: Sequence[str] = _CONTENT) ->
     them that is there.
 
     Raises SampleError, a UserError, with the reasons "torn" (also where its checksum is not the index's), "no video",
-    "no caption" and "unsafe name".
+    "no caption", "caption not UTF-8" and "unsafe name".
     """
     start, stop = shard.extent(number)
     try:
@@ -165,8 +165,10 @@ def _checked(shard: Shard, sample: dict[str, Any], content: Sequence[str]) -> Ra
     if suffix is None:
         raise bad("no video", f"has no video ({', '.join(content)})", "remove it or write it again")
     meta, captions = _texts(sample)
+    if not captions and not _is_utf8(sample.get("txt", b"")):
+        raise bad("caption not UTF-8", "has a txt member that is not UTF-8", "write it as UTF-8")
     if not captions:
-        raise bad("no caption", "has no caption (JSON 'captions' or 'caption', or a txt member)", "give it one")
+        raise bad("no caption", "has no caption (JSON 'captions', 'caption' or 'text', or a txt member)", "give it one")
     return RawSample(key, sample[suffix], captions, meta, suffix)
 
 
@@ -178,9 +180,17 @@ def _texts(sample: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
         return {}, ()
     if not isinstance(meta, dict):
         return {}, ()
-    given = meta.get("captions") or [meta.get("caption") or text]
+    given = meta.get("captions") or [meta.get("caption") or meta.get("text") or text]
     captions = tuple(c.strip() for c in given if _is_text(c)) if isinstance(given, list) else ()
     return meta, captions
+
+
+def _is_utf8(content: bytes) -> bool:
+    try:
+        content.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _is_text(value: Any) -> bool:

@@ -74,9 +74,10 @@ def find_cuts(
 def cut_clips(config: ClipConfig, times: npt.NDArray[np.float64], cuts: list[int]) -> list[dict[str, Any]]:
     """The clips of a video: ``start`` (of the file's own time), ``scene``, ``source_fps``, and a ``problem`` or "".
 
-    Clips of a scene lie end to end. A scene that gives none is listed once, as "too short" or "too slow".
+    Clips of a scene lie end to end; ``source_fps`` is the mean rate within each. A clip whose frames come at less than
+    its rate is "too slow"; a scene that gives no other, or none, is listed once, as "too slow" or "too short".
     """
-    clips = []
+    clips: list[dict[str, Any]] = []
     for scene, (first, stop) in enumerate(zip(cuts, [*cuts[1:], len(times)], strict=True)):
         within = times[first:stop]
         if len(within) == 0:
@@ -88,14 +89,27 @@ def cut_clips(config: ClipConfig, times: npt.NDArray[np.float64], cuts: list[int
             end = min(end, (within[-1] + times[stop]) / 2)
         total = int((end - within[0]) * config.fps * (1 - 1e-6)) + 1
         count = min(total // config.frames, config.per_scene or total)
-        problem = "too slow" if config.frames > 1 and interval * config.fps > 1.1 else ""
-        problem = problem or ("too short" if count == 0 else "")
-        for number in range(1 if problem else count):
+        mine = []
+        for number in range(count):
             start = float(within[0]) + number * config.frames / config.fps
-            clips.append(
-                {"start": start, "scene": scene, "source_fps": 1 / interval if interval else None, "problem": problem}
+            interval = _interval(within, start, start + (config.frames - 1) / config.fps)
+            slow = "too slow" if config.frames > 1 and interval * config.fps > 1.1 else ""
+            mine.append(
+                {"start": start, "scene": scene, "source_fps": 1 / interval if interval else None, "problem": slow}
             )
+        if not mine:
+            problem = "too slow" if config.frames > 1 and interval * config.fps > 1.1 else "too short"
+            rate = 1 / interval if interval else None
+            mine = [{"start": float(within[0]), "scene": scene, "source_fps": rate, "problem": problem}]
+        clips += mine if any(not clip["problem"] for clip in mine) else mine[:1]
     return clips
+
+
+def _interval(times: npt.NDArray[np.float64], start: float, end: float) -> float:
+    """The mean time from frame to frame between start and end, of those frames nearest around it; 0 of one frame."""
+    first = max(0, int(np.searchsorted(times, start + 1e-6)) - 1)
+    last = min(len(times) - 1, max(first + 1, int(np.searchsorted(times, end - 1e-6))))
+    return float(times[last] - times[first]) / (last - first) if last > first else 0.0
 
 
 def grid(config: ClipConfig, start: float) -> npt.NDArray[np.float64]:

@@ -101,6 +101,8 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 def _with_caption_file(source: Source, path: str) -> Source:
     try:
+        if not os.path.isfile(path):  # a pipe would wait for its writer
+            return replace(source, problem="no caption", detail=f"{path}: no regular file")
         with open(path, "rb") as file:
             content = file.read(_LONGEST_FILE + 1)
     except OSError as error:

@@ -48,8 +48,6 @@ def _spans(columns: TableConfig, row: Row, base: Source) -> Iterator[Source]:
         else:
             ends = [seconds(row.get(column)) if column else None for column in (columns.start, columns.end)]
             spans = [(ends[0], ends[1])]
-        if any(a is not None and b is not None and not 0 <= a < b for a, b in spans):
-            raise ValueError
     except (ValueError, TypeError):
         yield replace(base, problem="unreadable row", detail="not a span of time")
         return
@@ -67,7 +65,11 @@ def _spans(columns: TableConfig, row: Row, base: Source) -> Iterator[Source]:
     for index, (start, end) in enumerate(spans):
         mine = texts[index : index + 1] if columns.spans else texts
         captions = tuple(text for text in mine if isinstance(text, str))
-        yield replace(base, start=start, end=end, captions=captions)
+        one = replace(base, start=start, end=end, captions=captions)
+        if not 0 <= (start or 0.0) < (math.inf if end is None else end):
+            yield replace(one, problem="unreadable row", detail="not a span of time")
+        else:
+            yield one
 
 
 def _list(value: Any) -> list[Any]:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+import stat
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -33,8 +34,10 @@ def find_sources(config: SourcesConfig, location: str, passed: PassedOver | None
     there is nothing to find, or nothing to read.
     """
     path = Path(location)
+    if path.suffix.lower()[1:] in FILE_SUFFIXES and path.is_file():
+        raise UserError(f"{location}: is one video; name its folder, or a table that lists it")
     if path.suffix.lower() in TABLE_SUFFIXES:
-        found = in_table(config, path)
+        found = _merged(in_table(config, path))
     elif path.is_dir() and not holds_shards(path):
         found = in_folder(Path(os.path.abspath(path)), passed)
     else:
@@ -46,12 +49,26 @@ def find_sources(config: SourcesConfig, location: str, passed: PassedOver | None
         digest = hashlib.sha256(identity.encode(errors="surrogateescape")).digest()
         if digest[:12] in seen:
             digest = hashlib.sha256(digest + str(number).encode()).digest()
-            source = replace(source, problem="listed twice")
+            source = replace(source, problem=source.problem or "listed twice")
         seen.add(digest[:12])
         slug = re.sub(r"[^A-Za-z0-9]+", "-", os.path.splitext(source.name)[0])[-40:].strip("-") or "clip"
         yield _checked(config, replace(source, number=number, key=f"{slug}-{digest.hex()[:12]}"))
     if number < 0:
         raise UserError(f"{location}: there is no video here; name a folder of videos, a table or shards")
+
+
+def _merged(sources: Iterable[Source]) -> Iterator[Source]:
+    """Rows that follow one another and say the same but for the caption are one source with several captions."""
+    last: Source | None = None
+    for source in sources:
+        if last is not None and not source.problem and replace(source, captions=last.captions) == last:
+            last = replace(last, captions=tuple(dict.fromkeys((*last.captions, *source.captions))))
+            continue
+        if last is not None:
+            yield last
+        last = source
+    if last is not None:
+        yield last
 
 
 def fingerprint(source: Source) -> bytes:
@@ -83,6 +100,8 @@ def state_of(source: Source) -> list[int]:
     """
     if source.url is None:
         status = os.stat(source.path)
+        if not stat.S_ISREG(status.st_mode):  # a pipe would wait for its writer
+            raise OSError(0, "no regular file")
         return [status.st_size, status.st_mtime_ns]
     with locations.opened(source.url, Path(source.path)) as file:
         return [os.fstat(file.fileno()).st_size, 0]
@@ -130,7 +149,8 @@ def _in_shards(places: Iterable[str]) -> Iterator[Source]:
             try:
                 sample = read_texts(shard, number, FILE_SUFFIXES)
             except UserError as error:
-                yield replace(base, problem="unreadable", detail=str(error))
+                reason = error.reason if isinstance(error, SampleError) else "unreadable"
+                yield replace(base, problem=reason, detail=str(error))
                 continue
             _, meta = captions_of(sample.meta)
             yield replace(base, name=f"{called}/{sample.key}", captions=sample.captions, meta=meta)

@@ -45,8 +45,9 @@ def write_table(path: Path, columns: Mapping[str, str], rows: Sequence[Row]) -> 
 
     schema = pyarrow.schema([(name, pyarrow.type_for_alias(kind)) for name, kind in columns.items()])
     data = {name: [utf8(row.get(name)) for row in rows] for name in columns}
-    with atomic_path(path) as temporary:
-        parquet.write_table(pyarrow.table(data, schema), temporary, compression="zstd")
+    # Open files: pyarrow takes a path with a colon for the address of a file system.
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        parquet.write_table(pyarrow.table(data, schema), file, compression="zstd")
 
 
 def read_columns(path: Path, names: Sequence[str]) -> Iterator[tuple[Any, ...]]:
@@ -63,7 +64,7 @@ def _read_parquet(path: Path, needed: Iterable[str]) -> Iterator[Row | None]:
     except ImportError as error:
         raise UserError(f"{path}: needs pyarrow ({error}); install it with pip install 'videodiff[data]'") from None
     try:
-        with parquet.ParquetFile(path) as file:
+        with open(path, "rb") as opened, parquet.ParquetFile(opened) as file:
             _check(path, file.schema_arrow.names, needed)
             for batch in file.iter_batches(columns=list(dict.fromkeys(needed))):
                 yield from _rows(batch)

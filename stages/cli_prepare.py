@@ -22,6 +22,7 @@ def prepare(
         Path | None, typer.Option(help="A YAML, e.g. configs/data/prepare.yaml [default: every default]")
     ] = None,
     part: Annotated[str, typer.Option(help="i/n: part i of n of the work, for arrays; then `data merge`")] = "1/1",
+    retry: Annotated[str, typer.Option(help="Verdicts to try again, such as deadline,crash,unreadable")] = "",
 ) -> None:
     """Cut videos into clips, measure and filter them, and write those that are kept as shards.
 
@@ -32,7 +33,8 @@ def prepare(
     from videodiff.config import load
 
     settings = load(PrepareConfig, config, overrides or [])
-    typer.echo(run(source, out, settings, parse_part(part), progress=sys.stdout.isatty()))
+    again = tuple(filter(None, (reason.strip() for reason in retry.split(","))))
+    typer.echo(run(source, out, settings, parse_part(part), progress=sys.stdout.isatty(), retry=again))
 
 
 def merge(out: Annotated[Path, typer.Argument(help="The --out of the parts, all of which are done")]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.clips import Clip, ClipError
+from data_pipeline.decoding import alive
 
 
 def decode(**job: Any) -> Clip:
@@ -21,6 +22,9 @@ def decode(**job: Any) -> Clip:
         os.kill(os.getpid(), signal.SIGSEGV)
     if word == "bad":
         raise ClipError("too short", "in a test")
+    if word == "alive":  # longer than a deadline of 2 s, but never so long without a word
+        for _ in alive(range(4)):
+            time.sleep(1.1)
     if word == "slow":
         time.sleep(0.2)
     return Clip(np.full((4, 8, 8, 3), int(number), np.uint8), 0, 4)

@@ -199,7 +199,7 @@ def test_names_that_point_elsewhere_and_pickles_do_nothing(shards: Path, tmp_pat
     [
         ({"mp4": b"v"}, "no caption"),
         ({"mp4": b"v", "json": b"{torn"}, "no caption"),
-        ({"mp4": b"v", "txt": b"\xff\xfe"}, "no caption"),
+        ({"mp4": b"v", "txt": b"\xff\xfe"}, "caption not UTF-8"),
         ({"mp4": b"v", "json": b"[" * 100_000}, "no caption"),
         ({"json": b'{"caption": "one"}'}, "no video"),
         ({"safetensors": b"v", "txt": b"one"}, "no video"),

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import builtins
 import io
-from itertools import islice
+import subprocess
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
+import imageio_ffmpeg
 import numpy as np
 import pytest
 
@@ -15,6 +17,7 @@ from data_pipeline.check import check_shards
 from data_pipeline.clips import ClipError, decode_clip, preview_clip
 from data_pipeline.decoders import open_decord, read_frames
 from data_pipeline.loader import DataConfig, ShardSource
+from data_pipeline.readers import open_video
 from data_pipeline.shards import write_shard
 from stages.cli import main
 from tests.numbered_videos import KINDS, X264, encode, numbered, numbers
@@ -60,6 +63,45 @@ def test_every_kind_gives_the_frames_asked_for(files: dict[str, bytes]) -> None:
             first = 3 * clip.first
             assert clip.total == 14
             assert numbers(clip.frames) == list(range(first, first + 15, 3)), (name, position)
+
+
+@pytest.fixture(scope="module")
+def cuts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """Cut without encoding anew: what a player shows of them is the rest of packets that an edit list hides."""
+    folder = tmp_path_factory.mktemp("cuts")
+    whole = encode(folder / "whole.mp4", numbered(120), *X264, "-g", "48", "-bf", "2")
+    ways = {
+        "middle.mp4": ("-ss", "2.5", "-t", "2", "-i", whole),
+        "start.mov": ("-ss", "1.0", "-i", whole, "-t", "1.2"),
+        "one_key.mp4": ("-ss", "1.4", "-t", "0.5", "-i", whole),
+        "head.mp4": ("-i", whole, "-t", "1.9"),
+    }
+    for name, way in ways.items():
+        command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", *way, "-c", "copy", "-y", folder / name]
+        subprocess.run(list(map(str, command)), check=True)
+    found = {name: (folder / name).read_bytes() for name in ways}
+    shortened = bytearray(found.pop("head.mp4"))  # an edit list that ends before the packets do
+    place = shortened.index(b"elst") + 12
+    shortened[place : place + 4] = (int.from_bytes(shortened[place : place + 4], "big") // 2).to_bytes(4, "big")
+    return {**found, "end.mp4": bytes(shortened)}
+
+
+def test_hidden_frames_of_a_cut_stay_hidden(cuts: dict[str, bytes], tmp_path: Path) -> None:
+    """As ffmpeg itself shows them, also to the loader and from any place in the file."""
+    for name, video in cuts.items():
+        path = tmp_path / name
+        path.write_bytes(video)
+        command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-i", str(path), "-fps_mode", "passthrough"]
+        raw = subprocess.run([*command, "-f", "rawvideo", "-pix_fmt", "rgb24", "-"], check=True, capture_output=True)
+        shown = numbers(np.frombuffer(raw.stdout, np.uint8).reshape(-1, 64, 96, 3))
+        opened = open_video(path)
+        assert numbers(np.stack([frame for _, frame in opened.all()])) == shown, name
+        assert opened.decoder == "pyav"
+        for position in (0.0, 0.5, 0.999):
+            clip = decode_clip(video, fps=12, frames=5, size=(64, 96), position=position)
+            found = numbers(clip.frames)
+            assert set(found) <= set(shown), (name, position)
+            assert all(1 <= b - a <= 3 for a, b in pairwise(found)), (name, position, found)
 
 
 def test_what_decord_reads_stays_decords(files: dict[str, bytes]) -> None:

@@ -73,6 +73,17 @@ def test_scenes_that_give_no_clip_are_listed() -> None:
     assert clips[0]["source_fps"] == pytest.approx(24)
 
 
+def test_a_pause_is_too_slow_and_what_lies_around_it_is_not() -> None:
+    """A screen recording: 10 s at 24 frames a second, nothing for 15 s, 10 s again."""
+    times = np.concatenate([np.arange(240) / 24, 25 + np.arange(240) / 24])
+    clips = cut_clips(ClipConfig(frames=16, fps=8), times, [0])
+    for clip in clips:
+        in_pause = clip["start"] < 25 and clip["start"] + 15 / 8 > 240 / 24
+        assert clip["problem"] == ("too slow" if in_pause else ""), clip
+        assert in_pause or clip["source_fps"] == pytest.approx(24)
+    assert sum(not clip["problem"] for clip in clips) == 9
+
+
 @pytest.mark.parametrize(
     ("size", "aspect", "expected"),
     [

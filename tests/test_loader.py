@@ -258,7 +258,7 @@ MISBEHAVE = "misbehaving_decoder:decode"
 
 
 def test_hanging_and_dying_decoders_cost_one_clip_each() -> None:
-    words = ["fine", "hang", "slow", "die", "fine", "bad", "die", "slow", "hang", "fine", *["fine"] * 20]
+    words = ["fine", "hang", "slow", "die", "fine", "bad", "die", "slow", "hang", "alive", *["fine"] * 20]
     jobs: list[dict[str, Any] | None] = [{"video": f"{word} {n}".encode()} for n, word in enumerate(words)]
     jobs.insert(4, None)
     with DecodePool(2, deadline_seconds=2, function=MISBEHAVE) as pool:

@@ -170,7 +170,7 @@ def test_panda70m_has_many_spans_in_a_row(tmp_path: Path) -> None:
         "abc,https://x,\"[['0:00:13.047', '0:01:20.053'], ['1:00:20.053', '1:00:30']]\","
         '"[\'a fox\', ""it\'s red""]"\n'
         "bad,https://x,\"__import__('os').system('touch hacked')\",\"['a']\"\n"
-        'odd,https://x,"[[5, 3]]","[\'a\']"\n'
+        "odd,https://x,\"[[5, 3], [-2, 1], [1, 2]]\",\"['a', 'b', 'c']\"\n"
         'none,https://x,"[]","[]"\n'
         'empty,https://x,"[[1, 2]]",\n'
         'plain,https://x,"[[1, 2]]",a fox\n'
@@ -181,7 +181,9 @@ def test_panda70m_has_many_spans_in_a_row(tmp_path: Path) -> None:
         ("abc.mp4", 13.047, 80.053, ("a fox",), ""),
         ("abc.mp4", 3620.053, 3630.0, ("it's red",), ""),
         ("bad.mp4", None, None, (), "unreadable row"),
-        ("odd.mp4", None, None, (), "unreadable row"),
+        ("odd.mp4", 5.0, 3.0, (), "unreadable row"),
+        ("odd.mp4", -2.0, 1.0, (), "unreadable row"),
+        ("odd.mp4", 1.0, 2.0, ("c",), ""),
         ("none.mp4", None, None, (), "unreadable row"),
         ("empty.mp4", 1.0, 2.0, (), "no caption"),
         ("plain.mp4", 1.0, 2.0, (), "no caption"),
@@ -201,10 +203,20 @@ def test_start_and_end_columns_and_rows_that_are_none(tmp_path: Path) -> None:
     (tmp_path / "t.jsonl").write_text("\n".join(lines))
     columns = TableConfig(video="file", caption="text", start="from", end="to")
     sources = list(find_sources(SourcesConfig(table=columns), str(tmp_path / "t.jsonl")))
-    assert (sources[0].start, sources[0].end, sources[0].captions) == (1.5, 3.0, ("x", "y"))
-    assert [s.problem for s in sources[1:]] == [
-        "listed twice", "unreadable row", "unreadable row", "unreadable", "unreadable row",
-    ]  # fmt: skip
+    assert (sources[0].start, sources[0].end, sources[0].captions) == (1.5, 3.0, ("x", "y", "again"))
+    assert [s.problem for s in sources[1:]] == ["unreadable row", "unreadable row", "unreadable", "unreadable row"]
+
+
+def test_rows_of_one_video_are_its_captions_and_what_comes_later_is_told(tmp_path: Path) -> None:
+    """As MSR-VTT's tables have them: a row for each caption."""
+    rows = ["video,caption", "a.mp4,one", "a.mp4,two", "a.mp4,one", "b.mp4,three", "a.mp4,four", "a.mp4,"]
+    (tmp_path / "t.csv").write_text("\n".join(rows))
+    sources = list(find_sources(SourcesConfig(), str(tmp_path / "t.csv")))
+    assert [(s.name, s.captions, s.problem) for s in sources] == [
+        ("a.mp4", ("one", "two"), ""),
+        ("b.mp4", ("three",), ""),
+        ("a.mp4", (), "listed twice"),
+    ]
 
 
 @pytest.mark.parametrize("name", ["t.csv", "t.tsv", "t.jsonl", "t.parquet"])
