@@ -1,6 +1,7 @@
 """Our U-Net against those of diffusers: time, memory, and what a sampler costs beside the network.
 
     python -m benchmarks.network [--pairs 7] [--threads N] [--cases image video samplers] [--modes eager compiled]
+                                 [--precisions float32 bfloat16] [--batches 1 8] [--against NETWORK ...]
                                  [--out docs/network-speed.md]
 
 image: UNet2DConditionModel, a smaller Stable Diffusion 1 with the same weights on both sides. video: per FLOP, against
@@ -42,6 +43,7 @@ SIDE = {"image": 32, "video": 16}  # latent height and width
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 BATCHES, BACKWARD = (1, 8), (False, True)
 MATRIX = {"cpu": 2048, "cuda": 8192}  # side of the matrices whose product is the measured rate
+VIDEO_PEERS = ("UNet3DConditionModel", "UNetMotionModel")
 SAMPLER_STEPS = 20
 SAMPLERS = (DDIM, DDPM, DPMSolver, Heun, Langevin, PredictorCorrector)
 
@@ -133,12 +135,21 @@ def matrix_rate(dtype: torch.dtype, device: str) -> float:
     return 2 * side**3 / min(product.ours, product.theirs)
 
 
-def compare(ours: str, theirs: str, per_flop: bool, pairs: int, device: str, modes: Sequence[str]) -> list[str]:
+def compare(
+    ours: str,
+    theirs: str,
+    per_flop: bool,
+    pairs: int,
+    device: str,
+    modes: Sequence[str],
+    precisions: Sequence[str],
+    batches: Sequence[int],
+) -> list[str]:
     """Rows of a Markdown table: one for each precision, batch size, direction and mode."""
     rows = []
     rates = {name: matrix_rate(dtype, device) for name, dtype in DTYPES.items()}
     emulated = rates["bfloat16"] < rates["float32"]
-    for dtype, batch, backward, mode in itertools.product(DTYPES, BATCHES, BACKWARD, modes):
+    for dtype, batch, backward, mode in itertools.product(precisions, batches, BACKWARD, modes):
         halved = emulated and dtype == "bfloat16" and batch > 1  # at full width this takes hours
         # What one sample takes, `batch` take as many times.
         work = [batch * flops(call_of(w, 1, dtype, backward, device, False, halved)) for w in (ours, theirs)]
@@ -218,17 +229,17 @@ SAMPLER_HEAD = (
 )
 
 
-def main(cases: Sequence[str], pairs: int, threads: int | None, modes: Sequence[str] | None, out: Path | None) -> None:
+def main(given: argparse.Namespace) -> None:
     """Run the cases and print, or write, their tables."""
-    if threads:
-        torch.set_num_threads(threads)
+    if given.threads:
+        torch.set_num_threads(given.threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    modes = modes or (["eager", "compiled"] if device == "cuda" else ["eager"])
+    modes = given.modes or (["eager", "compiled"] if device == "cuda" else ["eager"])
     machine = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU"
     rates = ", ".join(f"{name} {matrix_rate(dtype, device) / 1e9:.0f}" for name, dtype in DTYPES.items())
-    told = {"pairs": [pairs], "threads": [threads] if threads else [], "cases": cases, "modes": modes}
+    told = {name: value if isinstance(value, list) else [value] for name, value in vars(given).items() if value}
     command = "python -m benchmarks.network" + "".join(
-        f" --{name} {' '.join(map(str, values))}" for name, values in told.items() if values
+        f" --{name} {' '.join(map(str, values))}" for name, values in told.items() if name != "out"
     )
     lines = [
         "# Speed of the networks",
@@ -240,38 +251,42 @@ def main(cases: Sequence[str], pairs: int, threads: int | None, modes: Sequence[
         "than float32, because it is emulated, the large batch is measured on networks of half the widths.",
     ]
     size = f"{FRAMES} frames of {SIDE['video']}x{SIDE['video']}"
+    how = (given.pairs, device, modes, given.precisions or list(DTYPES), given.batches or BATCHES)
     tables: dict[str, tuple[str, Callable[[], list[str]]]] = {
         "image": (
             f"## Image: the same weights, latents of {SIDE['image']}x{SIDE['image']}\n\n{HEAD}",
-            lambda: compare("ours image", "UNet2DConditionModel", False, pairs, device, modes),
+            lambda: compare("ours image", "UNet2DConditionModel", False, *how),
         ),
         "video": (
             f"## Video: time per FLOP, {size}\n\n{HEAD}",
-            lambda: [
-                row
-                for peer in ("UNet3DConditionModel", "UNetMotionModel")
-                for row in compare("ours video", peer, True, pairs, device, modes)
-            ],
+            lambda: [row for peer in given.against or VIDEO_PEERS for row in compare("ours video", peer, True, *how)],
         ),
         "samplers": (
             f"## Samplers: what an evaluation costs beside the network, {size}\n\n{SAMPLER_HEAD}",
-            lambda: samplers(pairs, device),
+            lambda: samplers(given.pairs, device),
         ),
     }
-    for case in cases:
+    for case in given.cases or list(tables):
         head, rows = tables[case]
         lines += ["", head, *rows()]
-        if out is not None:
-            out.write_text("\n".join(lines) + "\n", encoding="utf-8")
-            Console().print(f"wrote {out}")
+        if given.out is not None:
+            given.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
+            Console().print(f"wrote {given.out}")
+
+
+def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line; what is left out is None, and stands for all."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=7)
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--cases", nargs="+", choices=["image", "video", "samplers"])
+    parser.add_argument("--modes", nargs="+", choices=["eager", "compiled"], help="[both on a GPU, eager on a CPU]")
+    parser.add_argument("--precisions", nargs="+", choices=list(DTYPES))
+    parser.add_argument("--batches", nargs="+", type=int)
+    parser.add_argument("--against", nargs="+", choices=VIDEO_PEERS, help="of the video networks")
+    parser.add_argument("--out", type=Path, help="Markdown file to write")
+    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="+", default=["image", "video", "samplers"])
-    parser.add_argument("--pairs", type=int, default=7)
-    parser.add_argument("--threads", type=int)
-    parser.add_argument("--modes", nargs="+", choices=["eager", "compiled"], help="[both on a GPU, eager on a CPU]")
-    parser.add_argument("--out", type=Path, help="Markdown file to write")
-    given = parser.parse_args()
-    main(given.cases, given.pairs, given.threads, given.modes, given.out)
+    main(parsed())

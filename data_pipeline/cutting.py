@@ -47,17 +47,22 @@ def work(task: str, **job: Any) -> Any:
 
 def look(source: Source, scenes: ScenesConfig | None, clip: ClipConfig) -> dict[str, Any]:
     """What a video is, and the clips in it: the header's fields, decoder, fps, frames, seconds, ``state``, ``clips``.
-    Each frame begins the helper's deadline anew, however long the video is.
+    Each frame begins the helper's deadline anew, however long the video is. Of one that is damaged further on there are
+    the clips before that, and ``damaged`` says so.
 
-    Raises ClipError where it can't be opened or decoded, "too short" where nothing lies in the span, and "changed while
-    read".
+    Raises ClipError where it can't be opened or no clip of it decoded, "too short" where nothing lies in the span, and
+    "changed while read".
     """
     state = _state(source)
     video = open_video(read_bytes(source))
     start = -np.inf if source.start is None else video.first_time + source.start
     stop = np.inf if source.end is None else video.first_time + source.end
-    times, cuts = find_cuts(scenes, alive(video.all(start, stop)))
+    broke: list[ClipError] = []
+    times, cuts = find_cuts(scenes, alive(_until(broke, video.all(start, stop))))
     _unchanged(source, state)
+    clips = cut_clips(clip, times, cuts)
+    if broke and all(one["problem"] for one in clips):
+        raise broke[0]
     if len(times) == 0:
         raise ClipError("too short", "no frame in its span" if source.end is not None else "no frames")
     interval = float(times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else 0.0
@@ -68,9 +73,18 @@ def look(source: Source, scenes: ScenesConfig | None, clip: ClipConfig) -> dict[
         "fps": 1 / interval if interval else None,
         "seconds": float(times[-1] - times[0]) + interval,
         "passed_over": video.passed_over,
+        "damaged": f"damaged {times[-1] - times[0]:.1f} s on: {broke[0].detail}" if broke else "",
         "state": state,
-        "clips": cut_clips(clip, times, cuts),
+        "clips": clips,
     }
+
+
+def _until(broke: list[ClipError], frames: Iterator[tuple[float, Frames]]) -> Iterator[tuple[float, Frames]]:
+    """The frames before the first that can't be decoded, whose error goes into ``broke``."""
+    try:
+        yield from frames
+    except ClipError as error:
+        broke.append(error)
 
 
 def cut(

@@ -34,7 +34,7 @@ PASSED_OVER = "passed-over.json"  # in the folder of a part: what lay among the 
 _KINDS = {
     "string": "key reason detail duplicate_of shard source source_key path caption captions licence origin decoder "
     "container codec pixel_format hash sha256",
-    "bool": "kept audio",
+    "bool": "kept audio damaged",
     "int64": "sample scene frames passed_over width height source_width source_height source_side rotation words bytes",
     "double": f"start seconds fps source_fps source_seconds aspect {' '.join(MEASURES)} clip_similarity aesthetic",
 }
@@ -80,11 +80,13 @@ def publish(out: Path, config: PrepareConfig, progress: bool = False) -> str:
     for folder in folders:
         forget(folder, "clips")
     jumping = len({clip["source_key"] for clip in clips if clip.get("passed_over")})
+    damaged = len({clip["source_key"] for clip in clips if clip.get("damaged")})
     beside = ", ".join(f"{found['count']} {ending}" for ending, found in passed.items())
     return (
         f"{out}: kept {len(kept)} of {len(clips)} clips ({said['hours']:.3g} h) in {len(names)} shards"
         + (f"; rejected: {told}" if told else "")
         + (f"; {jumping} videos have frames whose times don't go on, which were left out" if jumping else "")
+        + (f"; {damaged} videos are damaged further on, and were cut up to there" if damaged else "")
         + (f"; passed over, as neither video nor caption: {beside}" if beside else "")
     )
 
@@ -167,8 +169,9 @@ def _clips_of(row: Row, cuts: dict[tuple[int, int], Row], config: PrepareConfig)
             "place": (source.number, index),
             "key": clip_key(source, index),
             "reason": clip["problem"] or cut.get("problem", ""),
-            "detail": cut.get("detail", ""),
+            "detail": cut.get("detail", "") or look.get("damaged", ""),
             "passed_over": look.get("passed_over", 0),
+            "damaged": bool(look.get("damaged")),
             "start": clip["start"],
             "scene": clip["scene"],
             "frames": config.clip.frames,

@@ -40,7 +40,7 @@ def test_both_sides_have_the_same_weights_and_give_the_same() -> None:
 @pytest.mark.usefixtures("small")
 def test_every_case_writes_its_rows(tmp_path: Path) -> None:
     out = tmp_path / "speed.md"
-    bench.main(["samplers", "image", "video"], 1, None, None, out)
+    bench.main(bench.parsed(["--pairs", "1", "--out", str(out)]))
     text = out.read_text()
     for name in ("UNet2DConditionModel", "UNet3DConditionModel", "UNetMotionModel"):
         rows = [line.split("|") for line in text.splitlines() if line.startswith(f"| {name}")]

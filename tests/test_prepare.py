@@ -465,6 +465,27 @@ def test_videos_put_together_of_several_lose_no_frame_unsaid(tmp_path: Path) -> 
     assert {row["passed_over"] for row in rows(out)} == {48}
 
 
+def test_what_lies_before_the_damage_is_kept(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    path = encode(folder / "film.mp4", numbered(120), *KINDS["h264.mp4"])
+    content = bytearray(path.read_bytes())
+    content[len(content) * 2 // 3 : len(content) * 2 // 3 + 3000] = bytes(3000)
+    path.write_bytes(content)
+    (folder / "film.txt").write_text("a caption")
+    out = tmp_path / "out"
+    said = prepare(str(folder), out, settings())
+    assert "1 videos are damaged further on, and were cut up to there" in said
+    table = rows(out)
+    assert {row["damaged"] for row in table} == {True}
+    assert 3 <= sum(row["kept"] for row in table) < 10
+    for sample, row in zip(samples(out), [row for row in table if row["kept"]], strict=True):
+        first = round(row["start"] * 24)
+        assert numbers(decode_clip(sample.video, fps=8, frames=4, size=(64, 96)).frames) == [
+            first + 3 * i for i in range(4)
+        ]
+
+
 def test_names_that_others_take_for_patterns_or_addresses(
     videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
