@@ -1,7 +1,8 @@
 """Decoding in helper processes with a deadline: a clip that hangs or crashes its decoder costs that clip only.
 
 A helper is a fresh interpreter (no fork: threads of training libraries do not survive one; no re-import of the main
-script), fed over a socket. It ignores signals meant for the training process and ends when its socket closes.
+script), fed over a socket; frames come back through memory that both see. It ignores signals meant for the training
+process and ends when its socket closes.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
+import pickle
 import signal
 import socket
 import subprocess
@@ -21,12 +23,13 @@ from multiprocessing.connection import Connection, wait
 from typing import Any, TypeVar
 
 from data_pipeline.decoders import ClipError
+from data_pipeline.shared_bytes import SharedBytes, anonymous_file
 from videodiff.errors import UserError
 
 DECODER = "data_pipeline.clips:decode_clip"
 _START_SECONDS = 180.0  # importing from a busy network disk takes its time
 Item = TypeVar("Item")
-_MAIN = "import sys; sys.path[:] = {path!r}; from data_pipeline.decoding import serve; serve({fd}, {function!r})"
+_MAIN = "import sys; sys.path[:] = {path!r}; from data_pipeline.decoding import serve; serve({fds}, {function!r})"
 
 
 class DecodePool:
@@ -135,14 +138,19 @@ class _Helper:
 
     def __init__(self, function: str) -> None:
         ours, theirs = socket.socketpair()
-        main = _MAIN.format(path=sys.path, fd=theirs.fileno(), function=function)
+        self._shared = SharedBytes(anonymous_file())
+        fds = (theirs.fileno(), self._shared.descriptor)
+        main = _MAIN.format(path=sys.path, fds=fds, function=function)
         # One thread in each library: the helpers themselves are the parallelism.
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
         # A killed one can't tidy up what it was writing.
         self._folder = tempfile.TemporaryDirectory(prefix="videodiff-", ignore_cleanup_errors=True)
         environment["TMPDIR"] = self._folder.name
         self._process = subprocess.Popen(
-            [sys.executable, "-c", main], pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env=environment
+            [sys.executable, "-c", main],
+            pass_fds=fds,
+            stdin=subprocess.DEVNULL,
+            env=environment,
         )
         theirs.close()
         self.connection = Connection(ours.detach())
@@ -171,9 +179,11 @@ class _Helper:
         if message == "alive":
             self.until = time.monotonic() + self._deadline
             return None
-        if isinstance(message, UserError):
-            raise message
-        return message
+        pickled, sizes = message
+        result = pickle.loads(pickled, buffers=self._shared.take(sizes))
+        if isinstance(result, UserError):
+            raise result
+        return result
 
     def kill(self) -> None:
         # Its connection closes with the object: another thread may be waiting on it just now, and wakes up by this.
@@ -196,14 +206,15 @@ def alive(items: Iterable[Item]) -> Iterator[Item]:
         yield item
 
 
-def serve(descriptor: int, function_name: str) -> None:
+def serve(descriptors: tuple[int, int], function_name: str) -> None:
     """The life of a helper: one job in, one result out, until the socket closes."""
     # Sent to the whole job at its end or preemption: the training process decides what happens, and closes the socket.
     for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2"):
         signal.signal(getattr(signal, name), signal.SIG_IGN)
     global _to_pool
     function = _resolve(function_name)
-    connection = _to_pool = Connection(descriptor)
+    connection = _to_pool = Connection(descriptors[0])
+    shared = SharedBytes(descriptors[1])
     with contextlib.suppress(EOFError, OSError):
         connection.send("up")
         while True:
@@ -212,7 +223,9 @@ def serve(descriptor: int, function_name: str) -> None:
                 result: Any = _call(function, job)
             except UserError as error:
                 result = error
-            connection.send(result)
+            buffers: list[pickle.PickleBuffer] = []
+            pickled = pickle.dumps(result, protocol=5, buffer_callback=buffers.append)
+            connection.send((pickled, shared.put(buffers)))
 
 
 def _call(function: Callable[..., Any], job: dict[str, Any]) -> Any:

@@ -28,3 +28,9 @@ def decode(**job: Any) -> Clip:
     if word == "slow":
         time.sleep(0.2)
     return Clip(np.full((4, 8, 8, 3), int(number), np.uint8), 0, 4)
+
+
+def arrays(sizes: list[tuple[int, ...]]) -> list[np.ndarray]:
+    """An array for each number, filled with its place."""
+    lengths = [length for size in sizes for length in size]
+    return [np.full(length, place % 251, np.uint8) for place, length in enumerate(lengths)]

@@ -274,6 +274,17 @@ def test_hanging_and_dying_decoders_cost_one_clip_each() -> None:
             assert result.frames[0, 0, 0, 0] == number, "results are in the order of the jobs"
 
 
+def test_results_of_any_size_come_back_whole_and_may_be_written_to() -> None:
+    """Through memory that grows as the results do: several arrays in one, none, empty ones, and larger than before."""
+    sizes = [(1,), (2_000_000, 3), (), (0,), (5, 0, 7), (3_000_000,), (10,)]
+    with DecodePool(2, 60, function="misbehaving_decoder:arrays") as pool:
+        for number, result in enumerate(pool.map({"sizes": sizes[: n + 1]} for n in range(len(sizes)))):
+            assert [len(array) for array in result] == [size for one in sizes[: number + 1] for size in one]
+            assert all((array == place % 251).all() for place, array in enumerate(result))
+            for array in result:
+                array += 1
+
+
 def test_a_hanging_clip_holds_up_neither_the_loader_nor_its_end(tmp_path: Path) -> None:
     words = ["fine"] * 8
     words[2] = "hang"
