@@ -16,6 +16,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from data_pipeline.world import ATTRIBUTES
 from stages.assemble import load_stage
 from stages.evaluation.sheets import percent
@@ -25,7 +27,7 @@ from videodiff import resources
 from videodiff.errors import UserError
 from videodiff.model import DESCRIPTION, STAGES, Model, export, sha256
 from videodiff.training.run_folder import MACHINES
-from videodiff.video_io import Frames, save_sheet
+from videodiff.video_io import Frames, contact_sheet, save_sheet, write_animation
 
 # Folder of the shards -> what `videodiff data world` is asked for. The image stage sees the first frames of scenes.
 SHARDS: dict[str, dict[str, int]] = {
@@ -48,6 +50,7 @@ PROMPTS = (
     "a small cyan circle moving down on a black background",
 )
 SEED = 12345  # of the figures on the card
+SHEET, ANIMATION = "demo.png", "demo.webp"
 
 
 def main(out: Path, num_prompts: int, num_held_out: int, install: bool) -> None:
@@ -69,13 +72,13 @@ def main(out: Path, num_prompts: int, num_held_out: int, install: bool) -> None:
     call_videodiff("evaluate", str(model), *counts, "--seed", str(SEED), "--out", str(judged))
     report = json.loads((judged / "evaluation.json").read_text(encoding="utf-8"))
     (model / "README.md").write_text(card(out, model, report, counts), encoding="utf-8")
-    picture(model, out / "demo.png")
+    pictures(Model.load(model), out)
     if install:
-        model = _install(model, out / "demo.png")
-    print(f"the model: {model}; its card: {model / 'README.md'}; its picture: {out / 'demo.png'}")
+        model = _install(model, out)
+    print(f"the model: {model}; its card: {model / 'README.md'}; its pictures: {out / SHEET}, {out / ANIMATION}")
 
 
-def _install(model: Path, image: Path) -> Path:
+def _install(model: Path, out: Path) -> Path:
     """Put a finished model in the place of the bundled one; at no moment is there half a model."""
     target = resources.path("assets/demo")
     fresh, former = target.with_name("demo.new"), target.with_name("demo.old")
@@ -87,24 +90,34 @@ def _install(model: Path, image: Path) -> Path:
     fresh.rename(target)
     shutil.rmtree(former, ignore_errors=True)
     if (docs := Path(__file__).resolve().parents[1] / "docs").is_dir():  # a checkout
-        shutil.copyfile(image, docs / "demo.png")
+        for name in (SHEET, ANIMATION):
+            shutil.copyfile(out / name, docs / name)
     return target
 
 
-def picture(folder: Path, path: Path) -> None:
-    """The README's picture: a row of frames for each of PROMPTS, at the default settings of `generate` and seed 0."""
-    pipeline = Pipeline(Model.load(folder))
-    model = pipeline.model
-    video = model.diffusion("video")
+def pictures(model: Model, folder: Path) -> None:
+    """The README's: SHEET, a row of frames for each of PROMPTS, and ANIMATION, their clips at the smooth rate side by
+    side, at the default settings of `generate` and seed 0."""
+    pipeline = Pipeline(model)
+    video, smooth = model.diffusion("video"), model.diffusion("interpolation")
     frames: list[Frames] = []
+    clips = []
     for prompt in PROMPTS:
         keys = [SampleKey(0, prompt)]
         first = pipeline.image(keys, model.diffusion("image").sampling)
-        clip = pipeline.decode(pipeline.video(keys, first, video.fps, video.sampling))[0]
+        latents = pipeline.video(keys, first, video.fps, video.sampling)
+        clip = pipeline.decode(latents)[0]
         frames += [clip[round(i * (len(clip) - 1) / 7)] for i in range(8)]
+        clips.append(pipeline.decode(pipeline.interpolation(keys, latents, video.fps, smooth.sampling))[0])
     labels = [PROMPTS[i // 8] if i % 8 == 0 else "" for i in range(len(frames))]
-    enlarged = [frame.repeat(2, axis=0).repeat(2, axis=1) for frame in frames]
-    save_sheet(path, enlarged, 8, labels)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_sheet(folder / SHEET, [_doubled(frame) for frame in frames], 8, labels)
+    moments = [contact_sheet([_doubled(f) for f in now], 3, PROMPTS) for now in zip(*clips, strict=True)]
+    write_animation(folder / ANIMATION, np.stack(moments), video.fps * smooth.factor)
+
+
+def _doubled(frame: Frames) -> Frames:
+    return frame.repeat(2, axis=0).repeat(2, axis=1)
 
 
 def card(out: Path, model: Path, report: dict[str, Any], counts: Sequence[str]) -> str:
@@ -203,8 +216,12 @@ if __name__ == "__main__":
     parser.add_argument("--num-prompts", type=int, default=200, help="prompts behind each figure of the card")
     parser.add_argument("--num-held-out", type=int, default=100, help="the same for each kind of held-out combinations")
     parser.add_argument("--install", action="store_true", help="replace the bundled model by the result")
+    parser.add_argument("--pictures", type=Path, help="only draw the README's pictures of the bundled model, to there")
     given = parser.parse_args()
     try:
+        if given.pictures is not None:
+            pictures(Model.load("demo"), given.pictures)
+            raise SystemExit
         main(given.out, given.num_prompts, given.num_held_out, given.install)
     except UserError as error:
         raise SystemExit(f"error: {error}") from None

@@ -109,8 +109,8 @@ class DiffusionPart(Config):
 
     Interpolation: `offset` frames lie before the first and after the last given one of a window, and what is given is
     noised to the time `known_time`. `deviation`: what the network makes in units of one is the difference, so large in
-    latents, from the linear blend of what is given; None: it makes whole frames. Video: `first_image` tells whether it is
-    given one.
+    latents, from the linear blend of what is given; None: it makes whole frames. Video: `first_image` tells whether it
+    is given one.
     """
 
     network: UNetConfig

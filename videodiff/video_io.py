@@ -118,6 +118,17 @@ def write_png(path: str | os.PathLike[str], image: Frames, metadata: str | None 
         temporary.write_bytes(data)
 
 
+def write_animation(path: str | os.PathLike[str], frames: Frames, fps: float) -> None:
+    """Write uint8 frames [T,H,W,3] as an endless animated WebP, which pages show without a player."""
+    from imageio import v3 as iio
+
+    frames = _checked(frames, fps, str(path))
+    told = {"duration": round(1000 / fps), "loop": 0, "quality": 80}
+    data = iio.imwrite("<bytes>", frames, plugin="pillow", extension=".webp", **told)
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(data)
+
+
 def read_image(path: str | os.PathLike[str]) -> Frames:
     """A picture file as uint8 [H,W,3], turned upright by its own rotation tag; transparency falls on white."""
     from PIL import Image, ImageOps
