@@ -99,8 +99,8 @@ def wilson(right: int, n: int) -> Interval:
 def share_difference(new: Values, old: Values) -> Interval:
     """The share of ones among `new` less that among `old`, of pairs of zeros and ones (Newcombe 1998b, method 10).
 
-    Made of both shares' Wilson intervals, it has a width also where no pair differs: n pairs don't tell equal models
-    from those that differ in one pair of 2 n. UserError as `compare`, and for other values.
+    Made of both shares' Wilson intervals and the pairs' correlation, it has a width also where no pair differs.
+    UserError as `compare`, and for other values.
     """
     a, b = _pairs(new, old)
     if not np.isin([a, b], (0, 1)).all():
