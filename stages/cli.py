@@ -6,9 +6,10 @@ import sys
 from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from stages import cli_data, cli_prepare, cli_run, cli_study
 from videodiff.errors import UserError
@@ -199,7 +200,19 @@ def invert(
     run(source, prompt, out, model, steps, text_guidance, image_guidance)
 
 
-@app.command()
+class Evaluate(TyperCommand):
+    """`--checkpoints every 500` says the same as `--checkpoints every:500`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """The arguments, the two words as one."""
+        for place, words in enumerate(zip(args, args[1:], args[2:], strict=False)):
+            if words[:2] == ("--checkpoints", "every") and words[2].lstrip("-").isdigit():
+                args = [*args[:place], "--checkpoints", f"every:{words[2]}", *args[place + 3 :]]
+                break
+        return super().parse_args(ctx, args)
+
+
+@app.command(cls=Evaluate)
 def evaluate(
     model: Annotated[str, typer.Argument(help="A model folder, a run, a checkpoint, or 'demo'")],
     stage: Annotated[StageChoice, typer.Option(help="Which stage to judge")] = StageChoice.all,
@@ -221,7 +234,7 @@ def evaluate(
         int | None, typer.Option(min=0, help="Prompts on each kind of unseen ones [default: as many]")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the prompts and of the noise, the same for every checkpoint")] = 0,
-    checkpoints: Annotated[str, typer.Option(help="Of a run: last, all, or every:N steps")] = "last",
+    checkpoints: Annotated[str, typer.Option(help="Of a run: last, all, or every N steps")] = "last",
     weights: Annotated[WeightsChoice, typer.Option(help="The averaged weights, the raw ones, or both")] = (
         WeightsChoice.ema
     ),

@@ -220,3 +220,20 @@ def test_what_rank_0_tells_the_others_do_not(
     error.echoed = True
     assert run("train", ROOT / "configs/demo/image.yaml") == 2
     assert capsys.readouterr() == ("", "")
+
+
+def test_every_n_may_be_one_word_or_two(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from stages.evaluation import command
+
+    asked: list[str] = []
+    monkeypatch.setattr(command, "main", lambda request: asked.append(f"{request.model} {request.checkpoints}"))
+    assert run("evaluate", "runs/a", "--checkpoints", "every", "500") == 0
+    assert run("evaluate", "--checkpoints", "every", "500", "runs/a", "--watch") == 0
+    assert run("evaluate", "--checkpoints", "every:500", "runs/a") == 0
+    assert run("evaluate", "--checkpoints=every 500", "runs/a") == 0
+    assert asked == ["runs/a every:500"] * 3 + ["runs/a every 500"]
+    monkeypatch.undo()
+    capsys.readouterr()
+    for words in (["every", "0"], ["every"], ["every", "-5"], ["often"]):
+        assert run("evaluate", "runs/a", "--checkpoints", *words) == 2
+        assert "say last, all, or every N or every:N" in one_line(capsys.readouterr().err)

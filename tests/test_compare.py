@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from stages.evaluation.compare import compared
+from stages.evaluation.compare import compared, main
 from stages.evaluation.kept import Samples
 
 PROTOCOL = {"rows": ["real", "video_generated"], "model": "m", "weights": "ema", "features": []}
@@ -19,11 +19,25 @@ def finished(out: Path, motion: np.ndarray, lpips: np.ndarray) -> Path:
     samples = Samples(out, PROTOCOL)
     for number in range(COUNT):
         row = {"read": {}, "consistent": True, "finite": True}
-        made = {"motion": motion[number], "first_frame_lpips": lpips[number]}
-        rows = {"real": {**row, "measures": {"motion": REAL[number]}}, "video_generated": {**row, "measures": made}}
+        made = {**row, "measures": {"motion": motion[number], "first_frame_lpips": lpips[number]}}
+        if np.isnan(lpips[number]):
+            made |= {"finite": False, "measures": {}}
+        rows = {"real": {**row, "measures": {"motion": REAL[number]}}, "video_generated": made}
         samples.keep({"split": "data", "number": number, "prompt": "a", "truth": None, "rows": rows})
     (out / "evaluation.json").write_text(json.dumps({"rows": []}))
     return out
+
+
+def test_videos_that_are_not_finite_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    whole = finished(tmp_path / "whole", REAL, DRAWN.normal(0.3, 0.05, COUNT))
+    near = np.where(np.arange(COUNT) < 12, np.nan, DRAWN.normal(0.2, 0.05, COUNT))
+    main(whole, finished(tmp_path / "sick", REAL, near), None)
+    told = {line["figure"]: line for line in compared(whole, tmp_path / "sick")}
+    sick = told["videos that are not finite, %"]
+    assert (sick["first"], sick["second"], sick["verdict"], sick["not_finite"]) == (0.0, 20.0, "worse", [0, 12])
+    assert {line["n"] for line in told.values()} == {COUNT}
+    said = " ".join(capsys.readouterr().out.split())
+    assert "12 of the second are not finite; each counts as the worst that either made" in said
 
 
 def verdicts(first: Path, second: Path) -> dict[str, str]:

@@ -67,7 +67,7 @@ def test_which_checkpoints_are_judged(run: Path, toy_model: Path) -> None:
     assert subjects(str(run), Choice.parse("last"), "ema")[0].step == 40
     assert names(toy_model, "last", "both") == ["ema", "raw"]
     for choice, message in (
-        ("each", "say last, all, or every:N"),
+        ("each", "say last, all, or every N or every:N"),
         ("every:0", "say last"),
         ("every:7", "multiple of 7; say all, or name another run"),
     ):
@@ -188,6 +188,11 @@ def test_shards_are_judged_too(toy_model: Path, tmp_path: Path) -> None:
     found = {(f["row"], f["figure"]) for f in told["figures"]}
     assert {("autoencoder", "frechet"), ("whole", "recall"), ("real", "text_to_image_r1")} <= found
     assert all(f["n"] == 18 for f in told["figures"])
+    alone = {told["figure"].partition(",")[0]: told for told in told["alone"]["data"]}
+    assert {"kernel distance", "CLIP score"} <= set(alone)
+    assert set(alone["CLIP score"]["losses"]) == {"autoencoder", "image", "video", "interpolation"}
+    cost = {line["figure"].partition(",")[0] for line in told["first_images"]["data"]}
+    assert {"Frechet distance", "kernel distance (KID", "CLIP score", "first frame PSNR"} <= cost
     # The clips that are judged are the training clips themselves: the nearest one is at no distance.
     assert told["memorized"]["unseen"]["mean"] < 1e-3
     assert told["memorized"]["made"]["mean"] > 0.01
@@ -284,7 +289,9 @@ def test_the_towers_of_a_text_run_are_compared(toy_model: Path, tmp_path: Path) 
     assert unlike["protocol"]["features"][0]["sha256"] == raw.sha256
     found = compared(tmp_path / "out/ema", tmp_path / "out/raw")
     assert {line["row"] for line in found} == {"real"}
-    assert {"CLIP score", "captions that the text tower cuts, %"} < {line["figure"] for line in found}
+    names = {line["figure"] for line in found}
+    assert "captions that the text tower cuts, %" in names
+    assert sum(name.startswith("CLIP score, ") for name in names) == 1  # with the network's name
     assert sum(line["figure"].startswith("clips found by their texts") for line in found) == 6  # by frames and by clips
 
 
@@ -332,7 +339,7 @@ def test_a_page_is_of_one_run_and_one_protocol(run: Path, toy_model: Path, tmp_p
     before = (tmp_path / "out/checkpoints.json").read_bytes()
     add_checkpoint(tmp_path / "other", toy_model, 80)
     for change, message in (
-        ({"model": str(tmp_path / "other"), "checkpoints": "all"}, "holds evaluations of .*run, and this is .*other"),
+        ({"model": str(tmp_path / "other"), "checkpoints": "all"}, "holds evaluations of run, and this is other"),
         ({"seed": 1, "checkpoints": "every:30"}, r"by another protocol \(prompts: .*; seed: 0 and 1\); name another"),
         ({"checkpoints": "last"}, "evaluations of 1 checkpoints, of which a single one would write over the index"),
     ):
@@ -363,3 +370,65 @@ def test_a_checkpoint_is_done_when_it_is_judged(
 def test_a_page_of_nothing_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no finished evaluation"):
         write_report(tmp_path)
+
+
+def spoil(checkpoint: Path) -> None:
+    """A file that a disk cut short."""
+    file = checkpoint / "video.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def test_a_checkpoint_that_is_spoiled_is_named_and_the_others_are_judged(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    sound = (run / "checkpoints/step-00000030/video.safetensors").read_bytes()
+    spoil(run / "checkpoints/step-00000030")
+    request = Request(str(run), "image", 1, 0, out, 0, checkpoints="all")
+    main(request)
+    told = json.loads((out / "checkpoints.json").read_text())
+    assert [entry["step"] for entry in told["checkpoints"]] == [10, 20, 40]
+    (reason,) = told["unread"].values()
+    assert reason.startswith("step-00000030/video.safetensors: not the file that model.yaml was written with")
+    said = capsys.readouterr().err
+    assert "skipped step-00000030-ema: step-00000030/video.safetensors" in said
+    assert said.endswith("1 of 4 checkpoints could not be read: step-00000030-ema\n")
+    assert "Not judged: step-00000030-ema (step-00000030/video" in (out / "report.html").read_text()
+    assert str(tmp_path) not in (out / "checkpoints.json").read_text()
+    (run / "checkpoints/step-00000030/video.safetensors").write_bytes(sound)  # copied again
+    main(request)
+    told = json.loads((out / "checkpoints.json").read_text())
+    assert ([entry["step"] for entry in told["checkpoints"]], "unread" in told) == ([10, 20, 30, 40], False)
+
+
+def test_where_none_can_be_read_the_first_reason_is_told(run: Path, tmp_path: Path) -> None:
+    for folder in (run / "checkpoints").glob("step-*"):
+        spoil(folder)
+    request = Request(str(run), "image", 1, 0, tmp_path / "out", 0, checkpoints="every:20")
+    with pytest.raises(UserError, match=r"no checkpoint could be judged \(step-00000020-ema, .*; step-00000020/video"):
+        main(request)
+    # What no checkpoint is to blame for ends the call at once.
+    with pytest.raises(UserError, match=r"judges\.yaml"):
+        main(replace(request, checkpoints="every:10", judges=tmp_path / "judges.yaml"))
+
+
+def test_a_spoiled_checkpoint_does_not_hold_up_who_follows(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoints, "POLL_SECONDS", 0.0)
+    spoil(run / "checkpoints/step-00000020")
+    Status(step=40, steps=40, state="complete").write(run)
+    main(Request(str(run), "image", 1, 0, tmp_path / "out", 0, checkpoints="every:20", watch=True))
+    told = json.loads((tmp_path / "out/checkpoints.json").read_text())
+    assert [entry["step"] for entry in told["checkpoints"]] == [40]
+    assert list(told["unread"]) == ["step-00000020-ema"]
+
+
+def test_run_and_folder_may_be_moved(run: Path, tmp_path: Path) -> None:
+    main(Request(str(run), "image", 1, 0, tmp_path / "out", 0, checkpoints="every:20"))
+    (tmp_path / "elsewhere").mkdir()
+    moved = shutil.move(run, tmp_path / "elsewhere/run"), shutil.move(tmp_path / "out", tmp_path / "elsewhere/out")
+    before = {path: path.read_bytes() for path in Path(moved[1]).rglob("*.json") if path.name != "timings.json"}
+    main(Request(str(moved[0]), "image", 1, 0, Path(moved[1]), 0, checkpoints="every:20"))
+    assert {path: path.read_bytes() for path in before} == before
+    assert len(before) == 3

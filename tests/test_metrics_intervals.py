@@ -8,7 +8,15 @@ import torch
 
 from videodiff.errors import UserError
 from videodiff.metrics.gaussian import frechet_distance
-from videodiff.metrics.intervals import Interval, compare, mean_interval, set_interval, wilson
+from videodiff.metrics.intervals import (
+    Interval,
+    compare,
+    compare_sets,
+    mean_interval,
+    set_interval,
+    share_difference,
+    wilson,
+)
 from videodiff.metrics.manifold import support
 from videodiff.metrics.samples import draws
 
@@ -90,6 +98,77 @@ def test_wilson_s_interval() -> None:
         mirrored = wilson(n - right, n)
         assert (mirrored.low, mirrored.high) == pytest.approx((1 - high, 1 - low), abs=5e-5)
     assert (wilson(0, 20).low, wilson(20, 20).high) == (0, 1)
+
+
+def test_the_difference_of_paired_shares() -> None:
+    """Newcombe (1998b), table II, method 10: 36 right in both, 12 and 2 in one alone, none in neither."""
+    first, second = [1.0] * 48 + [0.0] * 2, [1.0] * 36 + [0.0] * 12 + [1.0] * 2
+    found = share_difference(first, second)
+    assert (found.value, found.low, found.high) == pytest.approx((0.2, 0.0569, 0.3404), abs=5e-5)
+    back = share_difference(second, first)
+    assert (back.low, back.high) == pytest.approx((-found.high, -found.low))
+    equal = share_difference([1.0] * 40, [1.0] * 40)
+    assert (equal.low, equal.high) == pytest.approx((wilson(40, 40).low - 1, 1 - wilson(40, 40).low))
+    with pytest.raises(UserError, match="values of pairs are 0 or 1"):
+        share_difference([0.5, 1.0], [1.0, 1.0])
+    assert compare([1.0] * 40, [1.0] * 40, is_share=True).verdict == "can't tell"
+    assert compare([1.0] * 40, [0.0] * 40, is_share=True).verdict == "better"
+
+
+@pytest.mark.parametrize(("p", "q"), [(0.97, 0.97), (0.98, 0.9), (0.6, 0.5)])
+def test_the_interval_of_paired_shares_holds_their_difference(p: float, q: float) -> None:
+    rng, held = np.random.default_rng(3), 0
+    for _ in range(400):
+        hard = rng.random(60)  # of each prompt, for both models
+        found = share_difference(
+            (hard < p).astype(float), (np.where(rng.random(60) < 0.5, hard, rng.random(60)) < q) * 1.0
+        )
+        held += found.low <= p - q <= found.high
+    assert held / 400 >= 0.93
+
+
+def test_a_share_of_a_set_that_is_all_right_keeps_its_doubt() -> None:
+    """Where 97 of 100 are right, 30 are often all right: an interval of no width would miss the truth each time."""
+    rng, held = np.random.default_rng(4), 0
+    for trial in range(300):
+        right = (rng.random(30) < 0.97).astype(float)
+        found = set_interval(lambda i, right=right: right[i].mean(), (30,), trial, resamples=100, is_share=True)
+        assert 0 <= found.low < found.high <= 1
+        held += found.low <= 0.97 <= found.high
+    assert held / 300 >= 0.93
+    ones = np.ones(30)
+    found = set_interval(lambda i: ones[i].mean(), (30,), resamples=20, is_share=True)
+    assert (found.low, found.high) == (wilson(30, 30).low, 1.0)
+    same = compare_sets(lambda i: ones[i].mean(), lambda i: ones[i].mean(), 30, is_share=True)
+    assert (same.verdict, same.low, same.high) == ("can't tell", -wilson(0, 30).high, wilson(0, 30).high)
+
+
+def test_twenty_halves_of_wide_features_hold_the_truth() -> None:
+    """D = 600, as of Inception and I3D: more halves are dear, and their percentiles held it in 87 of 100 trials."""
+    N, D, trials = 24, 600, 120
+
+    def sets(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        spread = torch.linspace(3, 0.01, D)  # a few directions hold most, as in a network's features
+        x, y = torch.randn(2, N, D, generator=generator) * spread
+        return x, y + 0.2
+
+    truth = float(np.mean([distance(*sets(seed)) for seed in range(10_000, 10_300)]))
+    held = {"student": 0, "percentiles": 0}
+    for seed in range(trials):
+        x, y = sets(seed)
+        halves: list[float] = []
+
+        def of(i: np.ndarray, x: torch.Tensor = x, y: torch.Tensor = y, halves: list[float] = halves) -> float:
+            halves.append(distance(x[torch.from_numpy(i)], y[torch.from_numpy(i)]))
+            return halves[-1]
+
+        found = set_interval(of, (N,), "wide", seed, resamples=20)
+        held["student"] += found.low <= truth <= found.high
+        low, high = halves[0] + np.percentile(np.array(halves[1:]) - np.mean(halves[1:]), (2.5, 97.5))
+        held["percentiles"] += low <= truth <= high
+    assert held["student"] / trials >= 0.9
+    assert held["student"] > held["percentiles"]
 
 
 def two_sets(seed: int, N: int, D: int, shift: float) -> tuple[torch.Tensor, torch.Tensor]:

@@ -79,6 +79,37 @@ def test_cmmd_is_the_sum_written_out_by_either_estimator() -> None:
     assert cmmd(5 * x, y) == pytest.approx(cmmd(x, y), abs=1e-9)
 
 
+@pytest.mark.parametrize("frames", [1, 3])
+@pytest.mark.parametrize("distance", [polynomial_mmd, cmmd])
+def test_sets_that_answer_the_same_prompts_are_compared_without_bias(distance, frames: int) -> None:  # type: ignore[no-untyped-def]
+    """Both sets are of one distribution, each pair of clips and the frames of each clip alike: the distance is 0."""
+    found: dict[str, list[float]] = {"apart": [], "all": []}
+    for seed in range(200):
+        prompt, spread = normals(12, 4, seed=3 * seed).repeat_interleave(frames, 0), 0.3
+        x, y = (prompt + spread * normals(12 * frames, 4, seed=3 * seed + i) for i in (1, 2))
+        found["apart"].append(distance(x, y, of_one=frames))
+        found["all"].append(distance(x, y))
+    error = np.std(found["apart"]) / math.sqrt(200)
+    assert abs(np.mean(found["apart"])) < 4 * error
+    assert np.mean(found["all"]) < -10 * np.std(found["all"]) / math.sqrt(200)
+
+
+def test_what_is_left_out_of_a_kernel_distance_is_the_sum_written_out() -> None:
+    x, y = normals(12, 5), normals(12, 5, seed=1) + 0.4
+    clip = torch.arange(12) // 3
+    apart = (clip[:, None] != clip).double()
+
+    def mean(a: Tensor, b: Tensor) -> float:
+        return float((((a @ b.T / 5 + 1) ** 3) * apart).sum() / apart.sum())
+
+    assert polynomial_mmd(x, y, of_one=3) == pytest.approx(mean(x, x) + mean(y, y) - 2 * mean(x, y), rel=1e-12)
+    for other in (y[:9], y[:11]):
+        with pytest.raises(UserError, match="with 3 of each prompt give as many of both"):
+            polynomial_mmd(x, other, of_one=3)
+    with pytest.raises(UserError, match="of two prompts or more"):
+        polynomial_mmd(x[:3], y[:3], of_one=3)
+
+
 def test_small_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     x, y = normals(53, 6), normals(31, 6, seed=1) + 0.2
     whole = polynomial_mmd(x, y), cmmd(x, y)

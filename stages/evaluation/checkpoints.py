@@ -49,7 +49,9 @@ class Choice:
             return cls(text == "last")
         if (found := re.fullmatch(r"every[ :=]?([0-9]+)", text)) and int(found[1]) > 0:
             return cls(False, int(found[1]))
-        raise UserError(f"--checkpoints {text!r}: say last, all, or every:N (those whose step is a multiple of N)")
+        raise UserError(
+            f"--checkpoints {text!r}: say last, all, or every N or every:N (those whose step is a multiple of N)"
+        )
 
 
 def subjects(model: str, choice: Choice, weights: Chosen, known: Sequence[Subject] = ()) -> list[Subject]:
@@ -89,9 +91,9 @@ def follow(
 ) -> Iterator[Subject]:
     """The checkpoints of a run that trains, each as soon as it is there, until the run is complete or has failed.
 
-    done: what is judged, to which the caller adds each when it is. One that was gone before it could be is given again
-    when its averaged weights were kept. Collective: rank 0 looks, and all ranks are given the same. Raises UserError
-    for what can't become a run.
+    done: what is judged, to which the caller adds each when it is. None is given twice: of one that was gone before it
+    could be judged there may come the averaged weights that were kept. Collective: rank 0 looks, and all ranks are
+    given the same. Raises UserError for what can't become a run.
     """
     run = Path(model)
     if choice.last:
@@ -99,9 +101,12 @@ def follow(
     if (run / DESCRIPTION).is_file() or not run.absolute().parent.is_dir():
         raise UserError(f"{model}: not the folder of a run; name the one that run.dir names in its YAML")
     told = -TOLD_SECONDS
+    given: set[Subject] = set()
     while True:
         look = _look(run, choice, _kinds(weights), done) if distributed.rank() == 0 else None
-        state, step, silent, new = distributed.from_first(look) or ("", 0, 0.0, [])
+        state, step, silent, found = distributed.from_first(look) or ("", 0, 0.0, [])
+        new = [subject for subject in found if subject not in given]
+        given.update(new)
         yield from new
         if state in ("complete", "failed") and not new:
             say(f"{run}: {state} at step {step}")
@@ -117,15 +122,18 @@ def follow(
 class Index:
     """`checkpoints.json` of a folder: which models were judged into folders of it, of which run and by which protocol.
     They may be gone, what is known of them is not. A single evaluation lies in the folder itself and has no index.
+    It holds no path: run and folder may be moved.
 
-    done: they, and what this call judges, see `add`. Collective: rank 0 reads and writes.
+    done: they, and what this call judges, see `add`. unread: name -> why it could not be read, see `skip`. Collective:
+    rank 0 reads and writes.
     """
 
     def __init__(self, out: Path, model: str) -> None:
-        self._path, self._run = out / INDEX, str(Path(model).resolve())
+        self._path, self._run = out / INDEX, Path(model).resolve().name
         self._told, known = distributed.from_first(self._read() if distributed.rank() == 0 else ({}, []))
         self.known: tuple[Subject, ...] = tuple(known)
         self.done: list[Subject] = list(known)
+        self.unread: dict[str, str] = dict(self._told.get("unread", {}))
 
     def _read(self) -> tuple[dict[str, Any], list[Subject]]:
         try:
@@ -140,12 +148,12 @@ class Index:
         distributed.raise_from_first(self._problem(subject, protocol) if self.known else None)
 
     def _problem(self, subject: Subject, protocol: dict[str, Any]) -> str | None:
-        run = self._told.get("run")
+        run = Path(self._told.get("run", "")).name  # of older ones the whole path
         unlike = differences(self._told.get("protocol", {}), without_model(protocol, own_tower=True))
         if not subject.name:
             problem = f"evaluations of {len(self.known)} checkpoints, of which a single one would write over the index"
         elif run != self._run:
-            problem = f"evaluations of {run}, and this is {self._run} (if it has moved, write so into {INDEX})"
+            problem = f"evaluations of {run}, and this is {self._run} (if it was renamed, write so into {INDEX})"
         elif first := list(islice(unlike, 3)):
             problem = f"evaluations by another protocol ({'; '.join(first)})"
         else:
@@ -155,15 +163,26 @@ class Index:
     def add(self, subject: Subject, protocol: dict[str, Any]) -> None:
         """A model is judged: say so, unless it is a single one, which lies in the folder itself."""
         self.done[:] = [*(before for before in self.done if before.name != subject.name), subject]
+        self.unread.pop(subject.name, None)
         if distributed.rank() > 0:
             return
         if not subject.name:
             self._path.unlink(missing_ok=True)  # of checkpoints whose evaluations are gone: see `check`
             return
+        self._told["protocol"] = without_model(protocol, own_tower=True)
+        self._write()
+
+    def skip(self, subject: Subject, reason: str) -> None:
+        """A checkpoint can't be read: say so on the page of the others, as long as it can't."""
+        self.unread[subject.name] = reason
+        if distributed.rank() == 0 and any(each.name for each in self.done):
+            self._write()
+
+    def _write(self) -> None:
         ordered = sorted(self.done, key=lambda each: (each.step or 0, each.weights))
         told = [{"name": each.name, "step": each.step, "weights": each.weights} for each in ordered]
-        alike = without_model(protocol, own_tower=True)
-        write_json(self._path, {"run": self._run, "protocol": alike, "checkpoints": told})
+        unread = {"unread": dict(sorted(self.unread.items()))} if self.unread else {}
+        write_json(self._path, {"run": self._run, "protocol": self._told["protocol"], "checkpoints": told, **unread})
 
 
 def placed(subject: Subject, out: Path, model: str) -> Subject:

@@ -25,7 +25,9 @@ from stages.evaluation.questions import Questions, ShardQuestions, WorldQuestion
 from stages.evaluation.report import write_report
 from stages.evaluation.road import Plan
 from stages.evaluation.sheets import measure_table, table
+from stages.evaluation.statistics import sick_in_words
 from stages.evaluation.ucf101 import PREFIX, UCF101Questions, protocol_line
+from stages.evaluation.weakest import cost_in_words
 from stages.pipeline import Pipeline
 from videodiff.errors import UserError
 from videodiff.model import DESCRIPTION, DiffusionStage, Model, Sampling, sha256
@@ -102,18 +104,29 @@ def _main(request: Request) -> None:
     questions, training = _questions(request), _training(request)
     try:
         for subject in chosen:
-            opened = _opened(request, subject, questions, training, console, may_go=many)
+            opened = _opened(request, subject, questions, training, console, index if many else None)
             if opened is not None:
                 index.check(opened.subject, opened.job.protocol)
                 _judge(request, opened, training, console)
                 index.add(opened.subject, opened.job.protocol)
+            if index.done:
                 _publish(request.out)
     finally:
         questions.close()
         if training is not None:
             training.close()
+    _told_at_the_end(request.model, index, console)
+
+
+def _told_at_the_end(model: str, index: Index, console: Console) -> None:
+    """The checkpoints that could not be read, by name. Raises UserError where none was judged."""
+    names = ", ".join(index.unread)
     if not index.done:
-        raise UserError(f"{request.model}: no checkpoint could be judged; the run has none that is still there")
+        reason = "; ".join([*index.unread.values()][:1]) or "the run has none that is still there"
+        raise UserError(f"{model}: no checkpoint could be judged{f' ({names})' if names else ''}; {reason}")
+    if names:
+        total = len({*index.unread, *(each.name for each in index.done)})
+        console.print(f"{len(index.unread)} of {total} checkpoints could not be read: {names}", style="yellow")
 
 
 def _publish(out: Path) -> None:
@@ -170,28 +183,39 @@ def _opened(
     questions: Questions,
     training: ShardQuestions | None,
     console: Console,
-    may_go: bool,
+    index: Index | None,
 ) -> Opened | None:
-    """The model on every rank, or on none: a run that goes on removes old checkpoints, perhaps under one rank's hands.
+    """The model on every rank, or on none: a run that goes on removes old checkpoints, perhaps under one rank's hands,
+    and a disk may have spoiled one.
 
-    Raises UserError on all of them; None for one that is gone, where `may_go`.
+    index: of several checkpoints, of which one that is gone or can't be read is None, and is told there; without it,
+    and for what no checkpoint is to blame for, UserError is raised on all ranks.
     """
-    opened, problem = None, None
+    opened, problem, is_its_own = None, None, False
     try:
-        opened = _open(request, subject, questions)
+        device = distributed.device()
+        is_its_own = True
+        road = Pipeline(Model.load(subject.folder, subject.weights), device)
+        road.load()
+        is_its_own = False
+        opened = _open(request, subject, questions, road)
         if training is not None:
             check_training(training, opened.job.plan, opened.job.gauge)
     except UserError as error:
         problem = str(error)
     except OSError as error:
         problem = f"{subject.folder}: can't be read ({error.strerror or error}); copy it again"
-    problems = distributed.gather_to_first(problem)
-    first = next(filter(None, problems), None) if problems is not None else None
+    told = distributed.gather_to_first((problem, is_its_own))
+    first = next((each for each in told if each[0] is not None), None) if told is not None else None
     first, is_gone = distributed.from_first((first, not (subject.folder / DESCRIPTION).exists()))
-    if first is not None and not (may_go and is_gone):
-        raise UserError(first)
     if first is not None:
-        console.print(f"skipped {subject.name}: it is gone", style="yellow", markup=False)
+        problem, is_its_own = first
+        if index is None or not (is_gone or is_its_own):
+            raise UserError(problem)
+        reason = "it is gone" if is_gone else str(problem).replace(str(subject.folder), subject.folder.name)
+        console.print(f"skipped {subject.name}: {reason}", style="yellow", markup=False)
+        if not is_gone:
+            index.skip(subject, reason)
         return None
     assert opened is not None
     subject = placed(subject, request.out, opened.job.identity["model"])
@@ -201,19 +225,16 @@ def _opened(
     return opened
 
 
-def _open(request: Request, subject: Subject, questions: Questions) -> Opened:
-    model = Model.load(subject.folder, subject.weights)
+def _open(request: Request, subject: Subject, questions: Questions, road: Pipeline) -> Opened:
+    model, device = road.model, road.device
     plan, skipped = plan_for(model, request.stage, request.seed, of_the_world(questions), request.size)
     scale = classifier_scale_for(plan, request.classifier_scale)
     plan = replace(plan, classifier_scale=scale, batch=request.batch_size)
-    device = distributed.device()
     gauge, left_out = open_gauge(request.judges, model, plan.size, device)
     identity = {
         "model": sha256(model.folder / DESCRIPTION), "weights": subject.weights,
         "software": {**software(), "device": device.type},
     }  # fmt: skip
-    road = Pipeline(model, device)
-    road.load()
     skipped = {**skipped, **left_out, **gauge.unseen(plan.lengths)}
     return Opened(subject, Job(road, plan, questions, gauge, identity, request.out / subject.name), skipped)
 
@@ -254,7 +275,8 @@ def _show(subject: Subject, report: dict[str, Any], skipped: dict[str, str]) -> 
         show.rule(subject.name)
     show.print(table(report["rows"]))
     show.print(measure_table(report["rows"], report["figures"]))
-    for line in filter(None, (report["verdict"], report["ucf101"])):
+    costs = [cost_in_words(lines) for lines in report["first_images"].values()]
+    for line in filter(None, (report["verdict"], *costs, report["ucf101"], *sick_in_words(report["rows"]))):
         show.print(line, highlight=False, markup=False)
     for reason, count in report["bad"].items():
         show.print(f"Left out: {count} samples ({reason}).", highlight=False, markup=False)

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from torch import Tensor
 
-from stages.evaluation.figures import FIGURES, LEAST, LIKE, WIDE, alike, distances, of_samples, recalls, told_apart
+from stages.evaluation.figures import FIGURES, LEAST, LIKE, alike, recalls
 from stages.evaluation.kept import FeatureFiles, differences, read_samples, without_model
 from stages.evaluation.measures import MEASURES, OF_TOWER
+from stages.evaluation.paired import SICK, Line, Result, result_of, sample_lines, set_line, set_lines, verdict_in_words
 from stages.evaluation.report import evaluations
-from stages.evaluation.statistics import ROWS, SPLITS, right, truth_of
+from stages.evaluation.statistics import ROWS, SPLITS
 from videodiff.errors import UserError
-from videodiff.metrics.intervals import Comparison, compare, compare_sets
+from videodiff.networks.features.extractor import told_apart
 from videodiff.video_io import write_json
 
 Sample = dict[str, Any]
@@ -38,9 +39,23 @@ def main(first: Path, second: Path, out: Path | None) -> None:
         "chance.",
         highlight=False,
     )
+    for line in filter(None, map(_failures, told)):
+        show.print(line, highlight=False, markup=False)
     if out is not None:
         write_json(out, told)
         print(out)
+
+
+def _failures(line: Line) -> str | None:
+    """Which videos failed, of the line that counts them."""
+    if line["figure"] != SICK:
+        return None
+    first, second = line["not_finite"]
+    where = f"{ROWS[line['row']]}, {line['split'].replace('_', ' ')} prompts"
+    return (
+        f"{where}: {first} of {line['n']} videos of the first and {second} of the second are not finite; each counts "
+        "as the worst that either made, and figures of sets leave its prompt out."
+    )
 
 
 def compared(first: Path, second: Path) -> list[dict[str, Any]]:
@@ -62,7 +77,8 @@ def compared(first: Path, second: Path) -> list[dict[str, Any]]:
         keys = [key for key in old if key[0] == split and key in new and "rows" in old[key] and "rows" in new[key]]
         for row in rows:
             if len(keys) > 1:
-                told += [{"row": row, "split": name, **line} for line in _samples(keys, old, new, row)]
+                lines = _samples(keys, old, new, row, old_protocol.get("judged_by", {}))
+                told += [{"row": row, "split": name, **line} for line in lines]
         files = FeatureFiles(a, old_protocol), FeatureFiles(b, new_protocol)
         found = _recalls(*files, split, old, old_protocol) if tower else _sets(*files, split, rows, old_protocol)
         told += [{"split": name, **line} for line in found]
@@ -72,88 +88,42 @@ def compared(first: Path, second: Path) -> list[dict[str, Any]]:
 
 
 def _samples(
-    keys: list[tuple[str, int]], old: Mapping[tuple[str, int], Sample], new: Mapping[tuple[str, int], Sample], row: str
-) -> list[dict[str, Any]]:
+    keys: list[tuple[str, int]],
+    old: Mapping[tuple[str, int], Sample],
+    new: Mapping[tuple[str, int], Sample],
+    row: str,
+    by: dict[str, str],
+) -> Iterator[Line]:
     """Shares and measures of one row, by differences of the same prompts."""
-    told = []
-    pairs = [(old[key], new[key]) for key in keys]
-    verdicts = [
-        [_right(sample, row) for sample in pair] for pair in pairs if _right(pair[0], row)
-    ]  # where truth is known
-    of_tower = row == "real"  # equal in both but for what the tower says
-    for name in verdicts[0][0] if len(verdicts) > 1 and not of_tower else ():
-        values = [np.array([float(pair[side][name]) for pair in verdicts]) for side in (0, 1)]
-        told.append(_line(f"{name} right, %", "share", values, 100.0, True, row))
-    for name in OF_TOWER if of_tower else MEASURES:
-        measured = [[sample["rows"][row]["measures"].get(name) for sample in pair] for pair in pairs]
-        known = [pair for pair in measured if None not in pair]
-        if len(known) > 1 and MEASURES[name].better != "real":
-            values = [np.array([pair[side] for pair in known], np.float64) for side in (0, 1)]
-            unit = MEASURES[name]
-            told.append(_line(unit.label, name, values, unit.scale, unit.better == "more", row))
-        elif MEASURES[name].better == "real":
-            told += _towards_real(pairs, name, row)
-    return told
+    first, second = ([result_of(side[key], row) for key in keys] for side in (old, new))
+    if row == "real":  # equal in both but for what the tower says
+        first, second = ([Result(result.row) for result in side] for side in (first, second))
+    like = [result_of(old[key], LIKE[row]) if LIKE.get(row) in old[key]["rows"] else None for key in keys]
+    yield from sample_lines(first, second, like, OF_TOWER if row == "real" else tuple(MEASURES), by, row)
 
 
-def _towards_real(pairs: Sequence[tuple[Sample, Sample]], name: str, row: str) -> Iterator[dict[str, Any]]:
-    """A measure that should be what it is of the real clips, by how far its mean is from theirs. Of single clips that
-    would be wrong: to always give the middle one is near to each, and nothing like them all."""
-    like, unit = LIKE.get(row, ""), MEASURES[name]
-    told = [
-        (old["rows"][row]["measures"].get(name), new["rows"][row]["measures"].get(name),
-         old["rows"].get(like, {}).get("measures", {}).get(name))
-        for old, new in pairs
-    ]  # fmt: skip
-    known = unit.scale * np.array([each for each in told if None not in each], np.float64).reshape(-1, 3)
-    if len(known) >= LEAST:
-
-        def off(side: int) -> Callable[..., float]:
-            return lambda i: float(abs(np.mean(known[i, side] - known[i, 2])))
-
-        line = _set_line(off(0), off(1), len(known), False, row, name)
-        yield {"figure": f"{unit.label}, off the real clips'", **line}
-
-
-def _right(sample: Sample, row: str) -> dict[str, bool]:
-    truth = truth_of(sample, row)
-    return {} if truth is None else right(sample["rows"][row], truth)
-
-
-def _line(
-    label: str, name: str, values: list[np.ndarray], scale: float, more_is_better: bool, row: str
-) -> dict[str, Any]:
-    first, second = (scale * value for value in values)
-    found = compare(second, first, row, name, label, higher_is_better=more_is_better)
-    return {"figure": label, **_told(found, float(first.mean()), float(second.mean()))}
-
-
-def _sets(
-    a: FeatureFiles, b: FeatureFiles, split: str, rows: list[str], protocol: dict[str, Any]
-) -> list[dict[str, Any]]:
+def _sets(a: FeatureFiles, b: FeatureFiles, split: str, rows: list[str], protocol: dict[str, Any]) -> Iterator[Line]:
     """Distances from the same real clips, by halves of the same prompts of both models."""
     (old_numbers, old), (new_numbers, new) = a.of_split(split), b.of_split(split)
     both = [(i, new_numbers.index(number)) for i, number in enumerate(old_numbers) if number in set(new_numbers)]
-    told = []
+    places = [list(side) for side in zip(*both, strict=True)] or [[], []]
     judges = told_apart([judge["name"] for judge in protocol["features"]])
     for number, judge in enumerate(judges):
         for row in rows:
-            names = (f"{number}/{row}", f"{number}/{LIKE.get(row, '')}", f"finite/{row}")
-            if any(name not in features for name in names for features in (old, new)):
+            wanted = (f"{number}/{row}", f"{number}/{LIKE.get(row, '')}", f"finite/{row}")
+            if any(name not in features for name in wanted for features in (old, new)):
                 continue
-            pairs = [(i, j) for i, j in both if bool(old[names[2]][i]) and bool(new[names[2]][j])]
-            if len(pairs) < LEAST:
-                continue
-            first, second = (list(places) for places in zip(*pairs, strict=True))
-            made = old[names[0]][first], new[names[0]][second]
-            real = old[names[1]][first][:, : made[0].shape[1]]
-            for name, function in distances(f"{number}/texts" in old).items():
-                before, after = (of_samples(function, real, side) for side in made)
-                resamples = 100 if real.shape[2] <= WIDE else 20
-                better = FIGURES[name].better == "more"
-                line = _set_line(before, after, len(real), better, row, name, resamples=resamples)
-                told.append({"row": row, "figure": f"{FIGURES[name].label}, {judge}", **line})
-    return told
+
+            def of(name: str) -> tuple[Tensor, Tensor]:
+                return old[name][places[0]], new[name][places[1]]
+
+            made, classes, finite = of(wanted[0]), f"{wanted[0]}/classes", of(wanted[2])
+            known = of(classes) if classes in old and classes in new else None
+            lines = set_lines(
+                old[wanted[1]][places[0]], *made, finite=(finite[0].bool(), finite[1].bool()), classes=known,
+                is_clip=f"{number}/texts" in old, by=judge, takes=protocol["features"][number]["takes"], key=(row,),
+            )  # fmt: skip
+            yield from ({"row": row, **line} for line in lines)
 
 
 def _recalls(
@@ -171,32 +141,12 @@ def _recalls(
             places = [numbers.index(each) for each in both]
             sides.append(recalls(features[f"{number}/real"][places].mean(1), features[f"{number}/texts"][places], said))
         for name in sides[0]:
+            before, after = (side[name] for side in sides)
             try:
-                line = _set_line(sides[0][name], sides[1][name], len(both), True, "real", name, resamples=100)
+                line = set_line(before, after, len(both), True, "real", name, resamples=100, is_share=True)
             except UserError:  # half of them are fewer than the rank
                 continue
             yield {"row": "real", "figure": f"{FIGURES[name].label}, {judge}", **line}
-
-
-def _set_line(
-    before: Callable[..., float],
-    after: Callable[..., float],
-    count: int,
-    more_is_better: bool,
-    *key: str,
-    resamples: int = 200,
-) -> dict[str, Any]:
-    """Figures of chosen ones of `count` samples, of the first and of the second evaluation."""
-    every = np.arange(count)
-    found = compare_sets(after, before, count, *key, higher_is_better=more_is_better, resamples=resamples)
-    return _told(found, before(every), after(every))
-
-
-def _told(found: Comparison, first: float, second: float) -> dict[str, Any]:
-    return {
-        "n": found.n, "first": first, "second": second, "difference": found.mean, "interval": [found.low, found.high],
-        "verdict": found.verdict, "more": found.more,
-    }  # fmt: skip
 
 
 def _newest(folder: Path) -> Path:
@@ -210,10 +160,7 @@ def _table(told: list[dict[str, Any]], first: Path, second: Path) -> Table:
         drawn.add_column(column, justify="left" if column in ("stage", "prompts", "figure", "verdict") else "right")
     for line in told:
         low, high = line["interval"]
-        verdict = line["verdict"]
-        if verdict == "can't tell":
-            verdict += ", equal so far" if line["more"] is None else f", {line['more']} more samples would"
         numbers = [f"{line[key]:.4g}" for key in ("first", "second", "difference")]
         where = (ROWS[line["row"]], line["split"].replace("_", " "), line["figure"], str(line["n"]))
-        drawn.add_row(*map(escape, where), *numbers, f"{low:.4g} - {high:.4g}", verdict)
+        drawn.add_row(*map(escape, where), *numbers, f"{low:.4g} - {high:.4g}", verdict_in_words(line))
     return drawn

@@ -28,14 +28,15 @@ from stages.evaluation.measures import Gauge
 from stages.evaluation.questions import Prompt, Questions
 from stages.evaluation.road import Plan, Road, measure, record
 from stages.evaluation.sheets import clip_path, is_shown, picture_path, write_sheets
-from stages.evaluation.statistics import SPLITS, in_words, losses, summary
+from stages.evaluation.statistics import CHIEF, SPLITS, in_words, losses, summary
+from stages.evaluation.weakest import alone_in_words, first_images, stages_alone
 from stages.pipeline import Pipeline
 from videodiff import config as configs
 from videodiff.errors import UserError
 from videodiff.training import distributed
 from videodiff.video_io import write_png, write_video
 
-FORMAT = 3  # of the samples: figures of another one can't be compared
+FORMAT = 4  # of the samples: figures of another one can't be compared
 LOG_SECONDS = 60.0
 PASSING = ("deadline", "crash")  # what is wrong with a clip's decoder and not with the clip
 
@@ -59,7 +60,7 @@ class Job:
         told = {name: value for name, value in vars(plan).items() if name != "sampling" and value is not None}
         told["sampling"] = {stage: configs.to_dict(sampling) for stage, sampling in plan.sampling.items()}
         told |= {"features": [extractor.protocol() for extractor in gauge.extractors]}
-        told |= {"perceptual": gauge.perceptual_name, "flow": gauge.flow}
+        told |= {"perceptual": gauge.perceptual_name, "flow": gauge.flow, "judged_by": gauge.named()}
         return json.loads(json.dumps({"format": FORMAT, **self.identity, **self.questions.identity(), **told}))
 
 
@@ -120,20 +121,29 @@ def _report(job: Job, samples: Samples, files: FeatureFiles) -> dict[str, Any]:
     finished = [sample for sample in told if "bad" not in sample]
     if not finished:
         raise UserError(f"{out}: none of {len(told)} samples could be judged (the first: {told[0]['detail']})")
-    entries = summary(finished, plan.rows)
-    figures = []
+    extractors, named = job.gauge.extractors, job.gauge.named()
+    entries = summary(finished, plan.rows, named)
+    figures, alone, cost = [], {}, {}
     for split, name in SPLITS.items():
         numbers, features = files.of_split(split)
-        texts = [samples.found[(split, number)]["prompt"] for number in numbers]
-        found = set_figures(plan.rows, features, texts, job.gauge.extractors, plan.seed, split)
+        judged = [samples.found[(split, number)] for number in numbers]
+        found = set_figures(plan.rows, features, [s["prompt"] for s in judged], extractors, plan.seed, split)
         figures += [{"split": name, **figure} for figure in found]
+        if name in CHIEF and judged:
+            alone[name] = stages_alone(judged, features, extractors, named, split)
+            cost[name] = first_images(judged, features, extractors, named, split)
     write_sheets(out, finished, plan.rows)
     lost = {name: losses(finished, name) for name in SPLITS.values()}
-    verdict = in_words(lost["seen"], "seen combinations") or in_words(lost["data"], "the data")
+    said = [
+        line
+        for name, where in CHIEF.items()
+        for line in (in_words(lost[name], where), alone_in_words(alone.get(name, ()), where))
+        if line is not None
+    ]
     bad = Counter([*(sample["bad"] for sample in told if "bad" in sample), *job.questions.problems])
     return {
-        "protocol": job.protocol, "rows": entries, "figures": figures, "losses": lost, "verdict": verdict,
-        "bad": dict(sorted(bad.items())),
+        "protocol": job.protocol, "rows": entries, "figures": figures, "losses": lost, "alone": alone,
+        "first_images": cost, "verdict": " ".join(said) or None, "bad": dict(sorted(bad.items())),
     }  # fmt: skip
 
 

@@ -20,6 +20,7 @@ from videodiff.metrics.motion import consistency, flicker, is_dynamic, motion_am
 from videodiff.metrics.pictures import clip_psnr, looks, ssim
 from videodiff.metrics.scores import clip_scores
 from videodiff.networks.features import FeatureExtractor
+from videodiff.networks.features.extractor import told_apart
 
 AT_ONCE = 8  # frames that LPIPS looks at together
 CHANNELS = 16  # of latents that are told one by one
@@ -29,12 +30,13 @@ Distance = Callable[[Tensor, Tensor], Tensor]  # pictures [N,3,H,W] in [-1,1], t
 
 @dataclass(frozen=True)
 class Unit:
-    """How a measure is told. better: which way; "real": near that of the real clips."""
+    """How a measure is told. better: which way; "real": near that of the real clips. is_share: of one it is 0 or 1."""
 
     label: str
     better: Literal["more", "less", "real"]
     scale: float = 1.0
     digits: int = 2
+    is_share: bool = False
 
 
 def _likeness(what: str) -> dict[str, Unit]:
@@ -54,7 +56,7 @@ LOOKS = {
 }  # fmt: skip
 MEASURES: dict[str, Unit] = {
     **{name: unit for what in ("reconstruction", "first_frame", *MIDDLES) for name, unit in _likeness(what).items()},
-    "captions_cut": Unit("captions that the text tower cuts, %", "less", 100.0, 1),
+    "captions_cut": Unit("captions that the text tower cuts, %", "less", 100.0, 1, is_share=True),
     "latent_mean": Unit("mean of the latents", "real", digits=3),
     "latent_deviation": Unit("deviation of the latents", "real", digits=3),
     **{f"latent_{what}_{channel}": Unit(f"{what} of latent channel {channel}", "real", digits=3)
@@ -65,7 +67,7 @@ MEASURES: dict[str, Unit] = {
     "flicker": Unit("flicker, grey levels", "real"),
     "unsteadiness": Unit("unsteadiness, grey levels", "less"),
     "motion": Unit("motion, % of diagonal a second", "real", 100.0),
-    "dynamic": Unit("clips that move, %", "real", 100.0, 0),
+    "dynamic": Unit("clips that move, %", "real", 100.0, 0, is_share=True),
     "frozen": Unit("frozen steps, %", "real", 100.0, 1),
     "bound": Unit("bound, nats a latent dimension", "less", digits=3),
     **{f"loss_{place}": Unit(f"loss at t = {place}/8 N", "less", digits=4) for place in range(1, 9)},
@@ -74,6 +76,11 @@ MEASURES: dict[str, Unit] = {
     "controlled": Unit("off the outlines, % of the side", "less", digits=1),
     "free": Unit("the same without control, % of the side", "real", digits=1),
 }  # fmt: skip
+
+
+def labelled(name: str, by: str | None) -> str:
+    """A measure's label, with the network that it is of."""
+    return MEASURES[name].label if by is None else f"{MEASURES[name].label}, {by}"
 
 
 OF_TOWER = ("text_likeness", "captions_cut")  # what real clips and captions say of the text tower
@@ -176,13 +183,22 @@ class Gauge:
                 if bool(frames[i].any(1).all()) and bool(texts[i].any()):  # zeros have no direction
                     scores = clip_scores(frames[i], texts[i].expand(len(frames[i]), -1))
                     told[i]["text_likeness"] = float(scores.mean())
-        for number in range(len(self.extractors)):
-            frames = features.get(f"{number}/{row}", torch.empty(count, 0, 0))
-            if frames.shape[1] > 1:
-                for i in range(count):
-                    told[i]["consistency"] = consistency(frames[i]).both if bool(frames[i].any(1).all()) else None
-                break
+        compares = self._comparer()
+        frames = features.get(f"{compares}/{row}", torch.empty(count, 0, 0))
+        if frames.shape[1] > 1:
+            for i in range(count):
+                told[i]["consistency"] = consistency(frames[i]).both if bool(frames[i].any(1).all()) else None
         return told
+
+    def named(self) -> dict[str, str]:
+        """Measure -> the network that it is of."""
+        names = told_apart([extractor.name for extractor in self.extractors])
+        asked = {"text_likeness": self._reader(), "consistency": self._comparer()}
+        return {measure: names[number] for measure, number in asked.items() if number is not None}
+
+    def _comparer(self) -> int | None:
+        """The network that compares frames: the first one that sees more of a clip than one vector."""
+        return next((i for i, extractor in enumerate(self.extractors) if extractor.takes == "pictures"), None)
 
     def _reader(self) -> int | None:
         """The one network that compares with texts, the same for every row: the first for pictures, else the first."""

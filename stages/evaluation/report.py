@@ -12,9 +12,11 @@ from data_pipeline.world import ATTRIBUTES
 from stages.evaluation.checkpoints import INDEX
 from stages.evaluation.figures import FIGURES
 from stages.evaluation.kept import read_samples
-from stages.evaluation.measures import MEASURES
+from stages.evaluation.measures import MEASURES, labelled
+from stages.evaluation.paired import Line, verdict_in_words
 from stages.evaluation.sheets import clip_path, figure_in_words, in_words, percent, picture_path
-from stages.evaluation.statistics import ROWS, STEPS
+from stages.evaluation.statistics import CHIEF, ROWS, STEPS, sick_in_words
+from stages.evaluation.weakest import cost_in_words, weak_rows
 from videodiff.errors import UserError
 from videodiff.pages import data_url, write_page
 
@@ -44,13 +46,14 @@ def write_report(out: Path) -> Path:
     step = -(-len(found) // (MOST_COLUMNS - 1))
     shown = found if len(found) <= MOST_COLUMNS else [*found[:-1:step], newest]
     told = newest.told
-    lost = told["losses"].get("seen") or {}
     write_page(
         path,
         PAGE,
         name=f"{told['protocol']['model'][:12]}{f', {newest.name}' if newest.name else ''}",
         verdict=told["verdict"],
-        weakest=next((after for stage, _, after in STEPS if stage == lost.get("most")), None),
+        weakest=_weakest(told),
+        sick=sick_in_words(told["rows"]),
+        costs=[_cost(split, lines) for split, lines in told.get("first_images", {}).items() if lines],
         curves=_curves(found) if len(found) > 1 else [],
         tables=[(judged.name or "this model", _table(judged.told)) for judged in found[::-1]],
         columns=[judged.name for judged in shown],
@@ -60,7 +63,7 @@ def write_report(out: Path) -> Path:
         memorized=told["memorized"],
         neighbours=[data_url(p, "image/png") for p in sorted((out / newest.name / "neighbours").glob("*.png"))],
         protocol=json.dumps(told["protocol"], indent=1),
-        skipped=told["skipped"],
+        skipped={**unread(out), **told["skipped"]},
         bad=told["bad"],
     )
     return path
@@ -78,6 +81,36 @@ def evaluations(out: Path) -> list[Judged]:
                 for e, file in zip(entries, files, strict=True)]  # fmt: skip
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
         raise UserError(f"{out}: holds no finished evaluation ({error}); give `evaluate --out` this folder") from None
+
+
+def unread(out: Path) -> dict[str, str]:
+    """The checkpoints of a folder's run that could not be read, and why."""
+    try:
+        return json.loads((out / INDEX).read_text(encoding="utf-8")).get("unread", {})
+    except (OSError, ValueError, AttributeError):
+        return {}
+
+
+def _weakest(told: Entry) -> list[tuple[str, str]]:
+    """(row, prompts) of the weak stages: the one that loses most of what the reader sees, else those of figures."""
+    found = []
+    for split in CHIEF:
+        most = told["losses"].get(split, {}).get("most")
+        rows = {after for stage, _, after in STEPS if stage == most} or weak_rows(told.get("alone", {}).get(split, ()))
+        found += [(row, split) for row in sorted(rows)]
+    return found
+
+
+def _cost(split: str, lines: Sequence[Line]) -> dict[str, Any]:
+    told = [
+        {
+            "figure": line["figure"], "n": line["n"],
+            "numbers": [f"{line[key]:.4g}" for key in ("first", "second", "difference")],
+            "interval": " - ".join(f"{end:.4g}" for end in line["interval"]), "verdict": verdict_in_words(line),
+        }
+        for line in lines
+    ]  # fmt: skip
+    return {"prompts": split, "words": cost_in_words(lines), "lines": told}
 
 
 # A checkpoint, and its figure with its interval.
@@ -110,7 +143,7 @@ def _curves(found: Sequence[Judged]) -> list[dict[str, Any]]:
     for judged in found:
         told = judged.told
         for entry in told["rows"]:
-            if entry["split"] not in ("seen", "data"):
+            if entry["split"] not in CHIEF:
                 continue
             row = f"{ROWS[entry['row']]}, {judged.weights}"
             for attribute, value in entry["shares"].items():
@@ -118,10 +151,11 @@ def _curves(found: Sequence[Judged]) -> list[dict[str, Any]]:
                 series.setdefault((row, f"{attribute} right, %"), []).append((judged, figures))
             for measure, value in entry["measures"].items():
                 unit = MEASURES[measure]
-                figures = tuple(unit.scale * x for x in (value["mean"], *value["interval"]))
-                series.setdefault((row, unit.label), []).append((judged, figures))
+                ends = value["interval"] or (value["mean"], value["mean"])
+                figures = tuple(unit.scale * x for x in (value["mean"], *ends))
+                series.setdefault((row, labelled(measure, value.get("by"))), []).append((judged, figures))
         for figure in told["figures"]:
-            if figure["split"] in ("seen", "data") and "value" in figure:
+            if figure["split"] in CHIEF and "value" in figure:
                 label = f"{FIGURES[figure['figure']].label} ({figure['features']})"
                 row = f"{ROWS[figure['row']]}, {judged.weights}"
                 series.setdefault((row, label), []).append((judged, (figure["value"], *figure["interval"])))
@@ -168,10 +202,10 @@ def _seen(folder: Path, row: str, split: str, number: int) -> dict[str, str] | N
 
 
 def _confusions(rows: Sequence[Entry]) -> list[dict[str, Any]]:
-    """Of every row on seen prompts, for each attribute what was read of what was asked, as shares."""
+    """Of every row on seen prompts or the data, for each attribute what was read of what was asked, as shares."""
     found = []
     for entry in rows:
-        if entry["split"] != "seen" or entry["row"].startswith("real"):
+        if entry["split"] not in CHIEF or entry["row"].startswith("real"):
             continue
         for attribute, counts in entry["confusions"].items():
             seen = [*ATTRIBUTES[attribute], "none"]

@@ -20,6 +20,7 @@ from stages.evaluation.measures import CHANNELS, Gauge
 from stages.evaluation.questions import Clips, Prompt
 from stages.pipeline import SampleKey
 from videodiff.model import Sampling
+from videodiff.video_io import symptoms
 
 IMAGE_ATTRIBUTES = tuple(name for name in ATTRIBUTES if name != "motion")
 STRIP = 5  # frames of a clip that its picture shows
@@ -108,6 +109,8 @@ def measure(
             measures = {**row.near[i], **gauge.measures(clip, row.fps)} if row.finite[i] else {}
             measured.rows[name] = {
                 "read": seen, "consistent": consistent, "finite": row.finite[i], "measures": measures,
+                # Whether a clip should move is told by the real clips, of which the same is asked.
+                "symptoms": symptoms(clip, motion_expected=True) if row.finite[i] else ["not finite"],
             }  # fmt: skip
             strips = [strip(clip)] if row.beside is None else [strip(row.beside[i]), strip(clip)]
             measured.pictures[name] = np.concatenate(strips)

@@ -12,9 +12,9 @@ from rich.table import Table
 
 from data_pipeline.world import ATTRIBUTES
 from stages.evaluation.figures import FIGURES, Figure
-from stages.evaluation.measures import MEASURES
+from stages.evaluation.measures import MEASURES, labelled
 from stages.evaluation.questions import Prompt
-from stages.evaluation.statistics import ROWS, SPLITS, right, truth_of
+from stages.evaluation.statistics import CHIEF, ROWS, SPLITS, right, truth_of
 from videodiff.video_io import read_image, save_sheet
 
 # Prompts of each split that are shown.
@@ -43,11 +43,11 @@ def measure_table(entries: Sequence[dict[str, Any]], figures: Sequence[dict[str,
     for column in ("stage", "measure", "value", "interval", "beware"):
         drawn.add_column(column, justify="right" if column in ("value", "interval") else "left")
     for entry in entries:
-        if entry["split"] not in ("seen", "data"):
+        if entry["split"] not in CHIEF:
             continue
         for name, value in entry["measures"].items():
             if name.endswith(TOLD_MEASURES):
-                drawn.add_row(ROWS[entry["row"]], *in_words(name, value))
+                drawn.add_row(ROWS[entry["row"]], *map(escape, in_words(name, value)))
         for told in figures:
             if (told["row"], told["split"]) == (entry["row"], entry["split"]) and told["figure"] in TOLD_FIGURES:
                 figure = FIGURES[told["figure"]]
@@ -58,10 +58,11 @@ def measure_table(entries: Sequence[dict[str, Any]], figures: Sequence[dict[str,
 
 
 def in_words(name: str, value: dict[str, Any]) -> tuple[str, str, str]:
-    """A measure's label, its mean and its interval."""
-    unit = MEASURES[name]
-    mean, low, high = (f"{unit.scale * x:.{unit.digits}f}" for x in (value["mean"], *value["interval"]))
-    return unit.label, mean, f"{low} - {high}"
+    """A measure's label with the network it is of, its mean and its interval, or that there is none."""
+    unit, label = MEASURES[name], labelled(name, value.get("by"))
+    mean, *ends = (f"{unit.scale * x:.{unit.digits}f}" for x in (value["mean"], *(value["interval"] or ())))
+    few = "1 sample, no interval" if value["n"] == 1 else f"{value['n']} samples, too few"
+    return label, mean, " - ".join(ends) or few
 
 
 def figure_in_words(told: dict[str, Any]) -> dict[str, str]:

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from data_pipeline.world import ATTRIBUTES
+from stages.evaluation.measures import MEASURES
 from videodiff.metrics import intervals
 
+MEAN, DEVIATION = "latent_mean", "latent_deviation"  # how measures of the latents begin
+# Sickness -> what is said of so many clips of a row.
+SICK = {
+    "not finite": "are not finite", "black": "are black", "saturated": "are saturated", "static": "stand still",
+}  # fmt: skip
 # The world's word -> the report's; "data" is any other data set.
 SPLITS = {"train": "seen", "held_out": "held_out", "held_out_pair": "held_out_pair", "data": "data"}
+# Kinds of prompts on which stages are compared, and what they are called in a sentence.
+CHIEF = {"seen": "seen combinations", "data": "the data"}
 
 ROWS = {
     "real": "real clips",
@@ -46,12 +56,31 @@ APART: tuple[tuple[str, str | None, str], ...] = (
 )
 
 
-def mean_interval(values: Sequence[float], *key: str) -> dict[str, Any]:
-    """Mean and 95 % bootstrap interval as JSON; of one value the value itself."""
+def mean_interval(values: Sequence[float], *key: str, is_share: bool = False) -> dict[str, Any]:
+    """Mean and 95 % interval as JSON, a bootstrap one, or Wilson's where the values are 0 or 1 (`is_share`). One value
+    tells nothing of the others: its interval is None."""
+    if is_share:
+        told = share(value == 1 for value in values)
+        return {"n": told["n"], "mean": told["share"], "interval": told["interval"]}
     if len(values) == 1:
-        return {"n": 1, "mean": float(values[0]), "interval": [float(values[0])] * 2}
+        return {"n": 1, "mean": float(values[0]), "interval": None}
     found = intervals.mean_interval(values, *key)
     return {"n": found.n, "mean": found.value, "interval": [found.low, found.high]}
+
+
+def pooled_deviation(means: Sequence[float], deviations: Sequence[float], *key: str) -> dict[str, Any]:
+    """The deviation of all values of all clips as JSON, from each clip's own mean and deviation: that of the clips'
+    means is in it, which the mean of their deviations leaves out."""
+    mean, square = np.array(means), np.array(means) ** 2 + np.array(deviations) ** 2
+
+    def pooled(i: Any) -> float:
+        return float(np.sqrt(max(0.0, square[i].mean() - mean[i].mean() ** 2)))
+
+    count = len(mean)
+    if count < 4:  # too few for halves
+        return {"n": count, "mean": pooled(np.arange(count)), "interval": None}
+    found = intervals.set_interval(pooled, (count,), *key)
+    return {"n": count, "mean": found.value, "interval": [found.low, found.high]}
 
 
 def right(result: dict[str, Any], truth: dict[str, str]) -> dict[str, bool]:
@@ -74,18 +103,22 @@ def share(hits: Iterable[bool]) -> dict[str, Any]:
     return {"right": count, "n": len(given), "share": found.value, "interval": [found.low, found.high]}
 
 
-def summary(samples: Sequence[dict[str, Any]], rows: Sequence[str]) -> list[dict[str, Any]]:
-    """One entry for each row and split that has samples."""
+def summary(
+    samples: Sequence[dict[str, Any]], rows: Sequence[str], named: Mapping[str, str] | None = None
+) -> list[dict[str, Any]]:
+    """One entry for each row and split that has samples. named: measure -> the network that it is of."""
     entries = []
     for row in rows:
         for split, name in SPLITS.items():
             chosen = [(s["rows"][row], truth_of(s, row)) for s in samples if s["split"] == split]
             if chosen:
-                entries.append(_entry(row, name, chosen))
+                entries.append(_entry(row, name, chosen, named or {}))
     return entries
 
 
-def _entry(row: str, split: str, chosen: list[tuple[dict[str, Any], dict[str, str] | None]]) -> dict[str, Any]:
+def _entry(
+    row: str, split: str, chosen: list[tuple[dict[str, Any], dict[str, str] | None]], named: Mapping[str, str]
+) -> dict[str, Any]:
     known = [(result, truth) for result, truth in chosen if truth is not None]
     verdicts = [right(result, truth) for result, truth in known]
     attributes = [name for name in ATTRIBUTES if verdicts and name in verdicts[0]]
@@ -98,15 +131,29 @@ def _entry(row: str, split: str, chosen: list[tuple[dict[str, Any], dict[str, st
     }
     names = dict.fromkeys(name for result, _ in chosen for name in result["measures"])
     measured = {name: [v for r, _ in chosen if (v := r["measures"].get(name)) is not None] for name in names}
+    measures = {
+        name: _measure(name, measured, row, split) | ({"by": named[name]} if name in named else {})
+        for name, found in measured.items()
+        if found
+    }
     return {
         "row": row,
         "split": split,
         "n": len(chosen),
         "shares": {name: share(v[name] for v in verdicts) for name in (*attributes, "all") if attributes},
-        "measures": {name: mean_interval(found, row, split, name) for name, found in measured.items() if found},
+        "measures": measures,
         "not_finite": sum(not r["finite"] for r, _ in chosen),
+        "symptoms": dict(sorted(Counter(sick for r, _ in chosen for sick in r.get("symptoms", ())).items())),
         "confusions": confusions,
     }
+
+
+def _measure(name: str, measured: Mapping[str, Sequence[float]], row: str, split: str) -> dict[str, Any]:
+    found = measured[name]
+    means = measured.get(name.replace(DEVIATION, MEAN), ())
+    if name.startswith(DEVIATION) and len(means) == len(found):
+        return pooled_deviation(means, found, row, split, name)
+    return mean_interval(found, row, split, name, is_share=MEASURES[name].is_share)
 
 
 def losses(samples: Sequence[dict[str, Any]], split: str) -> dict[str, Any]:
@@ -132,9 +179,14 @@ def losses(samples: Sequence[dict[str, Any]], split: str) -> dict[str, Any]:
         **{name: means[name] for name, _, _ in APART if name in means}, "intervals": {}, "most": None, "more": None,
     }  # fmt: skip
     if len(chosen) > 1:
-        for name, values in lost.items():
-            found = intervals.mean_interval(values, "steps", split, name)
-            told["intervals"][name] = [found.low, found.high]
+        for name, before, after in (*STEPS, *APART):
+            if name in lost:
+                made = [hit / 100 for hit in hits[after]]
+                if before is None:  # real clips are right by definition: what is lost is a share
+                    found = intervals.wilson(made.count(0.0), len(made))
+                else:
+                    found = intervals.share_difference([hit / 100 for hit in hits[before]], made)
+                told["intervals"][name] = [100 * found.low, 100 * found.high]
         if len(steps) > 1:
             worst, second = sorted(steps, key=lambda stage: -steps[stage])[:2]
             nothing = [0.0] * len(chosen)
@@ -176,3 +228,20 @@ def in_words(told: dict[str, Any], where: str) -> str | None:
             text += f"; generated ones cost it {points('first_images', told['first_images'])} more"
         text += "."
     return text
+
+
+def sick_in_words(entries: Sequence[dict[str, Any]]) -> list[str]:
+    """A line for each row and split of whose clips more are sick than of the real ones: static, black, not finite."""
+    lines = []
+    real = {entry["split"]: entry for entry in entries if entry["row"] == "real"}
+    for entry in entries:
+        usual = real.get(entry["split"], {"symptoms": {}, "n": 0})
+        told = [
+            f"{count} of {entry['n']} {SICK[name]}"
+            + (f" (of the real clips {usual['symptoms'].get(name, 0)} of {usual['n']})" if usual["n"] else "")
+            for name, count in entry["symptoms"].items()
+            if count / entry["n"] > usual["symptoms"].get(name, 0) / max(1, usual["n"])
+        ]
+        if told:
+            lines.append(f"{ROWS[entry['row']]}, {entry['split'].replace('_', ' ')} prompts: {'; '.join(told)}.")
+    return lines

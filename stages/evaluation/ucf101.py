@@ -16,9 +16,9 @@ import numpy as np
 
 from data_pipeline.decoders import ClipError
 from data_pipeline.world import rng
-from stages.evaluation.figures import told_apart
 from stages.evaluation.questions import Clips, Decoder, Prompt
 from videodiff.errors import UserError
+from videodiff.networks.features.extractor import told_apart
 
 PREFIX = "ucf101:"  # of --data
 CLASSES = 101

@@ -163,3 +163,11 @@ def film_strip(frames: Tensor, size: int) -> Tensor:
 def _exact() -> Any:
     """cuDNN as deterministic as it can be, and in float32: TensorFloat-32 would differ from card to card."""
     return torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
+
+
+def told_apart(names: Sequence[str]) -> list[str]:
+    """The names of networks, numbered where several have the same one."""
+    return [
+        name if names.count(name) == 1 else f"{name} ({names[: place + 1].count(name)})"
+        for place, name in enumerate(names)
+    ]
