@@ -40,6 +40,7 @@ import diffusers  # noqa: E402  # its import of torchvision needs the line above
 
 WIDTHS, CROSS, TOKENS, FRAMES = (128, 256, 512, 512), 768, 77, 8
 SIDE = {"image": 32, "video": 16}  # latent height and width
+SMALL = (2, {"image": 16, "video": 16})  # frames and sides where a large batch of the whole takes hours
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 BATCHES, BACKWARD = (1, 8), (False, True)
 MATRIX = {"cpu": 2048, "cuda": 8192}  # side of the matrices whose product is the measured rate
@@ -48,54 +49,54 @@ SAMPLER_STEPS = 20
 SAMPLERS = (DDIM, DDPM, DPMSolver, Heun, Langevin, PredictorCorrector)
 
 
-def peer_image(widths: Sequence[int]) -> Any:
+def peer_image() -> Any:
     """The same weights each time."""
     torch.manual_seed(0)
-    return diffusers.UNet2DConditionModel(block_out_channels=widths, cross_attention_dim=CROSS, attention_head_dim=8)
+    return diffusers.UNet2DConditionModel(block_out_channels=WIDTHS, cross_attention_dim=CROSS, attention_head_dim=8)
 
 
-def peer_video(kind: str, widths: Sequence[int]) -> Any:
+def peer_video(kind: str) -> Any:
     if kind == "UNet3DConditionModel":
-        return diffusers.UNet3DConditionModel(block_out_channels=widths, cross_attention_dim=CROSS)
-    return diffusers.UNetMotionModel(block_out_channels=widths, cross_attention_dim=CROSS)
+        return diffusers.UNet3DConditionModel(block_out_channels=WIDTHS, cross_attention_dim=CROSS)
+    return diffusers.UNetMotionModel(block_out_channels=WIDTHS, cross_attention_dim=CROSS)
 
 
-def our_image(widths: Sequence[int]) -> UNet:
+def our_image() -> UNet:
     """The same shape as `peer_image`, read from the configuration that diffusers writes."""
     with tempfile.TemporaryDirectory() as folder:
-        peer_image(widths).save_config(folder)
+        peer_image().save_config(folder)
         config, _ = unet_config(Path(folder) / "config.json")
     return UNet(config)
 
 
-def our_video(widths: Sequence[int]) -> UNet:
-    config = our_image(widths).config
+def our_video() -> UNet:
+    config = our_image().config
     temporal = TemporalConfig(text_attention=False, first_frame_attention=False)
     return UNet(UNetConfig(**{**config.model_dump(), "temporal": temporal, "known_channels": True}))
 
 
-def make(which: str, widths: Sequence[int]) -> nn.Module:
+def make(which: str) -> nn.Module:
     if which == "ours image":
-        network = our_image(widths)
-        peer, names = peer_image(widths).state_dict(), unet_names(network.config, network.state_dict())
+        network = our_image()
+        peer, names = peer_image().state_dict(), unet_names(network.config, network.state_dict())
         network.load_state_dict({ours: peer[theirs] for ours, theirs in names.items()})
         return network
     if which == "ours video":
-        return our_video(widths)
-    return peer_image(widths) if which == "UNet2DConditionModel" else peer_video(which, widths)
+        return our_video()
+    return peer_image() if which == "UNet2DConditionModel" else peer_video(which)
 
 
 def call_of(
-    which: str, batch: int, dtype: str, backward: bool, device: str, compiled: bool, halved: bool = False
+    which: str, batch: int, dtype: str, backward: bool, device: str, compiled: bool, small: bool = False
 ) -> Callable[[], Tensor]:
-    """A forward call, or forward and backward, of a network on inputs of its own form. halved: its widths are."""
-    widths = [width // 2 if halved else width for width in WIDTHS]
-    network = make(which, widths).to(device, DTYPES[dtype]).train(backward).requires_grad_(backward)
+    """A forward call, or forward and backward, of a network on inputs of its own form; small: as SMALL says."""
+    network = make(which).to(device, DTYPES[dtype]).train(backward).requires_grad_(backward)
     for weight in network.parameters():
         if weight.dim() == 4:
             weight.data = weight.data.contiguous(memory_format=torch.channels_last)
     video = which not in ("ours image", "UNet2DConditionModel")
-    frames, side = (FRAMES, SIDE["video"]) if video else (1, SIDE["image"])
+    frames, sides = SMALL if small else (FRAMES, SIDE)
+    frames, side = (frames, sides["video"]) if video else (1, sides["image"])
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(batch, 4, frames, side, side, generator=generator).to(device, DTYPES[dtype])
     text = torch.randn(batch, TOKENS, CROSS, generator=generator).to(device, DTYPES[dtype])
@@ -150,11 +151,11 @@ def compare(
     rates = {name: matrix_rate(dtype, device) for name, dtype in DTYPES.items()}
     emulated = rates["bfloat16"] < rates["float32"]
     for dtype, batch, backward, mode in itertools.product(precisions, batches, BACKWARD, modes):
-        halved = emulated and dtype == "bfloat16" and batch > 1  # at full width this takes hours
+        small = emulated and dtype == "bfloat16" and batch > 1
         # What one sample takes, `batch` take as many times.
-        work = [batch * flops(call_of(w, 1, dtype, backward, device, False, halved)) for w in (ours, theirs)]
+        work = [batch * flops(call_of(w, 1, dtype, backward, device, False, small)) for w in (ours, theirs)]
         one, other = (
-            call_of(which, batch, dtype, backward, device, mode == "compiled", halved) for which in (ours, theirs)
+            call_of(which, batch, dtype, backward, device, mode == "compiled", small) for which in (ours, theirs)
         )
         if not per_flop and dtype == "float32" and not backward:
             _agree(one(), other())
@@ -162,7 +163,7 @@ def compare(
         ratio = paired(one, other, pairs, (work[0], work[1]) if per_flop else (1.0, 1.0))
         shares = [100 * w / t / rates[dtype] for w, t in zip(work, (ratio.ours, ratio.theirs), strict=True)]
         what = ("forward + backward" if backward else "forward") + (", compiled" if mode == "compiled" else "")
-        what += ", half the widths" if halved else ""
+        what += ", small" if small else ""
         rows.append(
             f"| {theirs} | {dtype} | {batch} | {what} | {_shown(ratio)} | {_pair(memory)} | {_pair(shares, ' %')} |"
         )
@@ -248,7 +249,8 @@ def main(given: argparse.Namespace) -> None:
         f"{torch.__version__}, diffusers {diffusers.__version__}. Ratios of paired calls in one run, below 1: ours is "
         "faster. Extra MiB: peak beyond weights and inputs, ours / theirs. The last column is the share of the rate of "
         f"the machine's own matrix product (GFLOP/s of {MATRIX[device]} squared: {rates}). Where bfloat16 is slower "
-        "than float32, because it is emulated, the large batch is measured on networks of half the widths.",
+        "than float32, because it is emulated, the large batch is of small inputs: "
+        f"{SMALL[0]} frames, or pictures of {SMALL[1]['image']}x{SMALL[1]['image']}.",
     ]
     size = f"{FRAMES} frames of {SIDE['video']}x{SIDE['video']}"
     how = (given.pairs, device, modes, given.precisions or list(DTYPES), given.batches or BATCHES)
