@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from stages.evaluation.compare import compared, main
+from stages.evaluation.compare import _apart, compared, main
 from stages.evaluation.kept import Samples
 
 PROTOCOL = {"rows": ["real", "video_generated"], "model": "m", "weights": "ema", "features": []}
@@ -38,6 +38,17 @@ def test_videos_that_are_not_finite_are_named(tmp_path: Path, capsys: pytest.Cap
     assert {line["n"] for line in told.values()} == {COUNT}
     said = " ".join(capsys.readouterr().out.split())
     assert "12 of the second are not finite; each counts as the worst that either made" in said
+
+
+def test_shares_too_few_to_halve_are_told_by_the_intervals_of_each() -> None:
+    """As recalls at 10 of 16 to 21 captions are: 9 of 10 against 3 of 10 is the method's own example of equal sizes."""
+    line = _apart(0.3, 0.9, 10)
+    assert line["interval"] == pytest.approx([0.1705, 0.8090], abs=1e-4)
+    assert line["verdict"] == "better"
+    assert _apart(0.9, 0.3, 10)["verdict"] == "worse"
+    same = _apart(1.0, 1.0, 18)
+    assert (same["difference"], same["verdict"], same["more"]) == (0, "can't tell", 4)
+    assert same["interval"][0] < -0.1 < 0.1 < same["interval"][1]
 
 
 def verdicts(first: Path, second: Path) -> dict[str, str]:

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
-from stages.evaluation.figures import FIGURES, LEAST, LIKE, alike, recalls
+from stages.evaluation.figures import FIGURES, LEAST, LIKE, RANKS, alike, recalls
 from stages.evaluation.kept import FeatureFiles, differences, read_samples, without_model
 from stages.evaluation.measures import MEASURES, OF_TOWER
 from stages.evaluation.paired import SICK, Line, Result, result_of, sample_lines, set_line, set_lines, verdict_in_words
 from stages.evaluation.report import evaluations
 from stages.evaluation.statistics import ROWS, SPLITS
 from videodiff.errors import UserError
+from videodiff.metrics.intervals import wilson
 from videodiff.networks.features.extractor import told_apart
 from videodiff.video_io import write_json
 
@@ -145,8 +148,22 @@ def _recalls(
             try:
                 line = set_line(before, after, len(both), True, "real", name, resamples=100, is_share=True)
             except UserError:  # half of them are fewer than the rank
-                continue
+                line = _apart(before(np.arange(len(both))), after(np.arange(len(both))), len(both))
             yield {"row": "real", "figure": f"{FIGURES[name].label}, {judge}", **line}
+
+
+def _apart(first: float, second: float, count: int) -> Line:
+    """Two shares of so many samples as if they weren't of the same ones, by the intervals of each (Newcombe 1998, of
+    independent proportions, method 10)."""
+    old, new = (wilson(round(share * count), count) for share in (first, second))
+    below = math.hypot(new.value - new.low, old.high - old.value)
+    above = math.hypot(new.high - new.value, old.value - old.low)
+    low, high = second - first - below, second - first + above
+    verdict = "better" if low > 0 else "worse" if high < 0 else "can't tell"
+    return {
+        "n": count, "first": first, "second": second, "difference": second - first, "interval": [low, high],
+        "verdict": verdict, "more": 0 if verdict != "can't tell" else 2 * (max(RANKS) + 1) - count,
+    }  # fmt: skip
 
 
 def _newest(folder: Path) -> Path:
