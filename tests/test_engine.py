@@ -111,7 +111,9 @@ def poison(engine: Engine) -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, engine.masters(), strict=True))
     for _ in range(engine.accumulation):
         engine.backward(engine(torch.ones(2, 6).to(engine.config.dtype)).sum())
-    assert engine.step(0.1).applied
+    result = engine.step(0.1)
+    assert result.applied
+    assert math.isfinite(result.grad_norm)
     assert all(master.isfinite().all() for master in engine.masters())
 
 
@@ -125,6 +127,17 @@ def test_one_process_follows_adamw_and_the_average_in_float64(stage: int) -> Non
     poison(engine)
     engine.close()
     assert nn.functional.linear is linear  # DeepSpeed puts its own there for good
+
+
+@pytest.mark.parametrize("settings", [{}, {"accumulation_dtype": "bf16"}, {"offload_optimizer": True}])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_skipped_step_leaves_nothing_behind(stage: int, settings: dict) -> None:
+    """DeepSpeed has another optimizer, or other buffers, for each of these."""
+    config = EngineConfig(zero_stage=stage, precision="bf16", **settings, **SETTINGS)
+    engine = Engine(network(), config, trains, 2)
+    for _ in range(2):
+        poison(engine)
+    engine.close()
 
 
 @pytest.mark.slow

@@ -132,6 +132,10 @@ class Engine:
         applied = bool(self._deepspeed.was_step_applied())
         if self.config.zero_stage == 3:  # what gets no gradient in the next step must not meet this one's again
             self._deepspeed.optimizer.grad_partitions_flat_buffer.zero_()
+        elif not applied and self.config.offload_optimizer:
+            # DeepSpeed 0.19 keeps what a skipped step added up for the CPU: no later step would be finite any more.
+            sums = self._deepspeed.optimizer.averaged_gradients
+            sums.update(dict.fromkeys(sums))
         norm = self._deepspeed.get_global_grad_norm()
         return StepResult(applied, float(norm) if applied and norm is not None else math.inf)
 
@@ -282,6 +286,9 @@ class Engine:
     def _fill_masters(self, weights: dict[str, Tensor]) -> None:
         """DeepSpeed makes its fp32 masters from the rounded parameters; here they get the weights as they came."""
         masters = self.masters()
+        if self.config.zero_stage == 3:  # behind the last rank's values lies padding that nobody has written
+            for master in masters:
+                master.zero_()
         for name, pieces in self._pieces.items():
             for piece in pieces:
                 part = weights[name].reshape(-1)[piece.start : piece.start + piece.length]
