@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -269,6 +270,31 @@ def test_slurm_tasks_that_know_nothing_of_one_another_are_refused() -> None:
     assert "Slurm started 2 tasks" in done.stderr
     assert "slurm/train.sbatch, or export RANK, WORLD_SIZE" in done.stderr
     assert start(SLURM_NTASKS="1", SLURM_PROCID="0").stdout == "1\n"
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({"RANK": "1"}, "RANK=1 but WORLD_SIZE is not set, each rank would train alone"),
+        ({"WORLD_SIZE": "2", "RANK": "1"}, "WORLD_SIZE is set but LOCAL_RANK, MASTER_ADDR, MASTER_PORT is not"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE='two' is no number in 1.."),
+        ({"RANK": ""}, "RANK='' is no number in 0..1"),  # as where SLURM_PROCID is not set
+        ({"RANK": "2"}, "RANK='2' is no number in 0..1"),
+        ({"MASTER_PORT": "70000"}, "MASTER_PORT='70000' is no number in 1..65535"),
+    ],
+)
+def test_variables_of_a_launcher_that_can_not_be(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], words: str
+) -> None:
+    sound = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    few = "RANK" in variables and variables["RANK"] == "1"
+    for name in sound:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in (variables if few else sound | variables).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(distributed.dist, "is_initialized", lambda: False)
+    with pytest.raises(UserError, match=re.escape(words)):
+        distributed.start()
 
 
 if __name__ == "__main__":
