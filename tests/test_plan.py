@@ -137,7 +137,7 @@ def measure(stage: int, precision: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("stage", "precision"), [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (2, "bf16"), (3, "bf16")]
+    ("stage", "precision"), [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (1, "bf16"), (2, "bf16"), (3, "bf16")]
 )
 def test_states_are_what_the_engine_holds(stage: int, precision: str) -> None:
     """Two ranks: within 10 % of the formula, gradients and the average among it."""
