@@ -98,6 +98,15 @@ def worker(folder: str) -> None:
         assert rows.grad is not None
         assert rows.grad.flatten().tolist() == [[0, 2], [4, 6]][distributed.rank()]  # both ranks' losses
         poison(engine)
+    for stage in (1, 2, 3):  # offloaded, the same gradients add up over micro-steps, in fp32
+        both = []
+        for offload in (False, True):
+            settings = {"precision": "bf16", "micro_batch": 2, "offload_optimizer": offload, **SETTINGS}
+            config = EngineConfig(zero_stage=stage, **settings)
+            engine = Engine(network(), config, trains, BATCH)
+            both.append(train_with(engine, config)[1])
+            poison(engine)
+        assert both[1] == pytest.approx(both[0], rel=1e-5)
     distributed.cleanup()
 
 
@@ -174,9 +183,11 @@ def check(raw: dict[str, Tensor] | None, average: dict[str, Tensor] | None, norm
     assert norms == pytest.approx(true_norms, rel=1e-4)
 
 
+@pytest.mark.parametrize("offload", [False, True])
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_bf16_keeps_masters_moments_and_accumulation_in_fp32(stage: int) -> None:
-    config = EngineConfig(zero_stage=stage, precision="bf16", micro_batch=1, learning_rate=0.01, gradient_clip=0)
+def test_bf16_keeps_masters_moments_and_accumulation_in_fp32(stage: int, offload: bool) -> None:
+    settings = {"micro_batch": 1, "learning_rate": 0.01, "gradient_clip": 0, "offload_optimizer": offload}
+    config = EngineConfig(zero_stage=stage, precision="bf16", **settings)
     module = network()
     start = {name: p.detach().clone() for name, p in module.named_parameters()}
     engine = Engine(module, config, trains, 64)

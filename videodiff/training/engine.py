@@ -76,11 +76,6 @@ class Engine:
         self.micro_batch, self.accumulation = config.shares(batch_size, world())
         if config.precision == "fp16" and device().type == "cpu":
             raise UserError("engine.precision=fp16: a CPU has no fp16 training; use bf16 or fp32")
-        if config.offload_optimizer and config.zero_stage < 3 and config.precision != "fp32" and self.accumulation > 1:
-            raise UserError(
-                f"engine.offload_optimizer: at ZeRO {config.zero_stage} DeepSpeed adds up the gradients of "
-                f"{self.accumulation} micro-steps in {config.precision}; use zero_stage 3, or a larger micro_batch"
-            )
         for name, parameter in module.named_parameters():
             parameter.requires_grad_(trains(name))
             if parameter.requires_grad:
