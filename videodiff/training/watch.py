@@ -6,6 +6,7 @@ ranks does, not as its square. A dead process stops telling; a hanging loop fall
 a collective. One thread talks, and another judges, since talking may itself hang: on a host that went without a word.
 """
 
+import itertools
 import json
 import os
 import socket
@@ -26,6 +27,7 @@ DEAD_SECONDS = 60.0  # without a sign of life
 TOLD_SECONDS = 10.0  # that a rank may take to notice by itself that another stopped with a problem
 SILENT_BEATS = 5  # without a sign of life, where something is known to be wrong
 NAMED = 8  # of many ranks
+_NUMBERS = itertools.count()  # of the watches of a process, equal on all ranks: none reads what another left
 GO_ON = "the same command goes on from the last checkpoint"
 
 
@@ -101,7 +103,7 @@ class Watch:
         self._moved = self._heard = time.monotonic()
         if world() > 1:
             store: Any = dist.distributed_c10d._get_default_store()  # torch's stubs know no clone
-            self._store = dist.PrefixStore("watch", store.clone())
+            self._store = dist.PrefixStore(f"watch {next(_NUMBERS)}", store.clone())
             for name, work in (("talk", self._talk), ("judge", self._judge)):
                 self._threads.append(threading.Thread(target=work, name=name, daemon=True))
                 self._threads[-1].start()
@@ -111,23 +113,33 @@ class Watch:
         """Tell the others of an error that ends this rank; learn who is gone when a collective failed here."""
         if not self._threads:
             return
-        if error is None or isinstance(error, SystemExit):
-            barrier()  # who stopped telling while another is still at work would be taken for dead
-        elif isinstance(error, Exception) and not getattr(error, "shared", False):
-            if _of_a_peer(error) and (found := self._who_is_gone()):
-                self._linger()
-                self._stop()
-                raise found from error
-            self._mistake = isinstance(error, UserError) and not isinstance(error, LostError)
-            self._problem = " ".join(str(error).split()) or type(error).__name__
-            self._linger()
-            if isinstance(error, UserError) and (board := self._board) is not None and self._is_told(board):
-                error.echoed = board.problem.endswith(f": {self._problem}")  # a mistake that all find, one tells
-        self._stop()
+        try:
+            if error is None or isinstance(error, SystemExit):
+                barrier()  # who stopped telling while another is still at work would be taken for dead
+            elif isinstance(error, Exception):
+                self._explain(error)
+        except RuntimeError as failed:
+            self._explain(failed)
+            raise
+        finally:
+            self._stop()
 
     def at(self, step: int, phase: Phase) -> None:
         """This rank has come to a phase of a step."""
         self._step, self._phase, self._moved = step, phase, time.monotonic()
+
+    def _explain(self, error: Exception) -> None:
+        """Raise who is gone, or stopped, in place of a collective that failed of it; tell any other error."""
+        if getattr(error, "shared", False):
+            return
+        if _of_a_peer(error) and (found := self._who_is_gone()):
+            self._linger()
+            raise found from error
+        self._mistake = isinstance(error, UserError) and not isinstance(error, LostError)
+        self._problem = " ".join(str(error).split()) or type(error).__name__
+        self._linger()
+        if isinstance(error, UserError) and (board := self._board) is not None and self._is_told(board):
+            error.echoed = board.problem.endswith(f": {self._problem}")  # a mistake that all find, one tells
 
     def _linger(self) -> None:
         """Until this rank's problem is on the board and the others have read it, which goes with rank 0."""
