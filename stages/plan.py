@@ -149,8 +149,8 @@ def states(parameters: int, trained: int, ranks: int, config: EngineConfig, stag
             partition = 0
         shared += partition if stage == 1 else 0
     if stage == 1:
-        # In bf16 DeepSpeed has an optimizer of its own: gradients add up beside those of the module, which stay.
-        own = size * trained if _adds_up_beside(config) else 0
+        # Over micro-steps gradients in half precision add up beside those of the module, which stay.
+        own = size * trained if _adds_up_apart(config) else 0
         return size * parameters + gradient * trained + own + shared
     if stage == 2:
         return size * parameters + partition + shared
