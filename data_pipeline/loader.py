@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -93,7 +94,8 @@ class ShardSource:
     def batches(self, start_sample: int, rank: int, world: int, micro_batch: int) -> Iterator[VideoBatch]:
         """Endless micro-batches of this rank, from the run's sample ``start_sample`` on. Closing it ends the helpers.
 
-        Raises UserError where the global batch cannot be cut into equal micro-batches for all ranks.
+        Raises UserError where the global batch cannot be cut into equal micro-batches for all ranks. Warns of ranks
+        that the streams do not divide by: the reading gets slower, nothing else changes.
         """
         size = self._config.batch_size
         if size % (world * micro_batch):
@@ -103,6 +105,13 @@ class ShardSource:
             )
         if start_sample % (world * micro_batch) and len(self._mixture.buckets) > 1:
             raise ValueError(f"with buckets, micro-batches of {micro_batch} cannot start at sample {start_sample}")
+        if self._config.streams % world and rank == 0:
+            streams = self._config.streams
+            warnings.warn(
+                f"data.streams={streams} is not a multiple of {world} ranks: the samples are the same, but every rank "
+                f"reads in all shards; a new run with data.streams={streams - streams % world + world} reads in few",
+                stacklevel=2,
+            )
         return self._prefetched(start_sample + rank, world, micro_batch)
 
     def samples(self, start: int, count: int) -> list[int]:

@@ -50,6 +50,8 @@ ranks() {
     # No fall-back to localhost: a job whose ranks can't find one another must fail, not train alone on each node.
     local hosts code=0 tasks=${SLURM_TASKS_PER_NODE:-}
     : "${SLURM_JOB_NODELIST:?is not set: start this in a job, with sbatch or salloc}"
+    : "${SLURM_JOB_ID:?is not set: start this in a job, with sbatch or salloc}"
+    : "${SLURM_NTASKS:?is not set: give sbatch or salloc --ntasks-per-node=N, a task for each GPU}"
     hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST") || return 1
     tasks=${tasks%%[(,]*}  # "8(x4)", "2,1": those of this node, as SLURM_GPUS_ON_NODE are
     if [[ -n ${SLURM_GPUS_ON_NODE:-} && -n $tasks && $SLURM_GPUS_ON_NODE != "$tasks" ]]; then

@@ -86,7 +86,7 @@ def doctor(
     from stages.doctor import examine
     from videodiff.training import distributed
 
-    distributed.start()
+    distributed.start(join_seconds=120)  # it has a few minutes itself (slurm/doctor.sbatch)
     bad = False
     try:
         for finding in examine(folder):

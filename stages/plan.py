@@ -136,35 +136,49 @@ def states(parameters: int, trained: int, ranks: int, config: EngineConfig, stag
     """Bytes of parameters, gradients, masters, moments and average on each GPU, `parameters` with the frozen ones.
 
     Stage 0 has no masters beside the parameters. Stage 1 shards masters, moments and average (4 + 8 + 4 bytes a trained
-    parameter), 2 the gradients too, 3 the parameters too, frozen ones as well. With the optimizer offloaded all that is
-    sharded lies in the CPU's memory, see `host`.
+    parameter), 2 the gradients too, 3 the parameters too, frozen ones as well. With the optimizer offloaded what is
+    sharded lies in the CPU's memory, see `host`, but for the sums of gradients at stages 1 and 2 in half precision.
     """
     size, gradient = SIZE[config.precision], SIZE[config.accumulation_dtype]
     if stage == 0:
         return 4 * parameters + (4 + 8 + 4) * trained
     shared = 0 if config.offload_optimizer else (4 + 8 + 4) * trained / ranks
-    partition = 0 if config.offload_optimizer else gradient * trained / ranks
+    partition = gradient * trained / ranks
+    if config.offload_optimizer:
+        if stage == 3 or not _adds_up_apart(config):
+            partition = 0
+        shared += partition if stage == 1 else 0
     if stage == 1:
-        # In bf16 DeepSpeed has an optimizer of its own: gradients add up beside those of the module, which stay.
-        own = size * trained if _adds_up_beside(config) else 0
+        # Over micro-steps gradients in half precision add up beside those of the module, which stay.
+        own = size * trained if _adds_up_apart(config) else 0
         return size * parameters + gradient * trained + own + shared
     if stage == 2:
         return size * parameters + partition + shared
     return (0 if config.offload_parameters else size * parameters / ranks) + partition + shared
 
 
+def _adds_up_apart(config: EngineConfig) -> bool:
+    """Whether gradients in half precision add up in fp32."""
+    return config.precision != "fp32" and config.accumulation_dtype == "fp32"
+
+
 def _adds_up_beside(config: EngineConfig) -> bool:
     """Whether DeepSpeed's optimizer of its own for bf16 at stage 1 is at work."""
-    return config.precision == "bf16" and config.accumulation_dtype == "fp32" and not config.offload_optimizer
+    return config.precision == "bf16" and _adds_up_apart(config) and not config.offload_optimizer
 
 
 def host(parameters: int, trained: int, ranks: int, config: EngineConfig, stage: int) -> float:
-    """Bytes of what is offloaded, for each GPU in the memory of its node."""
+    """Bytes of what is offloaded, for each GPU in the memory of its node.
+
+    Masters, moments, average and the gradients that AdamW gets; the sums of gradients where they are not on the GPU; at
+    stages 1 and 2 the new parameters on their way back.
+    """
     if stage == 0 or not config.offload_optimizer:
         offloaded = 0.0
     else:
-        gradient = SIZE[config.accumulation_dtype]
-        offloaded = (4 + 8 + 4 + (gradient if stage > 1 else 0)) * trained / ranks
+        sums = SIZE[config.accumulation_dtype] if stage == 3 or not _adds_up_apart(config) else 0
+        back = SIZE[config.precision] if stage < 3 else 0
+        offloaded = (4 + 8 + 4 + 4 + sums + back) * trained / ranks
     if stage == 3 and config.offload_parameters:
         offloaded += SIZE[config.precision] * parameters / ranks
     return offloaded

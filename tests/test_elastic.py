@@ -89,12 +89,6 @@ def test_offloaded_and_in_bf16_it_goes_on_exactly(tmp_path: Path, stage: int, se
     again.close()
 
 
-def test_offload_that_would_add_up_in_bf16_is_refused() -> None:
-    config = EngineConfig(zero_stage=2, precision="bf16", offload_optimizer=True, micro_batch=2)
-    with pytest.raises(UserError, match="adds up the gradients of 4 micro-steps in bf16; use zero_stage 3"):
-        Engine(network(), config, trains, BATCH)
-
-
 def run_with(folder: Path, steps: int, stage: int) -> TinyConfig:
     settings: dict[str, Any] = {"zero_stage": stage, "precision": "fp32", "learning_rate": 0.01, "micro_batch": 2}
     return tiny(folder, run__steps=steps, run__save_every=2, run__keep_last=9, dropout=0.0, engine=settings)

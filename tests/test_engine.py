@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -97,6 +98,15 @@ def worker(folder: str) -> None:
         assert rows.grad is not None
         assert rows.grad.flatten().tolist() == [[0, 2], [4, 6]][distributed.rank()]  # both ranks' losses
         poison(engine)
+    for stage in (1, 2, 3):  # offloaded, the same gradients add up over micro-steps, in fp32
+        both = []
+        for offload in (False, True):
+            settings = {"precision": "bf16", "micro_batch": 2, "offload_optimizer": offload, **SETTINGS}
+            config = EngineConfig(zero_stage=stage, **settings)
+            engine = Engine(network(), config, trains, BATCH)
+            both.append(train_with(engine, config)[1])
+            poison(engine)
+        assert both[1] == pytest.approx(both[0], rel=1e-5)
     distributed.cleanup()
 
 
@@ -111,7 +121,9 @@ def poison(engine: Engine) -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, engine.masters(), strict=True))
     for _ in range(engine.accumulation):
         engine.backward(engine(torch.ones(2, 6).to(engine.config.dtype)).sum())
-    assert engine.step(0.1).applied
+    result = engine.step(0.1)
+    assert result.applied
+    assert math.isfinite(result.grad_norm)
     assert all(master.isfinite().all() for master in engine.masters())
 
 
@@ -125,6 +137,17 @@ def test_one_process_follows_adamw_and_the_average_in_float64(stage: int) -> Non
     poison(engine)
     engine.close()
     assert nn.functional.linear is linear  # DeepSpeed puts its own there for good
+
+
+@pytest.mark.parametrize("settings", [{}, {"accumulation_dtype": "bf16"}, {"offload_optimizer": True}])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_skipped_step_leaves_nothing_behind(stage: int, settings: dict) -> None:
+    """DeepSpeed has another optimizer, or other buffers, for each of these."""
+    config = EngineConfig(zero_stage=stage, precision="bf16", **settings, **SETTINGS)
+    engine = Engine(network(), config, trains, 2)
+    for _ in range(2):
+        poison(engine)
+    engine.close()
 
 
 @pytest.mark.slow
@@ -160,9 +183,11 @@ def check(raw: dict[str, Tensor] | None, average: dict[str, Tensor] | None, norm
     assert norms == pytest.approx(true_norms, rel=1e-4)
 
 
+@pytest.mark.parametrize("offload", [False, True])
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_bf16_keeps_masters_moments_and_accumulation_in_fp32(stage: int) -> None:
-    config = EngineConfig(zero_stage=stage, precision="bf16", micro_batch=1, learning_rate=0.01, gradient_clip=0)
+def test_bf16_keeps_masters_moments_and_accumulation_in_fp32(stage: int, offload: bool) -> None:
+    settings = {"micro_batch": 1, "learning_rate": 0.01, "gradient_clip": 0, "offload_optimizer": offload}
+    config = EngineConfig(zero_stage=stage, precision="bf16", **settings)
     module = network()
     start = {name: p.detach().clone() for name, p in module.named_parameters()}
     engine = Engine(module, config, trains, 64)
@@ -256,6 +281,31 @@ def test_slurm_tasks_that_know_nothing_of_one_another_are_refused() -> None:
     assert "Slurm started 2 tasks" in done.stderr
     assert "slurm/train.sbatch, or export RANK, WORLD_SIZE" in done.stderr
     assert start(SLURM_NTASKS="1", SLURM_PROCID="0").stdout == "1\n"
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({"RANK": "1"}, "RANK=1 but WORLD_SIZE is not set, each rank would train alone"),
+        ({"WORLD_SIZE": "2", "RANK": "1"}, "WORLD_SIZE is set but LOCAL_RANK, MASTER_ADDR, MASTER_PORT is not"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE='two' is no number in 1.."),
+        ({"RANK": ""}, "RANK='' is no number in 0..1"),  # as where SLURM_PROCID is not set
+        ({"RANK": "2"}, "RANK='2' is no number in 0..1"),
+        ({"MASTER_PORT": "70000"}, "MASTER_PORT='70000' is no number in 1..65535"),
+    ],
+)
+def test_variables_of_a_launcher_that_can_not_be(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], words: str
+) -> None:
+    sound = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    few = "RANK" in variables and variables["RANK"] == "1"
+    for name in sound:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in (variables if few else sound | variables).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(distributed.dist, "is_initialized", lambda: False)
+    with pytest.raises(UserError, match=re.escape(words)):
+        distributed.start()
 
 
 if __name__ == "__main__":

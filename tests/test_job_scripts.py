@@ -202,11 +202,19 @@ def test_containers_get_what_their_runtime_wants(tmp_path: Path) -> None:
     assert end in (tmp_path / "srun.log").read_text()
 
 
-def test_without_a_list_of_nodes_there_is_one_line(tmp_path: Path) -> None:
-    told, given = ranks(tmp_path, SLURM_JOB_NODELIST="")
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("SLURM_JOB_NODELIST", "start this in a job"),
+        ("SLURM_JOB_ID", "start this in a job"),
+        ("SLURM_NTASKS", "give sbatch or salloc --ntasks-per-node=N"),
+    ],
+)
+def test_without_a_variable_of_slurms_there_is_one_line(tmp_path: Path, name: str, remedy: str) -> None:
+    told, given = ranks(tmp_path, **{name: ""})
     assert (told.returncode != 0, given, told.stdout) == (True, "", "")
     assert len(told.stderr.splitlines()) == 1
-    assert "SLURM_JOB_NODELIST: is not set: start this in a job" in told.stderr
+    assert f"{name}: is not set: {remedy}" in told.stderr
 
 
 def test_without_slurm_it_says_so() -> None:

@@ -123,6 +123,16 @@ def test_any_ranks_and_any_start_see_the_same_global_batches(
     assert opened.samples(0, 11) == source(world, streams=4, workers=2).samples(0, 11)
 
 
+def test_ranks_that_the_streams_do_not_divide_by_get_the_same_samples_and_a_line(world: Path) -> None:
+    opened = source(world, batch_size=6, streams=4)
+    reference = by_number(take(source(world, batch_size=6, streams=4).batches(0, 0, 1, 6), 4))
+    words = r"data.streams=4 is not a multiple of 3 ranks: .* a new run with data.streams=6 reads"
+    with pytest.warns(UserWarning, match=words) as told:
+        rows = [by_number(take(opened.batches(0, rank, 3, 2), 4)) for rank in range(3)]
+    assert len(told) == 1  # by rank 0
+    assert {number: row for mine in rows for number, row in mine.items()} == reference
+
+
 def test_helpers_cache_and_prefetch_change_nothing(world: Path) -> None:
     plain = by_number(take(source(world, cache_gib=0).batches(0, 0, 1, 4), 8))
     for changes in (

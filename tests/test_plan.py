@@ -111,10 +111,10 @@ def held_bytes() -> int:
     return sum(storages.values())
 
 
-def measure(stage: int, precision: str) -> None:
+def measure(stage: int, precision: str, offload: bool) -> None:
     """One rank: the most that the engine and the average hold between two backward passes of a step, in bytes."""
     distributed.start()
-    config = EngineConfig(zero_stage=stage, precision=precision, micro_batch=2)
+    config = EngineConfig(zero_stage=stage, precision=precision, micro_batch=2, offload_optimizer=offload)
     layers = nn.Sequential(*[nn.Linear(512, 512) for _ in range(9)])
     engine = Engine(layers, config, lambda name: not name.startswith("0."), 4 * distributed.world())
     engine._original = None  # rank 0's copy for export, in the CPU's memory
@@ -129,6 +129,7 @@ def measure(stage: int, precision: str) -> None:
             engine.step(1e-4)
     layer = 512 * 513
     wanted = states(9 * layer, 8 * layer, distributed.world(), config, stage)
+    wanted += host(9 * layer, 8 * layer, distributed.world(), config, stage)  # here it is all one memory
     if stage == 3:  # of its buffers one is made once and stays
         wanted += SIZE[config.communication_dtype] * bucket(8 * layer)
     if distributed.rank() == 0:
@@ -137,12 +138,16 @@ def measure(stage: int, precision: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("stage", "precision"), [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (2, "bf16"), (3, "bf16")]
-)
-def test_states_are_what_the_engine_holds(stage: int, precision: str) -> None:
-    """Two ranks: within 10 % of the formula, gradients and the average among it."""
+    ("stage", "precision", "offload"),
+    [
+        (0, "fp32", ""), (1, "fp32", ""), (2, "fp32", ""), (3, "fp32", ""), (1, "bf16", ""), (2, "bf16", ""),
+        (3, "bf16", ""), (2, "fp32", "offload"), (1, "bf16", "offload"), (2, "bf16", "offload"), (3, "bf16", "offload"),
+    ],
+)  # fmt: skip
+def test_states_are_what_the_engine_holds(stage: int, precision: str, offload: str) -> None:
+    """Two ranks: within 10 % of the formula, gradients and the average among it, and what is offloaded."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d"]
-    command += ["--rdzv-endpoint=localhost:0", __file__, str(stage), precision]
+    command += ["--rdzv-endpoint=localhost:0", __file__, str(stage), precision, offload]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -161,7 +166,7 @@ def test_formulas() -> None:
     assert communication(8, 8, 4, EngineConfig(precision="bf16", communication_dtype="bf16"), 2, 3) == 4 * 2 * 8 * 3 / 4
     offloaded = EngineConfig(precision="bf16", zero_stage=3, offload_optimizer=True, offload_parameters=True)
     assert states(100, 80, 4, offloaded, 3) == 0
-    assert host(100, 80, 4, offloaded, 3) == (4 + 8 + 4 + 4) * 80 / 4 + 2 * 100 / 4
+    assert host(100, 80, 4, offloaded, 3) == (4 + 8 + 4 + 4 + 4) * 80 / 4 + 2 * 100 / 4
 
 
 def test_gpus_are_known_by_what_drivers_call_them() -> None:
@@ -232,4 +237,4 @@ def test_what_can_not_be_planned(tmp_path: Path) -> None:
 
 
 if __name__ == "__main__":
-    measure(int(sys.argv[1]), sys.argv[2])
+    measure(int(sys.argv[1]), sys.argv[2], bool(sys.argv[3]))

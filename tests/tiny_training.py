@@ -8,6 +8,7 @@ import os
 import resource
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -136,7 +137,13 @@ class TinySource:
 def run_tiny(config: TinyConfig) -> TinyTask:
     """Train the tiny task as `config` says."""
     task, source = TinyTask(config), TinySource(config.bad)
-    train(config.run, config.engine, config.batch_size, lambda: (task, source), config)
+
+    def prepare() -> tuple[TinyTask, TinySource]:
+        if os.environ.get("TINY_HANG") == str(distributed.rank()):
+            time.sleep(1000)
+        return task, source
+
+    train(config.run, config.engine, config.batch_size, prepare, config)
     return task
 
 
@@ -156,7 +163,11 @@ def tiny(folder: Path, **values: Any) -> TinyConfig:
 
 
 if __name__ == "__main__":
-    if "TINY_FILE_LIMIT" in os.environ:  # what a full disk looks like to the process: its writes fail
+    import deepspeed  # noqa: F401 - what is imported before the watch begins does not count towards its patience
+
+    # Of one rank alone, where TINY_FULL_RANK says which.
+    if "TINY_FILE_LIMIT" in os.environ and os.environ.get("TINY_FULL_RANK") in (None, os.environ.get("RANK")):
+        # What a full disk looks like to the process: its writes fail.
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         limit = int(os.environ["TINY_FILE_LIMIT"])
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
@@ -164,7 +175,8 @@ if __name__ == "__main__":
         for text in sys.argv[1:]:
             run_tiny(configs.build(TinyConfig, json.loads(text), "command line"))
     except UserError as error:
-        print(error, file=sys.stderr)
+        if not error.echoed:
+            print(error, file=sys.stderr)
         raise SystemExit(2) from None
     finally:
         distributed.cleanup()

@@ -13,9 +13,11 @@ class UserError(ValueError):
 
     The command line prints the message and exits with a non-zero status; it never shows a traceback for it.
     echoed: raised on this rank because of rank 0, which tells it; here the command line prints nothing.
+    shared: raised on every rank at one point, so that none need be told of it.
     """
 
     echoed = False
+    shared = False
 
 
 class LostError(UserError):

@@ -19,14 +19,14 @@ from safetensors import SafetensorError
 
 from videodiff.errors import LostError, UserError, disk_error
 from videodiff.model import Model, export
-from videodiff.training.distributed import barrier, from_first, raise_from_first, rank
+from videodiff.training.distributed import barrier, from_first, raise_from_first, rank, world
 
 MANIFEST = "manifest.json"
 READ_PAUSES = (2.0, 10.0)  # seconds before a checkpoint that the disk would not give is read again
 
 
 class Checkpoints:
-    """The folder `checkpoints/` of a run. Its methods are collective, but for `exist`."""
+    """The folder `checkpoints/` of a run. Its methods are collective, but for `exist` and `last_step`."""
 
     def __init__(
         self,
@@ -72,7 +72,8 @@ class Checkpoints:
         # No collective here: the other ranks may stand in one; they fail when this process is gone. A RuntimeError is
         # a peer that is gone, not the disk.
         except (OSError, SafetensorError) as error:
-            shutil.rmtree(draft, ignore_errors=True)
+            if world() == 1:  # else others may be writing into it, and would tell of a folder that is gone
+                shutil.rmtree(draft, ignore_errors=True)
             raise self._failed(step, error) from error
         barrier()
         problem: str | UserError | None = None
@@ -88,6 +89,10 @@ class Checkpoints:
     def exist(self) -> bool:
         """Whether there is any checkpoint, sound or not. Not collective: what this process sees."""
         return bool(self._found())
+
+    def last_step(self) -> int:
+        """The step of the newest one, sound or not; 0 when there is none. Not collective."""
+        return max((int(path.name[5:]) for path in self._found()), default=0)
 
     def _found(self) -> list[Path]:
         return sorted(self.folder.glob("step-*[0-9]"))

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from videodiff.errors import LostError, UserError
+from videodiff.training.rendezvous import JOIN_SECONDS, meet
 
 Value = TypeVar("Value")
 
@@ -24,10 +25,11 @@ PATIENCE = timedelta(hours=1)
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
-def start() -> None:
+def start(join_seconds: float = JOIN_SECONDS) -> None:
     """Join the process group that the environment describes, a group of one without any. Again: does nothing.
 
-    Raises UserError when the launcher's variables are there in part only, or Slurm started several tasks without them.
+    Raises UserError when the launcher's variables are there in part only, or Slurm started several tasks without them;
+    LostError when not all ranks come within `join_seconds`.
     """
     if dist.is_initialized():
         return
@@ -36,6 +38,11 @@ def start() -> None:
     if missing and not alone:
         raise UserError(
             f"environment: WORLD_SIZE is set but {', '.join(missing)} is not; start with torchrun, or unset WORLD_SIZE"
+        )
+    if alone and os.environ.get("RANK"):
+        raise UserError(
+            f"environment: RANK={os.environ['RANK']} but WORLD_SIZE is not set, each rank would train alone; export "
+            f"{', '.join(LAUNCHER_VARIABLES)} in every process, or unset RANK"
         )
     tasks = os.environ.get("SLURM_NTASKS", "1")
     if alone and "SLURM_PROCID" in os.environ and tasks != "1":
@@ -50,7 +57,9 @@ def start() -> None:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=PATIENCE)
         atexit.register(_leave)  # NCCL complains of a group that outlives its program
     else:
-        dist.init_process_group(backend, timeout=PATIENCE)
+        store, own, count = meet(join_seconds)
+        store.set_timeout(PATIENCE)
+        dist.init_process_group(backend, store=store, rank=own, world_size=count, timeout=PATIENCE)
 
 
 def cleanup() -> None:
@@ -146,7 +155,7 @@ def raise_from_first(problem: str | UserError | None) -> None:
     if told is not None:
         message, lost = told
         error = (LostError if lost else UserError)(message)
-        error.echoed = rank() != 0
+        error.echoed, error.shared = rank() != 0, True
         raise error
 
 

@@ -76,11 +76,6 @@ class Engine:
         self.micro_batch, self.accumulation = config.shares(batch_size, world())
         if config.precision == "fp16" and device().type == "cpu":
             raise UserError("engine.precision=fp16: a CPU has no fp16 training; use bf16 or fp32")
-        if config.offload_optimizer and config.zero_stage < 3 and config.precision != "fp32" and self.accumulation > 1:
-            raise UserError(
-                f"engine.offload_optimizer: at ZeRO {config.zero_stage} DeepSpeed adds up the gradients of "
-                f"{self.accumulation} micro-steps in {config.precision}; use zero_stage 3, or a larger micro_batch"
-            )
         for name, parameter in module.named_parameters():
             parameter.requires_grad_(trains(name))
             if parameter.requires_grad:
@@ -132,6 +127,10 @@ class Engine:
         applied = bool(self._deepspeed.was_step_applied())
         if self.config.zero_stage == 3:  # what gets no gradient in the next step must not meet this one's again
             self._deepspeed.optimizer.grad_partitions_flat_buffer.zero_()
+        elif not applied and self.config.offload_optimizer:
+            # DeepSpeed 0.19 keeps what a skipped step added up for the CPU: no later step would be finite any more.
+            sums = self._deepspeed.optimizer.averaged_gradients
+            sums.update(dict.fromkeys(sums))
         norm = self._deepspeed.get_global_grad_norm()
         return StepResult(applied, float(norm) if applied and norm is not None else math.inf)
 
@@ -282,6 +281,9 @@ class Engine:
     def _fill_masters(self, weights: dict[str, Tensor]) -> None:
         """DeepSpeed makes its fp32 masters from the rounded parameters; here they get the weights as they came."""
         masters = self.masters()
+        if self.config.zero_stage == 3:  # behind the last rank's values lies padding that nobody has written
+            for master in masters:
+                master.zero_()
         for name, pieces in self._pieces.items():
             for piece in pieces:
                 part = weights[name].reshape(-1)[piece.start : piece.start + piece.length]

@@ -28,9 +28,9 @@ SHARED_SECONDS = 20.0  # until another node sees a new file of a network disk
 
 
 class Attempt:
-    """One start of a run, held from its first to its last moment: a context manager, collective.
+    """One start of a run, from its first to its last moment: a context manager around all that may go wrong.
 
-    On rank 0 it holds the folder's lease and writes its status; how it ends is noted there for the next start.
+    Once opened it holds the folder's lease on rank 0 and writes its status; how it ends is noted there, for the next.
     """
 
     def __init__(self, folder: Path, config: Config, steps: int) -> None:
@@ -42,6 +42,13 @@ class Attempt:
         self._complained = False  # of a status that can't be written
 
     def __enter__(self) -> "Attempt":
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        self._close(error)
+
+    def open(self) -> None:
+        """Take the folder. Collective. Raises UserError when it can't be written, is another's or begun otherwise."""
         problem: str | UserError | None = None
         if rank() == 0:
             try:
@@ -50,17 +57,9 @@ class Attempt:
                 problem = error
             except OSError as error:
                 problem = disk_error(error, cannot_write(self.folder, error))
-        try:
-            raise_from_first(problem)
-            self.token = from_first(self._lease.holder.token if self._lease is not None else "")
-            self._check_shared()
-        except BaseException as error:
-            self._close(error)
-            raise
-        return self
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        self._close(error)
+        raise_from_first(problem)
+        self.token = from_first(self._lease.holder.token if self._lease is not None else "")
+        self._check_shared()
 
     def _check_shared(self) -> None:
         """Every rank must see rank 0's folder: parts of a checkpoint on another disk would be lost."""
@@ -127,11 +126,18 @@ class Attempt:
         self._status = status.read(self.folder) or Status()
         self._status.open(self.steps)
         self._write()
-        begun = Checkpoints(self.folder / CHECKPOINTS, 1).exist()
+        checkpoints = Checkpoints(self.folder / CHECKPOINTS, 1)
+        begun = checkpoints.exist()
         if self._status.checkpoint and not begun:
             return (
                 f"{self.folder / CHECKPOINTS}: no checkpoint is there, but {status.FILE} tells of one "
                 f"({self._status.checkpoint}); copy {CHECKPOINTS}/ too, or name a new run.dir to start anew"
+            )
+        if begun and self._status.checkpoint_step > checkpoints.last_step():
+            print(
+                f"{self.folder}: {status.FILE} tells of a checkpoint of {self._status.checkpoint}, the newest here is "
+                f"of step {checkpoints.last_step()}; it goes on from there",
+                flush=True,
             )
         # Without a checkpoint there is nothing to go on with: the start failed, and this may be the command mended.
         if path.is_file() and begun:

@@ -49,6 +49,11 @@ class Status:
     saved: tuple[str, int] = ("", 0)
     written: float = 0.0
 
+    @property
+    def checkpoint_step(self) -> int:
+        """Of the last checkpoint that was noted, 0 without."""
+        return int(self.checkpoint.removeprefix("step ") or 0)
+
     def open(self, steps: int) -> None:
         """Note that a start has come so far."""
         here = slurm()

@@ -41,7 +41,7 @@ from videodiff.training.metrics import Report
 from videodiff.training.run_folder import CHECKPOINTS, Attempt
 from videodiff.training.signals import Signals
 from videodiff.training.task import BatchSource, Contested, Counts, LossOutput, Remembers, Task
-from videodiff.training.watch import Watch
+from videodiff.training.watch import Phase, Watch
 
 ADVERSARY = "adversary"
 MEMORY = "memory.safetensors"
@@ -53,7 +53,8 @@ class RunConfig(Config):
 
     wandb: the project of Weights & Biases that hears of it too, offline unless WANDB_MODE says otherwise; None: none.
     keep_average_every: of the checkpoints of each so many steps the averaged weights stay for good; 0: of none.
-    patience: seconds that a step, a save or the drawing of samples may take; then a run takes itself for hung and ends.
+    patience: seconds that a step, a save, the drawing of samples or an act of the start (taking the folder, reading
+    data and models, reading a checkpoint) may take; then a run of several ranks takes itself for hung, and ends.
     max_fruitless: starts in a row that save nothing, after which `videodiff status` advises a job against another.
     """
 
@@ -98,10 +99,18 @@ def train(
     """
     distributed.start()
     devices = [device()] if device().type == "cuda" else []
-    with Attempt(Path(run.dir), config, run.steps) as attempt, torch.random.fork_rng(devices):
+    with (
+        Attempt(Path(run.dir), config, run.steps) as attempt,
+        Watch(run.patience, attempt.ended) as watch,
+        torch.random.fork_rng(devices),
+    ):
+        attempt.open()
+        watch.at(0, Phase.READING_MODELS_AND_DATA)
         # Torch's own generator begins elsewhere in every process: without this no two runs began with equal weights.
         torch.manual_seed(generator(run.seed, "initialization").initial_seed())
-        trainer = _Trainer(run, engine, batch_size, *prepare(), attempt)
+        task, source = prepare()
+        watch.at(0, Phase.CHOOSING_A_CHECKPOINT)
+        trainer = _Trainer(run, engine, batch_size, task, source, attempt, watch)
         try:
             trainer.train()
         finally:
@@ -112,14 +121,23 @@ def train(
 
 class _Trainer:
     def __init__(
-        self, run: RunConfig, config: EngineConfig, batch_size: int, task: Task, source: BatchSource, attempt: Attempt
+        self,
+        run: RunConfig,
+        config: EngineConfig,
+        batch_size: int,
+        task: Task,
+        source: BatchSource,
+        attempt: Attempt,
+        watch: Watch,
     ) -> None:
+        self.watch = watch
         self.run, self.config, self.batch_size = run, config, batch_size
         self.task, self.source, self.folder, self.attempt = task, source, Path(run.dir), attempt
         self.checkpoints = Checkpoints(
             self.folder / CHECKPOINTS, run.keep_last, run.keep_average_every, attempt.token, attempt.check
         )
         newest = self.checkpoints.newest()
+        watch.at(0, Phase.BUILDING_THE_ENGINE)
         self.engine = Engine(task.module, config, task.trains, batch_size, newest)
         self.adversary = _adversary_engine(task, config, batch_size, newest)
         self.ema = EMA(self.engine.masters())
@@ -133,21 +151,21 @@ class _Trainer:
         progress, run = self.progress, self.run
         batches = self.source.batches(progress.step * self.batch_size, rank(), world(), self.engine.micro_batch)
         report = Report(self.folder, progress.step, run.steps, run.log_every, run.wandb, silent=rank() != 0)
-        with Signals() as signals, report, Watch(run.patience, self.attempt.ended) as self.watch:
+        with Signals() as signals, report:
             report.say(self._opening())
             try:
                 while progress.step < run.steps:
                     stop = self._step(batches, signals, report)
                     is_last = progress.step == run.steps
                     if is_last or stop or progress.step % run.save_every == 0:
-                        self.watch.at(progress.step - 1, 3)
+                        self.watch.at(progress.step - 1, Phase.SAVING)
                         self._save()
                     if stop and not is_last:
                         self.attempt.stopped(f"stopped by {signal.Signals(stop).name}")
                         report.say(self._goodbye(stop))
                         raise SystemExit(128 + stop)
                     if run.sample_every and progress.step % run.sample_every == 0:
-                        self.watch.at(progress.step - 1, 4)
+                        self.watch.at(progress.step - 1, Phase.DRAWING_SAMPLES)
                         self._sample()
             finally:
                 if callable(close := getattr(batches, "close", None)):
@@ -160,12 +178,13 @@ class _Trainer:
         began = time.perf_counter()
         step, engine = self.progress.step, self.engine
         rate = self.config.rate(step)
-        self.watch.at(step, 0)
+        self.watch.at(step, Phase.WAITING_FOR_DATA)
         micro_batches = [next(batches) for _ in range(engine.accumulation)]
         waited = time.perf_counter() - began
-        self.watch.at(step, 1)
-        own_weight = sum(float(batch.weight.double().sum()) for batch in micro_batches)
-        weight = float(sum_over_ranks(torch.tensor(own_weight, dtype=torch.float64, device=device())))
+        self.watch.at(step, Phase.COMPUTING)
+        weights = torch.cat([batch.weight.double() for batch in micro_batches])
+        own = torch.stack([weights.sum(), (weights == 0).sum()]).to(device())
+        weight, bad = sum_over_ranks(own).tolist()
         scale = 1.0 / max(weight, 1e-6)  # a step of bad samples alone has no gradient at all
         loss = torch.zeros((), dtype=torch.float64, device=device())
         metrics: list[dict[str, Tensor]] = []
@@ -201,8 +220,9 @@ class _Trainer:
         keys = self._keys(micro_batches, step)
         record = {"step": step + 1, **means, "samples": keys, "lr": rate, "grad_norm": result.grad_norm, **extra}
         self._count(applied, keys, report)
-        record |= {"skipped": self.progress.skipped, **self._pace(began, waited, micro_batches[0])}
-        self.watch.at(step, 2)
+        record |= {"skipped": self.progress.skipped, "bad_samples": int(bad)}
+        record |= self._pace(began, waited, micro_batches[0])
+        self.watch.at(step, Phase.STEP_FINISHED)
         self.attempt.step(record)
         report.step(record)
         return stop
@@ -261,7 +281,7 @@ class _Trainer:
         progress.skipped_in_a_row += 1
         report.say(f"step {progress.step}: gradients are not finite, the step is skipped ({progress.skipped} so far)")
         if progress.skipped_in_a_row >= MAX_BAD_STEPS:
-            raise UserError(
+            raise_from_first(  # who alone knows the samples of all
                 f"step {progress.step}: gradients were not finite {MAX_BAD_STEPS} times in a row; lower "
                 f"engine.learning_rate or look at the last samples: {', '.join(keys)}"
             )
