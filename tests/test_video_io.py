@@ -227,3 +227,14 @@ def test_sick_clips_are_named_and_healthy_ones_are_not() -> None:
     white = np.full_like(still, 255)
     white[:, 8:16, 8:16] = (255, 0, 0)
     assert video_io.symptoms(white, motion_expected=False) == []
+
+
+def test_an_animation_plays_its_frames_at_their_rate(tmp_path: Path) -> None:
+    frames = np.stack([np.full((16, 24, 3), value, np.uint8) for value in (0, 120, 250)])
+    video_io.write_animation(tmp_path / "a.webp", frames, 8)
+    with Image.open(tmp_path / "a.webp") as opened:
+        assert (opened.n_frames, opened.size, opened.info["loop"]) == (3, (24, 16), 0)
+        for number, frame in enumerate(frames):
+            opened.seek(number)
+            assert abs(int(np.asarray(opened.convert("RGB")).mean()) - int(frame[0, 0, 0])) < 4
+            assert opened.info["duration"] == 125

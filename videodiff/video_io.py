@@ -123,8 +123,8 @@ def write_animation(path: str | os.PathLike[str], frames: Frames, fps: float) ->
     from imageio import v3 as iio
 
     frames = _checked(frames, fps, str(path))
-    told = {"duration": round(1000 / fps), "loop": 0, "quality": 80}
-    data = iio.imwrite("<bytes>", frames, plugin="pillow", extension=".webp", **told)
+    pause = round(1000 / fps)
+    data = iio.imwrite("<bytes>", frames, plugin="pillow", extension=".webp", duration=pause, loop=0, quality=80)
     with atomic_path(path) as temporary:
         temporary.write_bytes(data)
 
