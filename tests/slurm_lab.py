@@ -59,7 +59,10 @@ UnkillableStepTimeout=20
 MinJobAge=3600
 SchedulerParameters=sched_interval=2,bf_interval=2,batch_sched_delay=0
 {nodes}
-PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
+PartitionName=spot Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=30
 """
 
 # The first process of a host: takes in orphans, and ends, the whole host with it, when its input is closed.
@@ -177,6 +180,10 @@ class Lab:
     def cut(self, name: str) -> None:
         """Pull a node's cable; its processes live on."""
         self._ip("ctl", f"link set p-{name} down")
+
+    def mend(self, name: str) -> None:
+        """Plug it in again."""
+        self._ip("ctl", f"link set p-{name} up")
 
     def power_off(self, name: str) -> None:
         """Everything on a node is gone at once, and no peer is told."""

@@ -5,6 +5,7 @@ that nothing happened to.
 """
 
 import json
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -138,6 +139,27 @@ def test_a_requeued_job_goes_on(cluster: Cluster) -> None:
     assert cluster.lab.job(job)["Restarts"] == "1"
 
 
+def test_a_preempted_job_saves_and_comes_back(cluster: Cluster) -> None:
+    """Jobs of a partition of higher priority take both its nodes. The ranks hear of it by TERM, and have the grace."""
+    job = cluster.train("preempted", options=("--nodes=2", "--partition=spot"))
+    cluster.reach("preempted", 12)
+    command = ["sbatch", "--parsable", "--nodes=2", "--exclusive", f"--output={cluster.folder}/urgent-%j.log"]
+    urgent = cluster.lab.run(*command, "--wrap", "sleep 3", **cluster.variables).strip()
+    assert cluster.end(urgent) == "COMPLETED"
+    cluster.assert_as_if_nothing_happened("preempted", job)
+    assert cluster.lab.job(job)["Restarts"] == "1"
+    assert "stopped by SIGTERM, saved" in cluster.log(job)
+
+
+def test_a_rank_that_hangs_is_named_and_the_job_goes_on(cluster: Cluster) -> None:
+    job = cluster.train("hung", "run.patience=30")
+    cluster.reach("hung", 12)
+    cluster.lab.run("pkill", "-STOP", "-f", "run.dir=.*/hung", host="n2")
+    cluster.assert_as_if_nothing_happened("hung", job)
+    assert cluster.lab.job(job)["Restarts"] == "1"
+    assert re.search(r"nothing moved for 30 s \(run.patience\); .*rank 1 \(process \d+ on n2\)", cluster.log(job))
+
+
 def test_a_job_of_limited_time_finishes_over_several_requeues(cluster: Cluster) -> None:
     """A minute's limit, and the warning early in it (Slurm is not exact to the half minute): the ranks are not done."""
     job = cluster.train("limited", options=("--nodes=2", "--time=1", "--signal=B:USR1@45"))
@@ -253,17 +275,20 @@ def test_a_lost_node_with_a_spare(folder: Path, cluster: Cluster, fault: str) ->
         assert int(lab.job(job)["Restarts"]) >= 1
 
 
-def test_a_lost_node_without_a_spare_is_waited_for(folder: Path, cluster: Cluster) -> None:
+@pytest.mark.parametrize("fault", ["power", "cable"])
+def test_a_lost_node_without_a_spare_is_waited_for(folder: Path, cluster: Cluster, fault: str) -> None:
+    name = f"waiting-{fault}"
     with Lab(nodes=2) as lab:
         second = Cluster(lab, folder)
-        job = second.train("waiting", options=("--nodes=2", "--job-name=nospare"))
-        second.reach("waiting", 12)
-        lab.power_off("n2")
-        lab.wait(lambda: lab.job(job)["JobState"] == "PENDING", 60)
+        job = second.train(name, "run.patience=60", options=("--nodes=2", "--job-name=nospare" + fault))
+        second.reach(name, 12)
+        fall, rise = (lab.power_off, lab.power_on) if fault == "power" else (lab.cut, lab.mend)
+        fall("n2")
+        lab.wait(lambda: lab.job(job)["JobState"] == "PENDING", 120)
         time.sleep(2)
         assert lab.job(job)["JobState"] == "PENDING"
-        lab.power_on("n2")
-        second.assert_as_if_nothing_happened("waiting", job)
+        rise("n2")
+        second.assert_as_if_nothing_happened(name, job)
 
 
 def test_all_stages_as_one_chain_end_in_a_video(cluster: Cluster) -> None:

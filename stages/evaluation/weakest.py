@@ -26,6 +26,7 @@ ALONE = {
     "interpolation": ("autoencoder", "interpolation"),
 }  # fmt: skip
 RESAMPLES = 60
+LISTED = 4  # figures in a sentence; the page has all
 Sample = dict[str, Any]
 Loss = Callable[[Any], float]  # what a stage loses on chosen samples
 Told = dict[str, Any]
@@ -96,29 +97,25 @@ def alone_in_words(alone: Sequence[Told], where: str) -> str | None:
         each = (f"{stage} {loss:.3g} ({low:.3g} to {high:.3g})" for stage, (loss, low, high) in told["losses"].items())
         return f"lost: {', '.join(each)}"
 
-    said = []
-    for told in alone:
-        if told["most"] is not None:
-            said.append(f"stage {told['most']} is weakest by {told['figure']} ({listed(told)})")
-        else:
-            more = f"; about {told['more']} more would" if told["more"] else ""
-            said.append(f"{told['n']} prompts can't tell by {told['figure']} ({listed(told)}{more})")
+    said = [f"stage {t['most']} is weakest by {t['figure']} ({listed(t)})" for t in alone if t["most"] is not None]
+    if undecided := [told for told in alone if told["most"] is None]:
+        words = f"{undecided[0]['n']} prompts can't tell by {'; '.join(told['figure'] for told in undecided)}"
+        if near := [told for told in undecided if told["more"]]:
+            nearest = min(near, key=lambda told: int(told["more"]))
+            words += f" (about {nearest['more']} more would by {nearest['figure'].partition(',')[0]})"
+        said.append(words)
     return f"Each stage alone, from real inputs, on {where}: {'; '.join(said)}."
 
 
 def cost_in_words(lines: Sequence[Line]) -> str | None:
-    """What stage 1 costs, of the figures that tell; None without any."""
+    """What stage 1 costs, of the figures that tell the first few; None without any."""
     if not lines:
         return None
 
     def listed(verdict: str) -> str:
-        told = (
-            f"{line['figure']} {line['first']:.4g} to {line['second']:.4g} (difference {line['interval'][0]:.3g} to "
-            f"{line['interval'][1]:.3g})"
-            for line in lines
-            if line["verdict"] == verdict
-        )
-        return "; ".join(told) or "no figure"
+        told = [line for line in lines if line["verdict"] == verdict]
+        first = [f"{line['figure']} {line['first']:.4g} to {line['second']:.4g}" for line in told[:LISTED]]
+        return "; ".join(first + ([f"{len(told) - LISTED} more"] if len(told) > LISTED else [])) or "no figure"
 
     undecided = sum(line["verdict"] == "can't tell" for line in lines)
     return (
