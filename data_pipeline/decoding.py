@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
-import pickle
 import signal
 import socket
 import subprocess
@@ -179,11 +178,9 @@ class _Helper:
         if message == "alive":
             self.until = time.monotonic() + self._deadline
             return None
-        pickled, sizes = message
-        result = pickle.loads(pickled, buffers=self._shared.take(sizes))
-        if isinstance(result, UserError):
-            raise result
-        return result
+        if isinstance(message, UserError):
+            raise message
+        return self._shared.take(message)
 
     def kill(self) -> None:
         # Its connection closes with the object: another thread may be waiting on it just now, and wakes up by this.
@@ -223,9 +220,7 @@ def serve(descriptors: tuple[int, int], function_name: str) -> None:
                 result: Any = _call(function, job)
             except UserError as error:
                 result = error
-            buffers: list[pickle.PickleBuffer] = []
-            pickled = pickle.dumps(result, protocol=5, buffer_callback=buffers.append)
-            connection.send((pickled, shared.put(buffers)))
+            connection.send(shared.put(result))
 
 
 def _call(function: Callable[..., Any], job: dict[str, Any]) -> Any:

@@ -1,13 +1,24 @@
-"""Large results go from one process to another without passing through a socket piece by piece."""
+"""Large arrays go from one process to another without passing through a socket piece by piece."""
 
 from __future__ import annotations
 
 import contextlib
 import mmap
 import os
-import pickle
 import tempfile
-from collections.abc import Iterable
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where an array lies."""
+
+    offset: int
+    shape: tuple[int, ...]
+    dtype: str
 
 
 class SharedBytes:
@@ -21,29 +32,35 @@ class SharedBytes:
         with contextlib.suppress(OSError):
             os.close(self.descriptor)
 
-    def put(self, buffers: Iterable[pickle.PickleBuffer]) -> list[int]:
-        """Their sizes."""
-        raw = [buffer.raw() for buffer in buffers]
-        if (total := sum(part.nbytes for part in raw)) > os.fstat(self.descriptor).st_size:
+    def put(self, result: Any) -> Any:
+        """A dataclass with its arrays put there, and places in their stead; anything else as it is."""
+        arrays = {name: value for name, value in _fields(result) if isinstance(value, np.ndarray) and value.nbytes}
+        if (total := sum(array.nbytes for array in arrays.values())) > os.fstat(self.descriptor).st_size:
             os.ftruncate(self.descriptor, total)
-        offset = 0
-        for part in filter(len, raw):
-            self._mapped(total)[offset : offset + part.nbytes] = part
-            offset += part.nbytes
-        return [part.nbytes for part in raw]
+        places, offset = {}, 0
+        for name, array in arrays.items():
+            places[name] = _Place(offset, array.shape, array.dtype.str)
+            self._array(places[name])[...] = array
+            offset += array.nbytes
+        return replace(result, **places) if places else result
 
-    def take(self, sizes: Iterable[int]) -> list[bytearray]:
-        """Copies of what was put there, of those sizes."""
-        offset, taken = 0, []
-        for size in sizes:
-            taken.append(bytearray(memoryview(self._mapped(offset + size))[offset : offset + size] if size else 0))
-            offset += size
-        return taken
+    def take(self, result: Any) -> Any:
+        """The inverse, with copies of the arrays."""
+        places = {name: value for name, value in _fields(result) if isinstance(value, _Place)}
+        return replace(result, **{n: self._array(p).copy() for n, p in places.items()}) if places else result
 
-    def _mapped(self, size: int) -> mmap.mmap:
-        if self._bytes is None or len(self._bytes) < size:
+    def _array(self, place: _Place) -> Any:
+        dtype = np.dtype(place.dtype)
+        end = place.offset + dtype.itemsize * int(np.prod(place.shape))
+        if self._bytes is None or len(self._bytes) < end:
             self._bytes = mmap.mmap(self.descriptor, os.fstat(self.descriptor).st_size)
-        return self._bytes
+        return np.frombuffer(memoryview(self._bytes)[place.offset : end], dtype).reshape(place.shape)
+
+
+def _fields(result: Any) -> list[tuple[str, Any]]:
+    if not is_dataclass(result):
+        return []
+    return [(field.name, getattr(result, field.name)) for field in fields(result)]
 
 
 def anonymous_file() -> int:

@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,16 @@ def decode(**job: Any) -> Clip:
     return Clip(np.full((4, 8, 8, 3), int(number), np.uint8), 0, 4)
 
 
-def arrays(sizes: list[tuple[int, ...]]) -> list[np.ndarray]:
-    """An array for each number, filled with its place."""
-    lengths = [length for size in sizes for length in size]
-    return [np.full(length, place % 251, np.uint8) for place, length in enumerate(lengths)]
+@dataclass(frozen=True)
+class Arrays:
+    """A result of any size."""
+
+    first: np.ndarray
+    second: np.ndarray | None
+    name: str
+
+
+def arrays(lengths: tuple[int, ...]) -> Arrays:
+    """An array for each of one or two numbers, filled with its place."""
+    made = [np.full((length, 3), 0.5 + place) for place, length in enumerate(lengths)]
+    return Arrays(made[0], made[1] if len(made) > 1 else None, "a" * len(lengths))

@@ -23,7 +23,7 @@ def test_the_clip_score_is_the_mean_over_frames_by_one_network() -> None:
     (told,) = gauge.from_features("video_real", features, 1)
     # A frame that has nothing of the text counts as 0; of the mean of all features it would take from the others.
     assert told["text_likeness"] == pytest.approx(100 * (1 + np.cos(0.5)) / 3)
-    assert gauge.from_features("image", {"0/image": frames, "0/texts": text, "2/texts": text}, 1)[0] == {
+    assert gauge.from_features("image", {"1/image": frames, "0/texts": text, "2/texts": text}, 1)[0] == {
         "consistency": pytest.approx((np.cos(0.5) + 0 + np.cos(0.5) + 0) / 4)
     }
 

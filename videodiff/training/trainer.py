@@ -328,6 +328,7 @@ class _Trainer:
             raise_from_first(problem)
         except UserError:
             if error is not None:
+                error.shared = True  # type: ignore[attr-defined]
                 raise error from None
             raise
 

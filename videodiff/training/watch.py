@@ -131,6 +131,8 @@ class Watch:
     def _explain(self, error: Exception) -> None:
         """Raise who is gone, or stopped, in place of a collective that failed of it; tell any other error."""
         if getattr(error, "shared", False):
+            if rank():  # a launcher ends all with the first that ends: rank 0, which tells it, goes before
+                time.sleep(BEAT_SECONDS)
             return
         if _of_a_peer(error) and (found := self._who_is_gone()):
             self._linger()
