@@ -290,14 +290,17 @@ def test_a_file_of_prompts_carries_options_and_is_not_made_twice(
 
 
 def test_ctrl_c_keeps_what_is_finished_and_the_same_command_goes_on(toy_model: Path, tmp_path: Path) -> None:
-    (tmp_path / "prompts.txt").write_text("\n".join(f"a red circle number {n}" for n in range(40)))
+    (tmp_path / "prompts.txt").write_text("\n".join(f"a red circle number {n}" for n in range(16)))
     out = tmp_path / "out"
     command = ["generate", "--prompts", tmp_path / "prompts.txt", "--model", toy_model, "-o", out, "--batch-size", 1]
     command = [str(part) for part in [*command, "--steps", 30]]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    # The tests themselves may run in the background, where a shell has this signal ignored.
+    hear = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
     process = subprocess.Popen(
-        [sys.executable, "-m", "stages.cli", *command], stderr=subprocess.PIPE, text=True, env=environment, cwd=tmp_path
-    )
+        [sys.executable, "-c", hear, sys.executable, "-m", "stages.cli", *command],
+        stderr=subprocess.PIPE, text=True, env=environment, cwd=tmp_path,
+    )  # fmt: skip
     deadline = time.monotonic() + 120
     while not list(out.glob("0*.json")) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -307,10 +310,10 @@ def test_ctrl_c_keeps_what_is_finished_and_the_same_command_goes_on(toy_model: P
     assert "Traceback" not in errors
     assert errors.splitlines()[-1].startswith("videodiff: error: stopped by Ctrl-C")
     finished = {file: file.stat().st_mtime_ns for path in out.glob("*.json") for file in out.glob(f"{path.stem}.*")}
-    assert 3 <= len(finished) < 120
+    assert 3 <= len(finished) < 48
     assert not list(out.glob(".*"))  # no half files
     assert run(*command) == 0
-    assert len(list(out.glob("*.mp4"))) == len(list(out.glob("*.json"))) == 40
+    assert len(list(out.glob("*.mp4"))) == len(list(out.glob("*.json"))) == 16
     assert all(file.stat().st_mtime_ns == made for file, made in finished.items())
 
 
