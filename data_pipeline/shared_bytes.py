@@ -24,6 +24,8 @@ class _Place:
 class SharedBytes:
     """Memory that a helper and its pool both see. What the one puts there the other takes before it asks for more."""
 
+    # Not multiprocessing.shared_memory: its segments have names, which a killed helper would leave behind.
+
     def __init__(self, descriptor: int) -> None:
         self.descriptor = descriptor
         self._bytes: mmap.mmap | None = None
