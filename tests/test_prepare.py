@@ -47,6 +47,15 @@ def rows(out: Path) -> list[dict[str, Any]]:
     return parquet.read_table(out / "clips.parquet").to_pylist()
 
 
+def captioned(videos: Path, folder: Path, *names: str) -> Path:
+    """Some of the videos in a folder of their own, each with a caption."""
+    folder.mkdir()
+    for name in names:
+        shutil.copy(videos / f"{name}.mp4", folder)
+        (folder / f"{name}.txt").write_text("a caption")
+    return folder
+
+
 def samples(out: Path) -> list[Any]:
     return [read_sample(shard, n) for shard in open_shards(str(out)) for n in range(len(shard.offsets))]
 
@@ -408,11 +417,7 @@ def test_sigkill_at_several_points_and_the_same_bytes(videos: Path, made: Path, 
 
 def test_a_deadline_is_a_verdict_until_it_is_tried_again(videos: Path, tmp_path: Path) -> None:
     """In parts, one of which has nothing to try again."""
-    folder = tmp_path / "in"
-    folder.mkdir()
-    for name in ("a", "b"):
-        shutil.copy(videos / f"{name}.mp4", folder)
-        (folder / f"{name}.txt").write_text("a caption")
+    folder = captioned(videos, tmp_path / "in", "a", "b")
     out = tmp_path / "out"
     hasty, patient = settings(workers=1, video_seconds=0.02), settings(workers=1, video_seconds=60)
     prepare(str(folder), out, hasty, (1, 2))
@@ -489,11 +494,7 @@ def test_what_lies_before_the_damage_is_kept(tmp_path: Path) -> None:
 def test_names_that_others_take_for_patterns_or_addresses(
     videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = tmp_path / "in"
-    folder.mkdir()
-    for name in ("a", "b"):
-        shutil.copy(videos / f"{name}.mp4", folder)
-        (folder / f"{name}.txt").write_text("a caption")
+    folder = captioned(videos, tmp_path / "in", "a", "b")
     monkeypatch.chdir(tmp_path)
     for name in ("run:1", "q{a,b}", "x[1]*"):
         prepare("in", Path(name), settings())
@@ -504,11 +505,7 @@ def test_names_that_others_take_for_patterns_or_addresses(
 
 
 def test_what_comes_later_is_left_out_and_counted(videos: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "in"
-    folder.mkdir()
-    for name in ("b", "c"):
-        shutil.copy(videos / f"{name}.mp4", folder)
-        (folder / f"{name}.txt").write_text("a caption")
+    folder = captioned(videos, tmp_path / "in", "b", "c")
     out = tmp_path / "out"
     prepare(str(folder), out, settings(), (1, 2))
     for name in ("a", "d"):  # one before those that were there, one after
