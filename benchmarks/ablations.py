@@ -160,5 +160,6 @@ if __name__ == "__main__":
     parser.add_argument("--runs", type=Path, default=Path("runs/ablations"))
     parser.add_argument("--out", type=Path, help="Markdown file to write")
     options = parser.parse_args()
-    said = f"--model {options.model} --steps {options.steps} --prompts {options.prompts} --held-out {options.held_out}"
-    main(options, f"python -m benchmarks.ablations {said}")
+    told = {name: value if isinstance(value, list) else [value] for name, value in vars(options).items()}
+    said = [f"--{name.replace('_', '-')} {' '.join(map(str, told[name]))}" for name in told if name != "out"]
+    main(options, f"python -m benchmarks.ablations {' '.join(said)}")
