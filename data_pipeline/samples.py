@@ -10,7 +10,7 @@ import io
 import json
 import tarfile
 import zlib
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -180,9 +180,14 @@ def _texts(sample: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
         return {}, ()
     if not isinstance(meta, dict):
         return {}, ()
-    given = meta.get("captions") or [meta.get("caption") or meta.get("text") or text]
-    captions = tuple(c.strip() for c in given if _is_text(c)) if isinstance(given, list) else ()
-    return meta, captions
+    return meta, tuple(caption.strip() for caption in captions_in(meta) or (text,) if _is_text(caption))
+
+
+def captions_in(said: Mapping[str, Any]) -> tuple[str, ...]:
+    """The captions in the JSON of a clip, ours or anybody's: "captions", "caption" or "text", one or a list."""
+    given = said.get("captions") or said.get("caption") or said.get("text")
+    texts = given if isinstance(given, list) else [given]
+    return tuple(text for text in texts if isinstance(text, str))
 
 
 def _is_utf8(content: bytes) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import Field
 
-from data_pipeline.shards import VIDEO_SUFFIXES
+from data_pipeline.samples import VIDEO_SUFFIXES, captions_in
 from data_pipeline.tables import utf8
 from videodiff.config import Config
 
@@ -76,11 +76,9 @@ class PassedOver:
 
 
 def captions_of(said: dict[str, Any]) -> tuple[tuple[str, ...], dict[str, Any]]:
-    """Captions of a JSON object ("captions", "caption" or "text"), and all else that it says."""
+    """Captions of a JSON object, and all else that it says."""
     names = {"license": "licence", "url": "origin", "source": "origin"}
     rest = {key: value for key, value in said.items() if key not in ("captions", "caption", "text")}
     meta = {names[key]: value for key, value in rest.items() if key in names}
     meta |= {key: value for key, value in rest.items() if key not in names}  # a word of ours wins
-    given = said.get("captions") or said.get("caption") or said.get("text") or []
-    texts = [given] if isinstance(given, str) else given
-    return tuple(text for text in texts if isinstance(text, str)) if isinstance(texts, list) else (), meta
+    return captions_in(said), meta

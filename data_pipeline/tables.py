@@ -130,6 +130,8 @@ def _check(path: Path, has: Sequence[str], needed: Iterable[str]) -> None:
                 f"{path}: there is no column {name!r} (it has: {', '.join(has) or 'none'}); name the columns in "
                 "sources.table"
             )
+        if list(has).count(name) > 1:
+            raise UserError(f"{path}: two columns are called {name!r}; rename the one that is not meant")
 
 
 def utf8(value: Any) -> Any:

@@ -286,7 +286,7 @@ class DiffusionTask:
         if batch.encoded is None:
             mean, std = self.posteriors(batch.frames)
         else:
-            mean, std = (part.to(device()) for part in (batch.encoded.mean, batch.encoded.std))
+            mean, std = (part.to(device()).float() for part in (batch.encoded.mean, batch.encoded.std))
         return mean + std * normals(tuple(mean.shape[1:]), seed, "posterior", batch.numbers).to(mean.device)
 
     def condition(self, batch: VideoBatch, latents: Tensor, seed: int = 0, sampling: bool = False) -> Condition:
@@ -302,8 +302,9 @@ class DiffusionTask:
         if (given := batch.encoded) is None:
             return self.text.encode(list(batch.captions)).condition(batch.fps)
         null = (tokens.expand(len(batch), -1, -1) for tokens in self.no_text.null_text)
-        told = Condition(given.text, given.text_mask, given.pooled, fps=batch.fps, null_text=tuple(null))
-        return told.to(device())
+        text = tuple(tokens.to(device()).float() for tokens in given.text)
+        pooled = None if given.pooled is None else given.pooled.to(device()).float()
+        return Condition(text, given.text_mask, pooled, fps=batch.fps, null_text=tuple(null)).to(device())
 
     @cached_property
     @torch.no_grad()

@@ -161,9 +161,9 @@ def test_shards_of_others_need_no_index(tmp_path: Path) -> None:
         tmp_path / "a-0.tar",
         [("x/1.json", b'{"caption": "one"}'), ("x/1.MP4", b"v1"), ("x/2.mp4", b"v2"), ("x/2.txt", b"two\n")],
     )
-    b = foreign(
-        tmp_path / "a-1.tar", [("README", b"?"), ("3.mp4", b"v3"), ("3.json", b'{"captions": ["three", "iii"]}')]
-    )
+    third = [("README", b"?"), ("3.mp4", b"v3"), ("3.json", b'{"captions": ["three", "iii"]}')]
+    fourth = [("4.mp4", b"v4"), ("4.json", b'{"captions": "four"}')]
+    b = foreign(tmp_path / "a-1.tar", third + fourth)
     for location in (str(tmp_path), f"{tmp_path}/a-{{0..1}}.tar", f"{tmp_path}/a-*.tar", f"file:{tmp_path}"):
         shards = open_shards(location)
         samples = [read_sample(shard, number) for shard in shards for number in range(len(shard.offsets))]
@@ -171,6 +171,7 @@ def test_shards_of_others_need_no_index(tmp_path: Path) -> None:
             ("x/1", b"v1", ("one",)),
             ("x/2", b"v2", ("two",)),
             ("3", b"v3", ("three", "iii")),
+            ("4", b"v4", ("four",)),
         ]
     assert (
         fingerprint(open_shards(str(a))) != fingerprint(open_shards(str(b))) != fingerprint(open_shards(str(tmp_path)))

@@ -237,6 +237,17 @@ def test_a_missing_column_is_named_with_those_that_are_there(name: str, tmp_path
         found(tmp_path / f"nowhere{name[1:]}")
 
 
+@pytest.mark.parametrize("name", ["t.csv", "t.parquet"])
+def test_of_two_columns_of_one_name_none_is_guessed(name: str, tmp_path: Path) -> None:
+    names, cells = ["video", "caption", "caption", "more", "more"], ["a.mp4", "x", "y", "1", "2"]
+    if name.endswith("parquet"):
+        parquet.write_table(pyarrow.table([[cell] for cell in cells], names), tmp_path / name)
+    else:
+        (tmp_path / name).write_text(",".join(names) + "\n" + ",".join(cells) + "\n")
+    with pytest.raises(UserError, match="two columns are called 'caption'"):
+        found(tmp_path / name)
+
+
 def test_a_table_that_is_not_utf8_loses_no_row(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_bytes(b"\xef\xbb\xbfvideo,caption\na.mp4,caf\xe9\nb.mp4,tea\nc.mp4\n" + b"d.mp4,\0\n")
     assert problems(found(tmp_path / "t.csv"))["a.mp4"] == "caption not UTF-8"

@@ -20,7 +20,7 @@ OptionalTensor = TypeVar("OptionalTensor", Tensor, Tensor | None)
 class Encoded:
     """What a model's frozen encoders made of a batch beforehand: posteriors of its clips, features of its captions.
 
-    They are stored in half precision and given in float32.
+    In half precision as they are stored: what a step computes with, it makes float32 of on its own device.
     """
 
     mean: Tensor  # [B, C, T, H, W] in latents
