@@ -9,6 +9,7 @@ from pydantic import Field
 
 from data_pipeline.index import Shape
 from videodiff.config import Config, operational
+from videodiff.errors import UserError
 
 
 class Mixed(Config):
@@ -52,7 +53,7 @@ class DataConfig(Config):
     crop: Literal["centre", "random"] = "centre"  # what is kept where the aspect ratio is another one
     flip: bool = False  # every other sample is mirrored; not for captions that tell left from right
     label: str | None = None  # a field of each sample's JSON that goes with it, e.g. scene.shape
-    streams: int = Field(64, ge=1)  # best a multiple of every number of ranks
+    streams: int = Field(64, ge=1)  # a multiple of the number of ranks that a run begins on, best of every later one
     workers: int = operational(2, ge=0)  # helpers of each rank; 0 decodes in the training process, without a deadline
     deadline_seconds: float = operational(30.0, gt=0)  # for one clip
     cache_gib: float = operational(2.0, ge=0)  # decoded clips kept in the memory of each rank
@@ -63,3 +64,13 @@ class DataConfig(Config):
     def data_sets(self) -> list[Mixed]:
         """What `shards` names, each with its weight."""
         return [Mixed(shards=self.shards)] if isinstance(self.shards, str) else list(self.shards)
+
+    def check_ranks(self, world: int) -> None:
+        """Raises UserError where a run should not begin on so many ranks. One that has begun may go on with any number:
+        it gets the same samples, but where the streams don't divide by it each rank reads in all shards."""
+        if self.streams % world:
+            raise UserError(
+                f"data.streams={self.streams} is not a multiple of {world} ranks, each of which would have to read in "
+                f"all shards; set data.streams={self.streams - self.streams % world + world}, or take another number "
+                "of ranks"
+            )

@@ -110,7 +110,7 @@ class ShardSource:
             warnings.warn(
                 f"data.streams={streams} is not a multiple of {world} ranks: the samples are the same, but every rank "
                 f"reads in all shards; a new run with data.streams={streams - streams % world + world} reads in few",
-                stacklevel=2,
+                stacklevel=1,
             )
         return self._prefetched(start_sample + rank, world, micro_batch)
 

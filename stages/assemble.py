@@ -177,6 +177,8 @@ def train_stage(path: str | Path, overrides: Sequence[str] = ()) -> None:
 
         def prepare() -> tuple[Task, ShardSource]:
             begun = Checkpoints(Path(config.run.dir) / CHECKPOINTS, 1).exist()
+            if not begun:
+                config.data.check_ranks(distributed.world())
             standing = _on_own_base(config, begun)
             source = ShardSource(
                 config.data,

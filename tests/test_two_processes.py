@@ -56,6 +56,29 @@ def test_a_mistake_in_the_configuration_is_told_once(shards: Path, tmp_path: Pat
     assert "data.bach_size: unknown key" in done.stderr
 
 
+def test_a_run_begins_on_ranks_that_its_streams_divide_by_and_goes_on_with_any(
+    shards: Path, toy_model: Path, tmp_path: Path
+) -> None:
+    run, environment = tmp_path / "run", {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    given = [f"run.dir={run}", f"data.shards={shards}", f"model={toy_model}", *COMMON, "data.streams=3"]
+    arguments = ["train", str(ROOT / "configs/demo/video.yaml"), *given, "run.save_every=1"]
+
+    def train(command: list[str], *further: str) -> subprocess.CompletedProcess[str]:
+        command = [*command, *arguments, *further]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+
+    refused = train(TWO)
+    assert refused.returncode != 0
+    assert refused.stderr.count("videodiff: error:") == 1, refused.stderr
+    assert "data.streams=3 is not a multiple of 2 ranks" in refused.stderr
+    assert "set data.streams=4" in refused.stderr
+    assert train(ALONE, "run.steps=1").returncode == 0
+    on_two = train(TWO)
+    assert on_two.returncode == 0, on_two.stderr[-3000:]
+    assert on_two.stderr.count("is not a multiple of 2 ranks") == 1
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == 3
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["image", "video"])
 def test_all_zero_stages_give_one_curve_over_fifty_steps(
