@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
 from pathlib import Path
 
 import sklearn
@@ -21,14 +20,14 @@ from benchmarks.digits.cache import Cache
 from benchmarks.digits.data import LEVELS
 from benchmarks.digits.judge import FEATURES
 from benchmarks.digits.report import wrapped
-from benchmarks.digits.sections import SECTIONS, section
+from benchmarks.digits.sections import NEEDED, SECTIONS, network, section
 from benchmarks.digits.settings import QUICK, Settings
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.digits", description=__doc__.split("\n\n")[1])
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), metavar="SECTION")
-    parser.add_argument("--processes", type=int, default=2, help="sections that run at once, a thread each [2]")
+    parser.add_argument("--processes", type=int, default=2, help="jobs at once, a thread each [2]")
     parser.add_argument("--quick", action="store_true", help="every line, but nothing measured; minutes become seconds")
     parser.add_argument("--runs", type=Path, help="what was trained and drawn [runs/digits]")
     parser.add_argument("--docs", type=Path, help="where the report goes [docs]")
@@ -36,14 +35,21 @@ def main(arguments: list[str] | None = None) -> None:
     runs = given.runs or Path("runs/digits-quick" if given.quick else "runs/digits")
     docs = given.docs or (runs / "docs" if given.quick else Path("docs"))
     settings = QUICK if given.quick else Settings()
-    measure = partial(section, settings=settings, runs=runs, pictures=docs / "core-results")
+    where = (settings, runs, docs / "core-results")
     if given.processes > 1:
-        # What both need is made by one while the other waits for it; the built-in world shares nothing with the digits.
+        # Networks first, one by one: of what two sections need, one would train and the other wait. Then the built-in
+        # world, which needs none of them, while the last one trains.
+        networks = dict.fromkeys(name for wanted in given.only for name in NEEDED[wanted])
+        sections = sorted(given.only, key=lambda name: name != "latents")
         spawn = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(given.processes, spawn, torch.set_num_threads, (1,)) as pool:
-            list(pool.map(measure, sorted(given.only, key=lambda name: name != "latents")))
+            jobs = [pool.submit(network, name, *where) for name in networks]
+            jobs += [pool.submit(section, name, *where) for name in sections]
+            for job in jobs:
+                job.result()
     else:
-        list(map(measure, given.only))
+        for name in given.only:
+            section(name, *where)
     bench = Bench(settings, Cache(runs), docs / "core-results")
     report = docs / "core-results.md"
     finished = [runs / f"{name}.md" for name in SECTIONS]

@@ -20,6 +20,21 @@ SECTIONS = {
 }
 
 
+# The networks of digits that a section asks for.
+NEEDED = {
+    "ddpm": ddpm.NAMES,
+    "ddim": ("linear-simple",),
+    "guidance": ("linear-simple", "linear-labelled"),
+    "solvers": ("linear-simple",),
+    "latents": (),
+}
+
+
+def network(name: str, settings: Settings, runs: Path, pictures: Path) -> None:
+    """Train one network of digits."""
+    Bench(settings, Cache(runs), pictures).denoiser(name)
+
+
 def section(name: str, settings: Settings, runs: Path, pictures: Path) -> None:
     """Measure one section and keep its text."""
     title, run = SECTIONS[name]

@@ -88,7 +88,8 @@ def fit(network: nn.Module, loss_at: LossAt, steps: int, batch: int, learning_ra
     Returns seconds of processor time per step.
     """
     parameters = list(network.parameters())
-    optimizer = torch.optim.Adam(parameters, learning_rate)
+    # One by one its 180 small tensors would take a fifth of a step.
+    optimizer = torch.optim.Adam(parameters, learning_rate, fused=True)
     average = EMA(parameters)
     network.train()
     start = time.process_time()
