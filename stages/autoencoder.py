@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from data_pipeline.loader import ShardSource
 from stages.adversarial import Contest
-from stages.base import StageConfig, check_size, write_part
+from stages.base import StageConfig, write_part
+from stages.fits import check_size
 from videodiff.batch import VideoBatch
 from videodiff.errors import UserError
 from videodiff.model import AutoencoderPart, Model

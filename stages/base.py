@@ -6,10 +6,8 @@ Shapes: B batch, C latent channels, T frames, H W latent size, L tokens, D width
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cached_property
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,6 +16,8 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from data_pipeline.loader import DataConfig
+from stages.fits import check_fit, check_size
+from stages.posteriors import PosteriorCache
 from videodiff import config as configs
 from videodiff.batch import Condition, VideoBatch
 from videodiff.config import Config, operational
@@ -39,9 +39,8 @@ from videodiff.model import (
     carry,
     write_weights,
 )
-from videodiff.networks.autoencoder import Autoencoder
 from videodiff.networks.control import ControlledUNet
-from videodiff.networks.unet import UNet, UNetConfig
+from videodiff.networks.unet import UNet
 from videodiff.networks.work import count
 from videodiff.seeding import generator, normals, uniforms
 from videodiff.training.distributed import device
@@ -49,8 +48,6 @@ from videodiff.training.engine import EngineConfig
 from videodiff.training.task import LossOutput
 from videodiff.training.trainer import RunConfig
 from videodiff.video_io import contact_sheet, write_png
-
-HASHERS, POOLED_BYTES = 8, 1 << 16  # threads that hash frames, for frames worth handing over
 
 
 class StageConfig(Config):
@@ -133,53 +130,6 @@ class DiffusionStageConfig(DenoisingStageConfig):
         return self
 
 
-class PosteriorCache:
-    """The autoencoder's posteriors of frames, encoded once each and found again by their pixels: whatever windows of a
-    clip are drawn, its frames are the same.
-
-    Exact: a frame is encoded in a group of fixed size, so that its latents do not depend on the batch it is met in.
-    """
-
-    def __init__(self, autoencoder: Autoencoder, bytes_left: int) -> None:
-        self.autoencoder, self.bytes_left = autoencoder, bytes_left
-        self.known: dict[bytes, tuple[Tensor, Tensor]] = {}
-        self._pool = ThreadPoolExecutor(HASHERS)
-
-    def __call__(self, frames: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation [B,C,T,h,w] float32 of uint8 clips [B,T,H,W,3]."""
-        flat = frames.flatten(0, 1)
-        keys = list((self._pool.map if flat[0].nbytes > POOLED_BYTES else map)(_digest, flat))
-        found = {key: self.known[key] for key in keys if key in self.known}
-        missing = [(key, frame) for key, frame in dict(zip(keys, flat, strict=True)).items() if key not in found]
-        size = self.autoencoder.config.chunk
-        for start in range(0, len(missing), size):
-            group = missing[start : start + size]
-            whole = [frame for _, frame in group] + [group[-1][1]] * (size - len(group))
-            for (key, _), posterior in zip(group, self._encode(whole), strict=False):
-                found[key] = posterior
-                self._keep(key, posterior)
-        parts = zip(*(found[key] for key in keys), strict=True)
-        mean, std = (torch.stack(part).unflatten(0, frames.shape[:2]).transpose(1, 2).contiguous() for part in parts)
-        return mean, std
-
-    @torch.no_grad()
-    def _encode(self, frames: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
-        """Of frames [H,W,3], as if they were a clip's."""
-        clip = torch.stack(frames)[None].to(next(self.autoencoder.parameters()).device)
-        posterior = self.autoencoder.encode_clip(clip)
-        return list(zip(posterior.mean[0].unbind(1), posterior.std[0].unbind(1), strict=True))
-
-    def _keep(self, key: bytes, posterior: tuple[Tensor, Tensor]) -> None:
-        size = sum(part.nbytes for part in posterior)
-        if size <= self.bytes_left:
-            self.known[key] = (posterior[0].clone(), posterior[1].clone())  # alone, not with its whole group
-            self.bytes_left -= size
-
-
-def _digest(frame: Tensor) -> bytes:
-    return blake2b(frame.contiguous().numpy().data, digest_size=16, key=str(tuple(frame.shape)).encode()).digest()
-
-
 def known_mask(slots: Sequence[int], like: Tensor) -> Tensor:
     """[B,1,T,1,1] with ones at the given frames, for latents `like` [B,C,T,H,W]."""
     mask = like.new_zeros(like.shape[0], 1, like.shape[2], 1, 1)
@@ -192,44 +142,6 @@ def with_known(condition: Condition, latents: Tensor, slots: Sequence[int]) -> C
     mask = known_mask(slots, latents)
     full = mask.expand(-1, -1, -1, *latents.shape[3:])
     return replace(condition, known=latents * mask, known_mask=full)
-
-
-def told_text(network: UNetConfig, base: Model) -> UNetConfig:
-    """The network with the text towers' widths where its own are left out."""
-    widths = {
-        "context_dims": network.context_dims or base.text.widths,
-        "pooled_dim": network.pooled_dim or base.text.embed_dim,
-    }
-    return network.model_copy(update=widths)
-
-
-def check_size(size: int, multiple: int, why: str, name: str = "data.size") -> None:
-    """Refuse (UserError) a picture size that the networks can't halve as often as they do."""
-    if size % multiple:
-        fitting = max(size // multiple, 1) * multiple
-        raise UserError(f"{name}: {size} is not a multiple of {multiple} ({why}); use {fitting}, for one")
-
-
-def check_fit(base: Model, network: UNetConfig, size: int) -> None:
-    """Refuse (UserError) a network that does not fit the autoencoder and the text towers of `base`, or the size."""
-    autoencoder = base.autoencoder
-    wanted = autoencoder.config.latent_channels
-    _check_equal(base, "channels", network.channels, wanted, "autoencoder's latent_channels")
-    check_text(base, network)
-    why = f"autoencoder's factor {autoencoder.factor} x the network's {network.divisor}"
-    check_size(size, autoencoder.factor * network.divisor, why)
-
-
-def check_text(base: Model, network: UNetConfig) -> None:
-    """Refuse (UserError) a network that does not fit the text towers of `base`."""
-    text = base.text
-    _check_equal(base, "context_dims", list(network.context_dims), list(text.widths), "text towers' width")
-    _check_equal(base, "pooled_dim", network.pooled_dim, text.embed_dim, "text tower's embed_dim")
-
-
-def _check_equal(base: Model, name: str, given: Any, wanted: Any, whose: str) -> None:
-    if given != wanted:
-        raise UserError(f"network.{name}: {given} does not fit the model {base.folder}; its {whose} asks {wanted}")
 
 
 class DiffusionTask:

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 from data_pipeline.loader import DataConfig
 from data_pipeline.shards import all_labels
-from stages.base import PosteriorCache, StageConfig, check_size, write_part
+from stages.base import StageConfig, write_part
+from stages.fits import check_size
+from stages.posteriors import PosteriorCache
 from videodiff import config as configs
 from videodiff.batch import VideoBatch
 from videodiff.config import operational

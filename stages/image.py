@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from stages.base import DiffusionStageConfig, DiffusionTask, Dropout, told_text
+from stages.base import DiffusionStageConfig, DiffusionTask, Dropout
+from stages.fits import told_text
 from videodiff.diffusion.prediction import Prediction
 from videodiff.diffusion.schedule import NoiseSchedule
 from videodiff.model import Model

@@ -20,7 +20,8 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from stages.base import DiffusionStageConfig, DiffusionTask, known_mask, told_text, with_known
+from stages.base import DiffusionStageConfig, DiffusionTask, known_mask, with_known
+from stages.fits import told_text
 from videodiff.batch import Condition, VideoBatch
 from videodiff.config import Config
 from videodiff.diffusion.schedule import NoiseSchedule

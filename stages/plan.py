@@ -17,7 +17,8 @@ import torch
 from safetensors import safe_open
 
 from stages.assemble import load_stage
-from stages.base import DiffusionStageConfig, check_size, told_text
+from stages.base import DiffusionStageConfig
+from stages.fits import check_size, told_text
 from stages.image import ImageStage
 from stages.interpolation import InterpolationStage
 from stages.video import VideoStage

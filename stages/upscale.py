@@ -18,7 +18,8 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from stages import image as image_stage
-from stages.base import DiffusionStageConfig, DiffusionTask, Dropout, check_size, check_text, told_text, with_known
+from stages.base import DiffusionStageConfig, DiffusionTask, Dropout, with_known
+from stages.fits import check_size, check_text, told_text
 from videodiff.batch import Condition, VideoBatch
 from videodiff.diffusion.prediction import Prediction
 from videodiff.diffusion.schedule import NoiseSchedule

@@ -20,10 +20,11 @@ from data_pipeline.world import render_clip
 from stages import image, interpolation, video
 from stages.assemble import begin_with
 from stages.autoencoder import AutoencoderStage, AutoencoderTask
-from stages.base import Dropout, PosteriorCache, with_known
+from stages.base import Dropout, with_known
 from stages.image import ImageStage
 from stages.interpolation import InterpolationStage
 from stages.pipeline import Pipeline, SampleKey
+from stages.posteriors import PosteriorCache
 from stages.text import TextStage, TextTask
 from stages.video import VideoStage
 from videodiff import config as configs
