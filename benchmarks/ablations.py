@@ -26,7 +26,9 @@ from stages.evaluation.statistics import SPLITS, right, truth_of
 from videodiff import config as configs
 from videodiff import resources
 from videodiff.metrics.intervals import Comparison, compare, mean_interval, wilson
-from videodiff.model import DESCRIPTION, Model, ModelConfig, export
+from videodiff.model import Model
+from videodiff.model_folder import export
+from videodiff.parts import DESCRIPTION, ModelConfig
 
 ROW = "video_generated"
 FIGURES = ("motion", "all")

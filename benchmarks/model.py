@@ -29,7 +29,8 @@ from data_pipeline.world_reader import read, read_image
 from stages.pipeline import Pipeline, SampleKey, adjusted
 from videodiff.metrics.intervals import Interval, wilson
 from videodiff.metrics.pictures import clip_psnr
-from videodiff.model import Model, Sampling
+from videodiff.model import Model
+from videodiff.parts import Sampling
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -28,8 +28,10 @@ from stages.video import VideoStage
 from videodiff import config as configs
 from videodiff.config import Config
 from videodiff.errors import UserError
-from videodiff.model import VOCABULARY, WORDS, Model, export
+from videodiff.model import Model
+from videodiff.model_folder import export
 from videodiff.networks.text import build_vocabulary
+from videodiff.parts import VOCABULARY, WORDS
 from videodiff.training import distributed
 from videodiff.training.checkpoint import Checkpoints
 from videodiff.training.run_folder import CHECKPOINTS, cannot_write

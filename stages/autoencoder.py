@@ -22,7 +22,7 @@ from stages.base import StageConfig, write_part
 from stages.fits import check_size
 from videodiff.batch import VideoBatch
 from videodiff.errors import UserError
-from videodiff.model import AutoencoderPart, Model
+from videodiff.model import Model
 from videodiff.networks.autoencoder import (
     Autoencoder,
     AutoencoderConfig,
@@ -34,6 +34,7 @@ from videodiff.networks.autoencoder import (
 from videodiff.networks.discriminator import DiscriminatorConfig
 from videodiff.networks.perceptual import PerceptualConfig, load_perceptual
 from videodiff.networks.quantizer import codebook_use
+from videodiff.parts import AutoencoderPart
 from videodiff.seeding import normals, uniforms
 from videodiff.training.distributed import device, sum_over_ranks
 from videodiff.training.task import Adversary, LossOutput

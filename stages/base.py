@@ -27,21 +27,12 @@ from videodiff.diffusion.prediction import Prediction, check_pair
 from videodiff.diffusion.schedule import NoiseSchedule
 from videodiff.diffusion.times import LossHistory
 from videodiff.errors import UserError
-from videodiff.model import (
-    DESCRIPTION,
-    EXTRAS,
-    STAGES,
-    DiffusionPart,
-    File,
-    Model,
-    ModelConfig,
-    Sampling,
-    carry,
-    write_weights,
-)
+from videodiff.model import Model
+from videodiff.model_folder import carry, write_weights
 from videodiff.networks.control import ControlledUNet
 from videodiff.networks.unet import UNet
 from videodiff.networks.work import count
+from videodiff.parts import DESCRIPTION, EXTRAS, STAGES, DiffusionPart, File, ModelConfig, Sampling
 from videodiff.seeding import generator, normals, uniforms
 from videodiff.training.distributed import device
 from videodiff.training.engine import EngineConfig

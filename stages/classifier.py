@@ -25,9 +25,10 @@ from videodiff.config import operational
 from videodiff.diffusion.guidance import classifier_loss
 from videodiff.diffusion.schedule import NoiseSchedule
 from videodiff.errors import UserError
-from videodiff.model import ClassifierPart, Model
+from videodiff.model import Model
 from videodiff.networks.classifier import ClassifierConfig, NoisyClassifier
 from videodiff.networks.unet import UNetConfig
+from videodiff.parts import ClassifierPart
 from videodiff.seeding import normals
 from videodiff.training.distributed import device
 from videodiff.training.trainer import LossOutput

@@ -308,7 +308,7 @@ def export(
 ) -> None:
     """Copy a model's inference weights into one folder that stands alone."""
     from videodiff.model import Model
-    from videodiff.model import export as export_model
+    from videodiff.model_folder import export as export_model
 
     opened = Model.load(model, "raw" if raw else "ema")
     if form is FormatChoice.diffusers:

@@ -15,8 +15,9 @@ from stages import image as image_stage
 from stages.base import DenoisingStageConfig, DiffusionTask, Dropout, write_part
 from videodiff.batch import Condition, VideoBatch
 from videodiff.errors import UserError
-from videodiff.model import ControlPart, Model
+from videodiff.model import Model
 from videodiff.networks.control import HINTS, ControlledUNet, ControlNet
+from videodiff.parts import ControlPart
 
 HINT: Literal["edges"] = "edges"
 PREFIX = "control."  # of the trained parameters of a ControlledUNet

@@ -25,7 +25,9 @@ from stages.evaluation.statistics import ROWS
 from stages.pipeline import Pipeline, SampleKey
 from videodiff import resources
 from videodiff.errors import UserError
-from videodiff.model import DESCRIPTION, STAGES, Model, export, sha256
+from videodiff.model import Model
+from videodiff.model_folder import export
+from videodiff.parts import DESCRIPTION, STAGES, sha256
 from videodiff.training.run_folder import MACHINES
 from videodiff.video_io import Frames, contact_sheet, save_sheet, write_animation
 

@@ -13,20 +13,11 @@ from stages.public_weights import read_weights
 from videodiff import config as configs
 from videodiff.config import Config
 from videodiff.errors import UserError
-from videodiff.model import (
-    DESCRIPTION,
-    File,
-    FurtherPart,
-    ModelConfig,
-    OpenClipPart,
-    T5Part,
-    find,
-    place,
-    sha256,
-    write_weights,
-)
+from videodiff.model import find
+from videodiff.model_folder import place, write_weights
 from videodiff.networks.t5 import ENCODER, T5Tower, encoder_state
 from videodiff.networks.text import PretrainedText, TextConfig, TextTower
+from videodiff.parts import DESCRIPTION, File, FurtherPart, ModelConfig, OpenClipPart, T5Part, sha256
 from videodiff.training.distributed import raise_from_first, rank
 
 

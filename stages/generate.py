@@ -26,7 +26,8 @@ from stages.pipeline import Pipeline, SampleKey, adjusted
 from stages.requests import SIDECAR_FORMAT, Options, Request, model_hash, read_requests
 from videodiff import config as configs
 from videodiff.errors import UserError
-from videodiff.model import DiffusionStage, Model, Sampling
+from videodiff.model import Model
+from videodiff.parts import DiffusionStage, Sampling
 from videodiff.training.distributed import device
 from videodiff.video_io import Frames, read_image, symptoms, write_json, write_png, write_video
 

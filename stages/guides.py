@@ -22,7 +22,8 @@ from videodiff.batch import Condition
 from videodiff.diffusion.guidance import Autoguidance, ClassifierGuidance, class_log_prob
 from videodiff.diffusion.prediction import Denoise
 from videodiff.errors import UserError
-from videodiff.model import ClassifierPart, DiffusionStage, Model, Sampling
+from videodiff.model import Model
+from videodiff.parts import ClassifierPart, DiffusionStage, Sampling
 
 STEERED: tuple[DiffusionStage, ...] = ("image", "video")  # interpolation only fills in between them
 

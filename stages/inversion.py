@@ -18,7 +18,8 @@ from stages.requests import model_hash
 from videodiff import config as configs
 from videodiff.errors import UserError
 from videodiff.metrics.pictures import clip_psnr
-from videodiff.model import DiffusionStage, Model, Sampling
+from videodiff.model import Model
+from videodiff.parts import DiffusionStage, Sampling
 from videodiff.training.distributed import device
 from videodiff.video_io import Frames, atomic_path, read_image, read_video, write_json
 

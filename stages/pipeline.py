@@ -25,11 +25,12 @@ from videodiff.diffusion.denoiser import Denoiser
 from videodiff.diffusion.prediction import Denoise
 from videodiff.diffusion.samplers import DDIM, OnStep, invert
 from videodiff.errors import UserError
-from videodiff.model import ControlPart, DiffusionStage, Model, Sampling, UpscalePart
+from videodiff.model import Model
 from videodiff.networks.autoencoder import Autoencoder
 from videodiff.networks.classifier import NoisyClassifier
 from videodiff.networks.control import HINTS, ControlledUNet
 from videodiff.networks.unet import UNet
+from videodiff.parts import ControlPart, DiffusionStage, Sampling, UpscalePart
 from videodiff.seeding import generator
 
 UPSCALE_FRAMES = 8  # frames that are upscaled together: bounds memory

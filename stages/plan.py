@@ -24,9 +24,10 @@ from stages.interpolation import InterpolationStage
 from stages.video import VideoStage
 from videodiff import config as configs
 from videodiff.errors import UserError
-from videodiff.model import DESCRIPTION, Model, ModelConfig, find
+from videodiff.model import Model, find
 from videodiff.networks.unet import UNet, UNetConfig, is_temporal
 from videodiff.networks.work import TOKENS, Work, count
+from videodiff.parts import DESCRIPTION, ModelConfig
 from videodiff.training.engine_config import EngineConfig, bucket
 
 USABLE = 0.94  # of a GPU's memory: the rest is the context, kernels and what fragments

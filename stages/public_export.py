@@ -13,7 +13,8 @@ from torch import Tensor
 from stages import public_configs
 from stages.public_weights import END, START
 from videodiff.errors import UserError
-from videodiff.model import Model, new_folder
+from videodiff.model import Model
+from videodiff.model_folder import new_folder
 from videodiff.networks.text import TextTower
 from videodiff.networks.weights import autoencoder_names, public_text_state, unet_names
 

@@ -17,21 +17,8 @@ from videodiff.diffusion.guidance import ClassifierFree
 from videodiff.diffusion.prediction import check_pair
 from videodiff.diffusion.samplers import DDIM
 from videodiff.errors import UserError
-from videodiff.model import (
-    DESCRIPTION,
-    VOCABULARY,
-    AutoencoderPart,
-    DiffusionPart,
-    File,
-    Model,
-    ModelConfig,
-    Sampling,
-    TextPart,
-    new_folder,
-    place,
-    sha256,
-    write_weights,
-)
+from videodiff.model import Model
+from videodiff.model_folder import new_folder, place, write_weights
 from videodiff.networks.autoencoder import Autoencoder
 from videodiff.networks.text import (
     PretrainedText,
@@ -44,6 +31,17 @@ from videodiff.networks.text import (
 )
 from videodiff.networks.unet import UNet, UNetConfig
 from videodiff.networks.weights import autoencoder_state, text_state, unet_state
+from videodiff.parts import (
+    DESCRIPTION,
+    VOCABULARY,
+    AutoencoderPart,
+    DiffusionPart,
+    File,
+    ModelConfig,
+    Sampling,
+    TextPart,
+    sha256,
+)
 
 Padding = Literal["zero", "end"]
 START, END = "<|startoftext|>", "<|endoftext|>"

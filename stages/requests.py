@@ -16,7 +16,8 @@ from videodiff import config as configs
 from videodiff.config import Config
 from videodiff.diffusion.samplers import SamplerKind
 from videodiff.errors import UserError
-from videodiff.model import DESCRIPTION, Model, find, sha256
+from videodiff.model import Model, find
+from videodiff.parts import DESCRIPTION, sha256
 
 SIDECAR_FORMAT = 1
 MAX_ROWS = 1024  # more in a side-car's batch than any `--batch-size` means that it was changed by hand

@@ -10,7 +10,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from videodiff.errors import UserError
-from videodiff.model import new_folder
+from videodiff.model_folder import new_folder
 from videodiff.training.checkpoint import MANIFEST, fault, seal
 from videodiff.training.engine_config import FOLDER
 from videodiff.training.fragments import Fragments

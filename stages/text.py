@@ -16,9 +16,11 @@ from stages.further_towers import FurtherTower, open_towers, write_towers
 from videodiff import config as configs
 from videodiff.batch import VideoBatch
 from videodiff.errors import UserError
-from videodiff.model import DESCRIPTION, VOCABULARY, WORDS, FurtherPart, Model, TextPart, carry, files_of, place
+from videodiff.model import Model
+from videodiff.model_folder import carry, place
 from videodiff.networks.features.extractor import film_strip
 from videodiff.networks.text import ContrastiveTextModel, PretrainedText, TextConfig, TextTower
+from videodiff.parts import DESCRIPTION, VOCABULARY, WORDS, FurtherPart, TextPart, files_of
 from videodiff.training.distributed import barrier, gather_rows, rank, world
 from videodiff.training.task import LossOutput
 

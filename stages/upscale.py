@@ -24,9 +24,10 @@ from videodiff.batch import Condition, VideoBatch
 from videodiff.diffusion.prediction import Prediction
 from videodiff.diffusion.schedule import NoiseSchedule
 from videodiff.errors import UserError
-from videodiff.model import Model, UpscalePart
+from videodiff.model import Model
 from videodiff.networks.autoencoder import to_float
 from videodiff.networks.unet import UNet, UNetConfig
+from videodiff.parts import UpscalePart
 from videodiff.seeding import uniforms
 from videodiff.training.distributed import device
 

@@ -23,7 +23,11 @@ def write_toy_model(folder: Path) -> Path:
     from videodiff.diffusion.guidance import ClassifierFree
     from videodiff.diffusion.samplers import DDIM
     from videodiff.diffusion.schedule import NoiseSchedule
-    from videodiff.model import (
+    from videodiff.model_folder import write_weights
+    from videodiff.networks.autoencoder import Autoencoder, AutoencoderConfig
+    from videodiff.networks.text import ContrastiveTextModel, TextConfig, build_vocabulary
+    from videodiff.networks.unet import TemporalConfig, UNet, UNetConfig
+    from videodiff.parts import (
         DESCRIPTION,
         VOCABULARY,
         WORDS,
@@ -34,11 +38,7 @@ def write_toy_model(folder: Path) -> Path:
         Sampling,
         TextPart,
         sha256,
-        write_weights,
     )
-    from videodiff.networks.autoencoder import Autoencoder, AutoencoderConfig
-    from videodiff.networks.text import ContrastiveTextModel, TextConfig, build_vocabulary
-    from videodiff.networks.unet import TemporalConfig, UNet, UNetConfig
 
     folder.mkdir(parents=True)
     captions = ["a large red circle moving left on a white background", "a small blue square stands still on black"]
@@ -106,8 +106,10 @@ def write_toy_classifier(toy: Path, folder: Path, classes: tuple[str, ...]) -> P
     import torch
 
     from videodiff import config as configs
-    from videodiff.model import DESCRIPTION, ClassifierPart, Model, carry, write_weights
+    from videodiff.model import Model
+    from videodiff.model_folder import carry, write_weights
     from videodiff.networks.classifier import ClassifierConfig, NoisyClassifier
+    from videodiff.parts import DESCRIPTION, ClassifierPart
     from videodiff.seeding import generator
 
     folder.mkdir(parents=True)

@@ -15,8 +15,9 @@ from stages.assemble import load_stage, make_task, train_stage
 from stages.text import TextTask
 from videodiff.batch import VideoBatch
 from videodiff.errors import UserError
-from videodiff.model import DESCRIPTION, VOCABULARY, WORDS, Model
+from videodiff.model import Model
 from videodiff.networks import text as texts
+from videodiff.parts import DESCRIPTION, VOCABULARY, WORDS
 
 ROOT = Path(__file__).resolve().parents[1]
 YAML = ROOT / "configs/demo/text.yaml"

@@ -20,9 +20,11 @@ from stages.autoencoder import AutoencoderStage, AutoencoderTask
 from stages.cli import main
 from videodiff import config as configs
 from videodiff.errors import UserError
-from videodiff.model import DESCRIPTION, Model, ModelConfig, carry, export
+from videodiff.model import Model
+from videodiff.model_folder import carry, export
 from videodiff.networks.autoencoder import Autoencoder, AutoencoderLoss, kl_divergence, to_float
 from videodiff.networks.discriminator import adaptive_weight, generator_loss
+from videodiff.parts import DESCRIPTION, ModelConfig
 from videodiff.training import distributed
 from videodiff.training.fragments import Fragments
 from videodiff.training.trainer import train

@@ -18,10 +18,10 @@ from stages.upscale import UpscaleStage, square_side
 from stages.video import VideoStage
 from videodiff import config as configs
 from videodiff.diffusion.prediction import check_pair
-from videodiff.model import EXTRAS, STAGES
 from videodiff.networks.autoencoder import Autoencoder
 from videodiff.networks.classifier import ClassifierConfig, NoisyClassifier
 from videodiff.networks.unet import UNet, UNetConfig
+from videodiff.parts import EXTRAS, STAGES
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = sorted((ROOT / "configs" / "data").glob("*.yaml"))  # of `videodiff data prepare`

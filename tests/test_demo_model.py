@@ -13,7 +13,7 @@ import pytest
 from stages.assemble import load_stage
 from stages.demo_model import SHARDS, STAGE_SHARDS, card
 from videodiff import config as configs
-from videodiff.model import STAGES
+from videodiff.parts import STAGES
 from videodiff.resources import path as resource
 from videodiff.training.run_folder import machine, record_machine
 

@@ -28,7 +28,9 @@ from stages.encode import encode, encoder_digest
 from videodiff import config as configs
 from videodiff.batch import VideoBatch
 from videodiff.errors import UserError
-from videodiff.model import DESCRIPTION, Model, ModelConfig, export, write_weights
+from videodiff.model import Model
+from videodiff.model_folder import export, write_weights
+from videodiff.parts import DESCRIPTION, ModelConfig
 from videodiff.video_io import encode_video
 
 DATA = {"batch_size": 4, "fps": 8, "size": 32, "streams": 4, "workers": 0, "prefetch": 0}

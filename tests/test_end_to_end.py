@@ -12,7 +12,8 @@ import pytest
 
 from data_pipeline.world import render_clip
 from stages.cli import main
-from videodiff.model import STAGES, Model
+from videodiff.model import Model
+from videodiff.parts import STAGES
 from videodiff.video_io import read_image, read_video, write_png
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -25,7 +25,7 @@ from stages.evaluation.sheets import table
 from videodiff.diffusion.samplers import DDIM
 from videodiff.errors import UserError
 from videodiff.metrics.pictures import EQUAL_DB
-from videodiff.model import Sampling
+from videodiff.parts import Sampling
 from videodiff.video_io import read_image
 
 EVERY_ROW = tuple(row for rows in STAGE_ROWS.values() for row in rows)

@@ -22,7 +22,7 @@ from stages.evaluation.report import write_report
 from tests.test_features import saved_script
 from videodiff import config as configs
 from videodiff.errors import UserError
-from videodiff.model import File, ModelConfig, sha256
+from videodiff.parts import File, ModelConfig, sha256
 from videodiff.training.status import Status
 
 

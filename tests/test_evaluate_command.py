@@ -14,22 +14,22 @@ from videodiff import config as configs
 from videodiff.diffusion.samplers import DDIM
 from videodiff.diffusion.schedule import NoiseSchedule
 from videodiff.errors import UserError
-from videodiff.model import (
+from videodiff.model import Model
+from videodiff.model_folder import write_weights
+from videodiff.networks.autoencoder import Autoencoder, AutoencoderConfig
+from videodiff.networks.text import ContrastiveTextModel, TextConfig, build_vocabulary
+from videodiff.networks.unet import TemporalConfig, UNet, UNetConfig
+from videodiff.parts import (
     VOCABULARY,
     WORDS,
     AutoencoderPart,
     DiffusionPart,
     File,
-    Model,
     ModelConfig,
     Sampling,
     TextPart,
     sha256,
-    write_weights,
 )
-from videodiff.networks.autoencoder import Autoencoder, AutoencoderConfig
-from videodiff.networks.text import ContrastiveTextModel, TextConfig, build_vocabulary
-from videodiff.networks.unet import TemporalConfig, UNet, UNetConfig
 
 
 @pytest.fixture(scope="module")

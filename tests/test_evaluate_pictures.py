@@ -21,7 +21,8 @@ from stages.evaluation.questions import WorldQuestions
 from stages.evaluation.sheets import table
 from stages.upscale import enlarge
 from videodiff.errors import UserError
-from videodiff.model import Model, Sampling
+from videodiff.model import Model
+from videodiff.parts import Sampling
 
 QUIET = Console(quiet=True)
 ROWS = ("control", "control_other", "upscale")

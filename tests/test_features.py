@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from data_pipeline.world import clips
 from videodiff.config import Config, ConfigError, build, differences, to_dict
 from videodiff.errors import UserError
-from videodiff.model import Model, sha256
+from videodiff.model import Model
 from videodiff.networks.features import (
     BundledFeatures,
     FeatureConfig,
@@ -29,6 +29,7 @@ from videodiff.networks.features import (
 from videodiff.networks.features.extractor import resized
 from videodiff.networks.features.inception import make_inception
 from videodiff.networks.text import PretrainedText, declare_torchvision_ops
+from videodiff.parts import sha256
 
 NAME = "tiny-features"
 

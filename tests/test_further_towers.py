@@ -18,9 +18,11 @@ from stages.cli import main
 from stages.image import ImageStage
 from stages.public_export import export_diffusers
 from videodiff.errors import UserError
-from videodiff.model import DESCRIPTION, Model, T5Part, export, sha256
+from videodiff.model import Model
+from videodiff.model_folder import export
 from videodiff.networks import text as texts
 from videodiff.networks.towers import TextTowers
+from videodiff.parts import DESCRIPTION, T5Part, sha256
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT, IMAGE = ROOT / "configs/demo/text.yaml", ROOT / "configs/demo/image.yaml"

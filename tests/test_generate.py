@@ -23,7 +23,9 @@ from stages.requests import read_requests
 from videodiff import config as configs
 from videodiff.diffusion.samplers import DDPM
 from videodiff.errors import UserError
-from videodiff.model import DESCRIPTION, Model, ModelConfig, write_weights
+from videodiff.model import Model
+from videodiff.model_folder import write_weights
+from videodiff.parts import DESCRIPTION, ModelConfig
 from videodiff.video_io import read_image, read_metadata, read_video, write_png
 
 ROOT = Path(__file__).resolve().parents[1]

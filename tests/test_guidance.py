@@ -15,7 +15,7 @@ from videodiff.diffusion.prediction import Estimate, Prediction, target
 from videodiff.diffusion.samplers import DDIM
 from videodiff.diffusion.schedule import NoiseSchedule
 from videodiff.errors import UserError
-from videodiff.model import Sampling
+from videodiff.parts import Sampling
 from videodiff.seeding import normals
 
 PLAIN, ZERO = NoiseSchedule(), NoiseSchedule(zero_terminal_snr=True)

@@ -20,7 +20,8 @@ from stages.requests import LATER
 from videodiff import config as configs
 from videodiff.diffusion.guidance import ClassifierGuidance, class_log_prob
 from videodiff.diffusion.schedule import NoiseSchedule
-from videodiff.model import DESCRIPTION, Model, ModelConfig
+from videodiff.model import Model
+from videodiff.parts import DESCRIPTION, ModelConfig
 from videodiff.video_io import write_png
 
 Generate = Callable[..., dict[str, Any]]

@@ -14,7 +14,8 @@ from test_generate import PROMPT, run, sidecar
 from data_pipeline.world import render_clip
 from stages.inversion import round_trip
 from stages.pipeline import Pipeline, adjusted
-from videodiff.model import DiffusionStage, Model, Sampling
+from videodiff.model import Model
+from videodiff.parts import DiffusionStage, Sampling
 from videodiff.video_io import read_image, read_video, write_png, write_video
 
 

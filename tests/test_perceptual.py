@@ -9,8 +9,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from videodiff.errors import UserError
-from videodiff.model import sha256
 from videodiff.networks.perceptual import PerceptualConfig, VGGDistance, load_perceptual
+from videodiff.parts import sha256
 
 LAYERS = {0: 4, 2: 4, 5: 6, 7: 6, 10: 8, 12: 8, 14: 8, 17: 8, 19: 8, 21: 8, 24: 8, 26: 8, 28: 8}  # VGG16, narrow
 ENDS = (2, 7, 14, 21, 28)

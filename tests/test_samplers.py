@@ -22,8 +22,8 @@ from videodiff.diffusion.prediction import Estimate
 from videodiff.diffusion.samplers import DDIM, DDPM, DPMSolver, Heun, Langevin, PredictorCorrector, Sampler, SamplerKind
 from videodiff.diffusion.schedule import NoiseSchedule
 from videodiff.errors import UserError
-from videodiff.model import Sampling
 from videodiff.networks.unet import UNet, UNetConfig
+from videodiff.parts import Sampling
 from videodiff.seeding import normals
 
 MEMBERS: list[type[AnySampler]] = list(get_args(get_args(Sampler)[0]))

@@ -31,11 +31,13 @@ from videodiff import config as configs
 from videodiff.batch import Condition
 from videodiff.diffusion.samplers import DDIM
 from videodiff.errors import UserError
-from videodiff.model import DESCRIPTION, VOCABULARY, WORDS, Model, export, write_weights
+from videodiff.model import Model
+from videodiff.model_folder import export, write_weights
 from videodiff.networks.autoencoder import Autoencoder, AutoencoderConfig
 from videodiff.networks.features.extractor import film_strip
 from videodiff.networks.text import build_vocabulary
 from videodiff.networks.unet import is_temporal
+from videodiff.parts import DESCRIPTION, VOCABULARY, WORDS
 from videodiff.training.trainer import RunConfig, train
 
 

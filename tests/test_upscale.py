@@ -17,7 +17,9 @@ from stages.upscale import UpscaleStage, enlarge, shrink, to_squares, with_diffe
 from videodiff import config as configs
 from videodiff.diffusion.samplers import DDPM
 from videodiff.errors import UserError
-from videodiff.model import DESCRIPTION, Model, export, write_weights
+from videodiff.model import Model
+from videodiff.model_folder import export, write_weights
+from videodiff.parts import DESCRIPTION
 from videodiff.video_io import read_image, read_video
 
 PROMPT = "a large red circle moving left on a white background"

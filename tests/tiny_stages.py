@@ -13,9 +13,11 @@ from data_pipeline.world import render_clip
 from videodiff import config as configs
 from videodiff.batch import VideoBatch
 from videodiff.diffusion.samplers import DDIM
-from videodiff.model import DESCRIPTION, ControlPart, Model, Sampling, UpscalePart, write_weights
+from videodiff.model import Model
+from videodiff.model_folder import write_weights
 from videodiff.networks.control import ControlNet
 from videodiff.networks.unet import UNet
+from videodiff.parts import DESCRIPTION, ControlPart, Sampling, UpscalePart
 from videodiff.training.trainer import train
 
 ENGINE = {"precision": "fp32", "learning_rate": 3e-3, "weight_decay": 0.0}

@@ -7,173 +7,42 @@ The video and interpolation stages store only what they train; their frozen spat
 
 from __future__ import annotations
 
-import hashlib
 import os
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Literal, TypeAlias
 
 import torch
-from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from videodiff import config as configs
-from videodiff.config import Config
 from videodiff.diffusion.denoiser import Denoiser
-from videodiff.diffusion.guidance import ClassifierFree
-from videodiff.diffusion.prediction import Prediction
-from videodiff.diffusion.samplers import DDIM, Sampler
-from videodiff.diffusion.schedule import NoiseSchedule
 from videodiff.errors import UserError
-from videodiff.networks.autoencoder import Autoencoder, AutoencoderConfig
-from videodiff.networks.classifier import ClassifierConfig, NoisyClassifier
+from videodiff.networks.autoencoder import Autoencoder
+from videodiff.networks.classifier import NoisyClassifier
 from videodiff.networks.control import ControlNet
 from videodiff.networks.t5 import T5Tower
 from videodiff.networks.text import PretrainedText, TextConfig, TextTower
 from videodiff.networks.towers import TextTowers
-from videodiff.networks.unet import UNet, UNetConfig, is_temporal
-from videodiff.tensor_files import save_file
-
-DESCRIPTION = "model.yaml"
-VOCABULARY, WORDS = "vocabulary.txt.gz", "words.txt"
-STAGES = ("autoencoder", "text", "image", "video", "interpolation")
-# What may stand beside the road: each is trained on a model with an image stage and changes none of its stages.
-EXTRAS = ("classifier", "control", "upscale")
-DiffusionStage = Literal["image", "video", "interpolation", "upscale"]
-Weights = Literal["ema", "raw"]
-
-
-class File(Config):
-    """A file of a model folder: its name there and its sha256."""
-
-    name: str
-    sha256: str
-
-
-class AutoencoderPart(Config):
-    """The trained autoencoder."""
-
-    network: AutoencoderConfig
-    weights: File
-    raw: File | None = None
-
-
-class OpenClipPart(Config):
-    """A public open_clip model as a further text tower: open_clip's name of its architecture."""
-
-    kind: Literal["open_clip"] = "open_clip"
-    name: str
-    weights: File
-
-
-class T5Part(Config):
-    """A T5's encoder as a further text tower: its weights, config.json and tokenizer."""
-
-    kind: Literal["t5"] = "t5"
-    context_length: int
-    weights: File
-    settings: File
-    tokenizer: File
-
-
-FurtherPart: TypeAlias = Annotated[OpenClipPart | T5Part, Field(discriminator="kind")]
-
-
-class TextPart(Config):
-    """The text tower, its vocabulary and the words it was trained on; a public model brings its own (None).
-    `further` towers stand beside it, each with a cross-attention of its own."""
-
-    network: TextConfig
-    weights: File
-    raw: File | None = None
-    vocabulary: File | None = None
-    words: File | None = None
-    further: tuple[FurtherPart, ...] = ()
-
-
-class Sampling(Config):
-    """How a stage is sampled unless the caller says otherwise."""
-
-    sampler: Sampler = DDIM()
-    guidance: ClassifierFree = ClassifierFree()
-
-
-class DiffusionPart(Config):
-    """A trained diffusion stage: `frames` x `size` x `size` at `fps`; `factor` is the gain in frame rate.
-
-    Interpolation: `offset` frames lie before the first and after the last given one of a window, and what is given is
-    noised to the time `known_time`. `deviation`: what the network makes in units of one is the difference, so large in
-    latents, from the linear blend of what is given; None: it makes whole frames. Video: `first_image` tells whether it
-    is given one.
-    """
-
-    network: UNetConfig
-    schedule: NoiseSchedule
-    prediction: Prediction
-    size: int
-    frames: int
-    fps: float
-    factor: int = 1
-    offset: int = 0
-    known_time: float = 0.0
-    deviation: float | None = None
-    first_image: bool = True
-    sampling: Sampling = Sampling()
-    weights: File
-    raw: File | None = None
-
-
-class ClassifierPart(Config):
-    """A trained classifier of noisy latents: which attribute it tells, and the names of its classes in their order."""
-
-    network: ClassifierConfig
-    schedule: NoiseSchedule
-    attribute: str
-    classes: tuple[str, ...]
-    size: int
-    weights: File
-    raw: File | None = None
-
-
-class ControlPart(Config):
-    """A trained ControlNet of the image stage: what its hint pictures are."""
-
-    network: UNetConfig
-    hint: Literal["edges"]
-    size: int
-    weights: File
-    raw: File | None = None
-
-
-class UpscalePart(DiffusionPart):
-    """Trained super-resolution: `factor` is the gain in height and width. `deviation`: what the network makes in units
-    of one is that large in pixels in [-1,1]."""
-
-    deviation: float
-
-
-class ModelConfig(Config):
-    """The content of `model.yaml`."""
-
-    format: Literal[1] = 1
-    autoencoder: AutoencoderPart | None = None
-    text: TextPart | None = None
-    image: DiffusionPart | None = None
-    video: DiffusionPart | None = None
-    interpolation: DiffusionPart | None = None
-    classifier: ClassifierPart | None = None
-    control: ControlPart | None = None
-    upscale: UpscalePart | None = None
-
-    def stages(self) -> list[str]:
-        """Names of the stages that the model holds, in the order of the road, then of what stands beside it."""
-        return [stage for stage in (*STAGES, *EXTRAS) if getattr(self, stage) is not None]
+from videodiff.networks.unet import UNet, is_temporal
+from videodiff.parts import (
+    DESCRIPTION,
+    AutoencoderPart,
+    ClassifierPart,
+    ControlPart,
+    DiffusionPart,
+    DiffusionStage,
+    File,
+    FurtherPart,
+    ModelConfig,
+    OpenClipPart,
+    TextPart,
+    Weights,
+    files_of,
+    sha256,
+)
 
 
 class Model:
@@ -337,11 +206,6 @@ class Model:
         network.load_state_dict(state)
 
 
-def files_of(part: Config) -> list[File]:
-    """The files that a part names, not those of its further towers."""
-    return [value for _, value in part if isinstance(value, File)]
-
-
 def find(name: str | os.PathLike[str]) -> Path:
     """The folder that `name` means: "demo", a model, a run or a checkpoint; UserError when it is none of them."""
     if str(name) == "demo":
@@ -358,113 +222,3 @@ def find(name: str | os.PathLike[str]) -> Path:
     if checkpoints:
         return checkpoints[-1].parent
     raise UserError(f"{folder}: neither a model (no {DESCRIPTION}) nor a run with a finished checkpoint")
-
-
-def sha256(path: Path) -> str:
-    """Hex sha256 of a file's bytes."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
-
-
-def _digest(file) -> str:  # type: ignore[no-untyped-def]  # Python 3.10 has no hashlib.file_digest
-    digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()
-
-
-def write_weights(folder: Path, name: str, state: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> File:
-    """Write a stage's weights into a model folder as safetensors; returns what `model.yaml` says of the file.
-
-    Raises OSError when it can't be written.
-    """
-    tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
-    if dtype is not None:
-        tensors = {key: value.to(dtype) if value.is_floating_point() else value for key, value in tensors.items()}
-    save_file(tensors, folder / name)
-    return File(name=name, sha256=sha256(folder / name))
-
-
-def place(source: Path, folder: Path, name: str) -> File:
-    """Put a finished file into a model folder, as a hard link where the disk allows it, else as a copy."""
-    target = folder / name
-    target.unlink(missing_ok=True)
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
-    return File(name=name, sha256=sha256(target))
-
-
-def carry(model: Model, folder: Path) -> ModelConfig:
-    """Place all stages of `model` in `folder` under their stages' names; returns the description of what is there."""
-    parts: dict[str, Config] = {}
-    for stage in model.config.stages():
-        part = model.part(stage)
-        update: dict[str, File | None] = {"raw": None}
-        update["weights"] = place(model.path(part.weights), folder, f"{stage}{Path(part.weights.name).suffix}")
-        if isinstance(part, TextPart):
-            for field, name in (("vocabulary", VOCABULARY), ("words", WORDS)):
-                if (file := getattr(part, field)) is not None:
-                    update[field] = place(model.path(file), folder, name)
-            for file in (file for tower in part.further for file in files_of(tower)):
-                place(model.path(file), folder, file.name)
-        parts[stage] = part.model_copy(update=update)
-    return ModelConfig(**parts)
-
-
-def export(model: Model, folder: Path, half: bool = False) -> None:
-    """Write the chosen weights of every stage into a new folder that stands alone; `half` stores them in float16.
-
-    Raises UserError when the folder can't be written.
-    """
-    with new_folder(folder) as draft:
-        _fill_folder(model, draft, half)
-
-
-@contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
-    """A folder to fill under another name, which is renamed to `folder` when all went well: it is whole, or not there.
-
-    Raises UserError when `folder` holds something already or can't be written.
-    """
-    folder = folder.resolve()
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        what = "a model" if (folder / DESCRIPTION).exists() else "something else"
-        raise UserError(f"{folder}: holds {what} already; name a new folder")
-    draft = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    try:
-        draft.mkdir(parents=True)
-        yield draft
-        draft.replace(folder)
-    except OSError as error:
-        where = Path(error.filename2 or error.filename or folder).name
-        raise UserError(
-            f"{folder}: cannot be written ({where}: {error.strerror or error}); make room or name another folder"
-        ) from None
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-
-
-def _fill_folder(model: Model, folder: Path, half: bool) -> None:
-    description = carry(model, folder)
-    for stage in model.config.stages():
-        part = getattr(description, stage)
-        if part.weights.name.endswith(".safetensors"):
-            (folder / part.weights.name).unlink()  # a hard link: writing through it would change the original
-            weights = write_weights(folder, part.weights.name, model.state(stage), torch.float16 if half else None)
-            description = description.model_copy(update={stage: part.model_copy(update={"weights": weights})})
-    if half and description.text is not None:
-        further = tuple(_halved(model, tower, folder) for tower in description.text.further)
-        text = description.text.model_copy(update={"further": further})
-        description = description.model_copy(update={"text": text})
-    configs.save(description, folder / DESCRIPTION)
-
-
-def _halved(model: Model, tower: FurtherPart, folder: Path) -> FurtherPart:
-    name = tower.weights.name
-    if not name.endswith(".safetensors"):
-        return tower
-    (folder / name).unlink()
-    weights = write_weights(folder, name, model._read(tower.weights), torch.float16)
-    return tower.model_copy(update={"weights": weights})

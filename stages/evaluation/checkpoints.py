@@ -13,7 +13,8 @@ from typing import Any, Literal
 
 from stages.evaluation.kept import differences, protocol_of, without_model
 from videodiff.errors import UserError
-from videodiff.model import DESCRIPTION, Weights, find
+from videodiff.model import find
+from videodiff.parts import DESCRIPTION, Weights
 from videodiff.training import distributed, status
 from videodiff.training.run_folder import CHECKPOINTS
 from videodiff.video_io import write_json

@@ -30,7 +30,8 @@ from stages.evaluation.ucf101 import PREFIX, UCF101Questions, protocol_line
 from stages.evaluation.weakest import cost_in_words
 from stages.pipeline import Pipeline
 from videodiff.errors import UserError
-from videodiff.model import DESCRIPTION, DiffusionStage, Model, Sampling, sha256
+from videodiff.model import Model
+from videodiff.parts import DESCRIPTION, DiffusionStage, Sampling, sha256
 from videodiff.training import distributed
 from videodiff.video_io import write_json
 

@@ -11,9 +11,10 @@ from stages.evaluation.measures import Gauge, has_flow
 from videodiff import config as configs
 from videodiff.config import Config
 from videodiff.errors import UserError
-from videodiff.model import Model, sha256
+from videodiff.model import Model
 from videodiff.networks.features import BundledFeatures, FeatureConfig, open_features
 from videodiff.networks.perceptual import PerceptualConfig, load_perceptual
+from videodiff.parts import sha256
 
 
 class Judges(Config):

@@ -19,7 +19,7 @@ from data_pipeline.world_reader import read, read_image
 from stages.evaluation.measures import CHANNELS, Gauge
 from stages.evaluation.questions import Clips, Prompt
 from stages.pipeline import SampleKey
-from videodiff.model import Sampling
+from videodiff.parts import Sampling
 from videodiff.video_io import symptoms
 
 IMAGE_ATTRIBUTES = tuple(name for name in ATTRIBUTES if name != "motion")

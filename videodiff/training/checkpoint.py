@@ -18,7 +18,8 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from videodiff.errors import LostError, UserError, disk_error
-from videodiff.model import Model, export
+from videodiff.model import Model
+from videodiff.model_folder import export
 from videodiff.training.distributed import barrier, from_first, raise_from_first, rank, world
 
 MANIFEST = "manifest.json"

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from videodiff.errors import UserError
-from videodiff.model import sha256
+from videodiff.parts import sha256
 
 NAMED = 3  # names of weights that an error lists
 

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from videodiff.errors import UserError
-from videodiff.model import Model, TextPart
+from videodiff.model import Model
 from videodiff.networks.features.configs import BundledFeatures, OpenClipFeatures
 from videodiff.networks.features.extractor import CROPPED, STRIP, FeatureExtractor, film_strip, resized
 from videodiff.networks.features.files import checked_sha256, fill
 from videodiff.networks.text import ContrastiveTextModel, public_clip
+from videodiff.parts import TextPart
 
 
 def open_bundled(config: BundledFeatures, model: Model | None, device: torch.device, key: str) -> FeatureExtractor:
