@@ -102,6 +102,10 @@ def plan(path: Path, overrides: Sequence[str], gpus: int) -> Plan:
     side = config.data.size // factor
     frozen = _encoders(base)
     micro_batch, accumulation = config.engine.shares(config.data.batch_size, gpus)
+    try:
+        config.data.check_ranks(gpus)
+    except UserError as error:
+        notes.append(f"no run begins like this: {error}")
     work = count(network, frames, side, side, config.engine.dtype)
     memory = {
         stage: Memory(

@@ -214,7 +214,9 @@ def test_thousands_of_gpus_and_a_plan_that_does_not_fit(capsys: pytest.CaptureFi
     assert "batch              4096 = 4096 GPUs x 1 x 1" in text
     assert "at 3 an hour" in text
     assert "warning" not in text
+    assert "data.streams=512 is not a multiple of 4096 ranks" in text
     assert text.endswith("status 0")
+    assert "data.streams" not in said("data.batch_size=4096", "data.streams=4096", "--nodes", "512")
     small = said("--gpus-per-node", "8", "--gpu", "rtx3090", "--zero-stage", "1")
     assert "-> ZeRO 1" in small
     assert "does not fit" in small
