@@ -47,7 +47,8 @@ class Score:
 
 
 def share(hits: Tensor) -> Score:
-    """Of True in [N]; the deviation is the binomial's, with one hit and one miss more so that it is never 0."""
+    """Of True in [N], or the mean of shares [N], whose deviation is smaller, if anything: it is the binomial's, with
+    one hit and one miss more so that it is never 0."""
     n, p = len(hits), (float(hits.sum()) + 1) / (len(hits) + 2)
     return Score(float(hits.float().mean()), (p * (1 - p) / n) ** 0.5)
 

@@ -37,7 +37,7 @@ WIDTH_AT_8 = 64
 STEPS = 20
 SCHEDULE = NoiseSchedule(zero_terminal_snr=True)
 
-Shares = dict[str, Score]  # attribute, or "all" -> how many of the pictures show what was asked for
+Shares = dict[str, Score]  # attribute, their "mean", or "all" at once -> share of pictures that show what was asked for
 
 
 @dataclass(frozen=True)
@@ -116,8 +116,8 @@ def shares(pictures: Tensor, asked: list[Combination]) -> Shares:
         name: torch.tensor([getattr(r, name).value == getattr(c, name) for r, c in zip(readings, asked, strict=True)])
         for name in SEEN
     }
-    hits["all"] = torch.stack(list(hits.values())).all(0)
-    return {name: share(hit) for name, hit in hits.items()}
+    each = torch.stack(list(hits.values()))
+    return {name: share(hit) for name, hit in {**hits, "mean": each.float().mean(0), "all": each.all(0)}.items()}
 
 
 def _side(
@@ -171,7 +171,7 @@ def _report(bench: Bench, sides: dict[str, Side], ceilings: dict[str, Shares], d
         for name, s in sides.items()
     ]
     rows = {**{name: s.shares for name, s in sides.items()}, **ceilings}
-    latent, pixel = (sides[name].shares["all"] for name in ("latent", "pixel"))
+    latent, pixel = (sides[name].shares for name in ("latent", "pixel"))
     return "\n\n".join(
         [
             f"Single pictures of the built-in world, 64x64, told their {', '.join(SEEN)}: {settings.world_pictures:,} "
@@ -185,11 +185,12 @@ def _report(bench: Bench, sides: dict[str, Side], ceilings: dict[str, Shares], d
             ),
             f"Share of N = {settings.world_samples} pictures that the world's reader reads as what was asked for, ± "
             "one standard deviation, without guidance.",
-            table(["pictures", *SEEN, "all"], [[name, *found.values()] for name, found in rows.items()]),
+            table(["pictures", *SEEN, "mean", "all"], [[name, *found.values()] for name, found in rows.items()]),
             claim(
                 "Latent diffusion, section 4.1: at equal compute diffusion of latents is better than that of pixels.",
-                pixel.below(latent),
-                f"all attributes right: latent {latent}, pixel {pixel}",
+                pixel["mean"].below(latent["mean"]),
+                f"attributes right in the mean: latent {latent['mean']}, pixel {pixel['mean']}; all at once, which "
+                f"training of minutes hardly reaches: {latent['all']} and {pixel['all']}",
                 "training of minutes, not days, and pictures of 64x64, where pixels are cheapest.",
             ),
             picture("latents", "Real pictures, and the two samples for the same words."),

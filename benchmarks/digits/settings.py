@@ -13,7 +13,7 @@ class Settings:
     width: int = 16  # model_channels of the U-Nets of digits
     train_steps: int = 2500
     feature_steps: int = 1500  # of the two classifiers
-    batch: int = 32
+    batch: int = 64
     learning_rate: float = 1e-3
     num_samples: int = 500  # as many as there are test digits, which they are compared with
     num_bounds: int = 100  # digits of each split whose likelihood is bounded
@@ -25,7 +25,7 @@ class Settings:
     guided_steps: int = 50
     classifier_scales: tuple[float, ...] = (0, 0.5, 1, 2, 4, 8, 16)
     free_scales: tuple[float, ...] = (0, 1, 1.5, 2, 3, 5, 8)  # code scales: 1 + w of the paper
-    world_flops: float = 8e12  # of training each network of the built-in world, forward and backward
+    world_flops: float = 1.2e13  # of training each network of the built-in world, forward and backward
     world_batch: int = 32
     world_pictures: int = 4000
     world_samples: int = 200
