@@ -194,7 +194,8 @@ def loops(folder: Path, model: str, blocks: int, steps: int) -> list[str]:
         train(config.run, config.engine, BATCH, lambda task=task, source=source: (task, source), config)
         ours, theirs = source.blocks[1:], peer.blocks[1:]  # the first ones warm up
         middle, low, high = ratio(ours, theirs)
-        aim = f"at most {1 + OVERHEAD:.2f}" if zero == 0 else ""
+        met = "met" if middle <= 1 + OVERHEAD else "missed"
+        aim = f"at most {1 + OVERHEAD:.2f}: {met}" if zero == 0 else ""
         seconds = f"{statistics.median(ours):.3f} | {statistics.median(theirs):.3f}"
         rows.append(f"| {name} | {zero} | {seconds} | {middle:.3f} ({low:.3f} to {high:.3f}) | {aim} |")
     return rows
