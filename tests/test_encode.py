@@ -18,7 +18,7 @@ from tiny_stages import ENGINE
 
 from data_pipeline.data_config import DataConfig
 from data_pipeline.decoders import ClipError
-from data_pipeline.features import pack, unpack
+from data_pipeline.features import check_finite, pack, unpack
 from data_pipeline.loader import ShardSource
 from data_pipeline.samples import read_sample
 from data_pipeline.shards import open_shards, write_index, write_shard, write_world_shards
@@ -26,7 +26,7 @@ from stages import image, video
 from stages.assemble import train_stage
 from stages.encode import encode, encoder_digest
 from videodiff import config as configs
-from videodiff.batch import VideoBatch
+from videodiff.batch import Encoded, VideoBatch
 from videodiff.errors import UserError
 from videodiff.model import Model
 from videodiff.model_folder import export, write_weights
@@ -302,3 +302,14 @@ def test_a_run_trains_from_encoded_shards(encoded: dict[int, Path], toy_model: P
     )
     with pytest.raises(UserError, match="hold no pictures"):
         train_stage(path)
+
+
+def test_finite_numbers_whose_sum_is_too_large_for_half_precision_are_good() -> None:
+    most = torch.full((1, 4, 1, 8, 8), 60000.0).half()
+    assert most.sum().isinf()
+    check_finite(Encoded(most, most, (most[:, 0, 0],), (torch.ones(1, 8, dtype=torch.bool),), None))
+    for broken in (float("nan"), float("inf")):
+        mean = most.clone()
+        mean[0, 1, 0, 2, 3] = broken
+        with pytest.raises(ClipError, match="not finite"):
+            check_finite(Encoded(mean, most, (most[:, 0, 0],), (torch.ones(1, 8, dtype=torch.bool),), None))
