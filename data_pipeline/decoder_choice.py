@@ -106,8 +106,11 @@ def _edited_seconds(video: bytes) -> float:
 
 
 def _pixel_aspect(video: bytes) -> float:
-    """What decord doesn't tell. mp4 and mov say it in a box of their own, so that PyAV is seldom asked."""
-    if video[4:8] == b"ftyp" and b"pasp" not in video:
+    """What decord doesn't tell. mp4 and mov say it in a box of their own, so that PyAV is seldom asked.
+
+    ISO/IEC 14496-12, 12.1.4: after its name two numbers of four bytes, whose quotient it is.
+    """
+    if video[4:8] == b"ftyp" and all(box[:4] == box[4:8] for box in video.split(b"pasp")[1:]):
         return 1.0
     try:
         return PyavVideo(video).pixel_aspect

@@ -97,11 +97,9 @@ class DecodePool:
     ) -> None:
         """Hand out what is ready, then take in what is done, waiting for something unless ``idle``.
 
-        A helper that is still starting gets no job: nobody might ever read it, and to send it could wait for ever.
+        Who is done gets the next job at once: what is made of its result may take a while.
         """
-        for helper in self._helpers:
-            if ready and helper.up and helper.number is None:
-                helper.send(*ready.popleft(), deadline)
+        self._hand_out(ready, deadline)
         if not ready and all(helper.number is None for helper in self._helpers):
             return
         awaited = [helper for helper in self._helpers if helper.number is not None or not helper.up]
@@ -130,6 +128,14 @@ class DecodePool:
                 if self._closed:
                     return
                 self._helpers[index] = _Helper(self._function)
+        self._hand_out(ready, deadline)
+
+    def _hand_out(self, ready: deque[tuple[int, dict[str, Any]]], deadline: float) -> None:
+        """A helper that is still starting gets no job: nobody might ever read it, and to send it could wait for
+        ever."""
+        for helper in self._helpers:
+            if ready and helper.up and helper.number is None:
+                helper.send(*ready.popleft(), deadline)
 
 
 class _Helper:

@@ -139,6 +139,20 @@ def test_one_process_follows_adamw_and_the_average_in_float64(stage: int) -> Non
     assert nn.functional.linear is linear  # DeepSpeed puts its own there for good
 
 
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_what_a_step_does_not_use_decays_as_if_its_gradient_were_zero(stage: int) -> None:
+    module = nn.ModuleDict({"used": nn.Linear(6, 3), "unused": nn.Linear(6, 3)})
+    module.forward = module["used"].forward  # type: ignore[method-assign]
+    before = module["unused"].weight.detach().clone()
+    engine = Engine(module, EngineConfig(zero_stage=stage, precision="fp32", weight_decay=0.5), lambda name: True, 2)
+    engine.backward(engine(torch.ones(2, 6)).sum())
+    assert engine.step(0.1).applied
+    state = engine.gather(engine.masters())
+    assert state is not None
+    torch.testing.assert_close(state["unused.weight"], before * (1 - 0.1 * 0.5))
+    engine.close()
+
+
 @pytest.mark.parametrize("settings", [{}, {"accumulation_dtype": "bf16"}, {"offload_optimizer": True}])
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_a_skipped_step_leaves_nothing_behind(stage: int, settings: dict) -> None:

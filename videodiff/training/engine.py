@@ -95,6 +95,8 @@ class Engine:
         if config.compiled_network:
             module.compile()  # in place: names of parameters stay as they are
         self._deepspeed: Any = _wrap(module, config, self.micro_batch, self.accumulation)
+        if config.zero_stage == 0 and world() == 1:  # its all-reduce would copy all gradients twice, for nobody
+            self._deepspeed.enable_backward_allreduce = False
         self._parameters = {name: p for name, p in module.named_parameters() if name in self._shapes}
         self._pieces = {name: self._locate(p, self._shapes[name]) for name, p in self._parameters.items()}
         self._owns = config.zero_stage > 0 or rank() == 0  # at stage 0 all have the whole, and one speaks for it
@@ -251,7 +253,10 @@ class Engine:
 
     def _plain_step(self) -> StepResult:
         """Stage 0: gradients are whole and already equal on all ranks, so that all of them decide alike."""
-        parameters = [p for p in self._parameters.values() if p.grad is not None]
+        parameters = list(self._parameters.values())
+        for parameter in parameters:
+            if parameter.grad is None:  # the all-reduce of several ranks makes zeros of it too
+                parameter.grad = torch.zeros_like(parameter)
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         applied = bool(norm.isfinite())
         if not applied:
