@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import io
 import multiprocessing
+import random
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -23,13 +24,19 @@ from data_pipeline.clips import fit, grid_frames
 FRAMES, FPS, SIZE, BATCH = 16, 8.0, 256, 8  # of what is asked for
 
 
+def window(grid: np.ndarray) -> list[int]:
+    """Frames of a clip's grid from a random one on, as training takes them: the later, the more is decoded."""
+    first = random.randrange(len(grid) - FRAMES + 1)
+    return grid[first : first + FRAMES].tolist()
+
+
 def by_decord(video: bytes) -> np.ndarray:
     """By decord as its README has it, without the checks that our loader makes."""
     import decord
 
     reader = decord.VideoReader(io.BytesIO(video), num_threads=1)
     times = np.arange(len(reader)) / reader.get_avg_fps()
-    return fit(reader.get_batch(grid_frames(times, FPS, FRAMES)[:FRAMES].tolist()).asnumpy(), SIZE)
+    return fit(reader.get_batch(window(grid_frames(times, FPS, FRAMES))).asnumpy(), SIZE)
 
 
 def by_pyav(video: bytes) -> np.ndarray:
@@ -40,7 +47,7 @@ def by_pyav(video: bytes) -> np.ndarray:
         stream = container.streams.video[0]
         stream.thread_count = 1
         decoded = list(container.decode(stream))
-    grid = grid_frames(np.array([float(frame.time) for frame in decoded]), FPS, FRAMES)[:FRAMES]
+    grid = window(grid_frames(np.array([float(frame.time) for frame in decoded]), FPS, FRAMES))
     return fit(np.stack([decoded[i].to_ndarray(format="rgb24") for i in grid]), SIZE)
 
 
@@ -50,8 +57,8 @@ def by_torchcodec(video: bytes) -> np.ndarray:
 
     decoder = VideoDecoder(video, num_ffmpeg_threads=1, dimension_order="NHWC", seek_mode="approximate")
     times = np.arange(len(decoder)) / float(decoder.metadata.average_fps)
-    grid = grid_frames(times, FPS, FRAMES)[:FRAMES]
-    return fit(decoder.get_frames_at(grid.tolist()).data.numpy(), SIZE)
+    grid = window(grid_frames(times, FPS, FRAMES))
+    return fit(decoder.get_frames_at(grid).data.numpy(), SIZE)
 
 
 DECODERS: dict[str, Callable[[bytes], np.ndarray]] = {

@@ -13,7 +13,7 @@ class Settings:
     width: int = 16  # model_channels of the U-Nets of digits
     train_steps: int = 2500
     feature_steps: int = 1500  # of the two classifiers
-    batch: int = 64
+    batch: int = 32
     learning_rate: float = 1e-3
     num_samples: int = 500  # as many as there are test digits, which they are compared with
     num_bounds: int = 100  # digits of each split whose likelihood is bounded
