@@ -77,7 +77,7 @@ def decode_clip(
             first, count = 0, len(grid)
         pieces = opened.read(grid[first : first + count].tolist())
         fitted = [fit(piece, (height, width), crop, opened.pixel_aspect) for piece in pieces]
-        return Clip(np.concatenate(fitted), first, len(grid))
+        return Clip(fitted[0] if len(fitted) == 1 else np.concatenate(fitted), first, len(grid))
 
     try:
         return read_video(video, lambda opened: window(opened, whole_bytes))
