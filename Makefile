@@ -4,7 +4,7 @@
 # make test-crash   kill a rank at a hundred file operations of a save, each time go on
 # make test-slurm   the job scripts on a real Slurm cluster that is started here (root; installs Debian's slurm-wlm)
 # make lint         ruff, format, types, shellcheck
-# make bench-digits train and measure the diffusion core on handwritten digits (about an hour of two cores; goes on where it
+# make bench-digits train and measure the diffusion core on handwritten digits (46 minutes of two cores; goes on where it
 #                   was stopped); writes docs/core-results.md
 # make bench-network our U-Net against those of diffusers, paired in one run; writes docs/network-speed.md
 # make bench-train  our training loop against plain PyTorch and accelerate; writes docs/training-speed.md
