@@ -222,6 +222,14 @@ def test_bf16_keeps_masters_moments_and_accumulation_in_fp32(stage: int, offload
     engine.close()
 
 
+def test_stages_1_and_2_are_for_several_ranks_unless_something_needs_them() -> None:
+    given = [{"zero_stage": 1}, {"zero_stage": 2}, {"zero_stage": 3}, {"zero_stage": 1, "precision": "bf16"}]
+    given += [{"zero_stage": 2, "offload_optimizer": True}]
+    configs = [EngineConfig(**{"precision": "fp32", **settings}) for settings in given]
+    assert [config.on(1).zero_stage for config in configs] == [0, 0, 3, 1, 2]
+    assert [config.on(2) for config in configs] == configs
+
+
 def test_average_is_fp32_and_moves_at_high_decay() -> None:
     value = EMA([torch.tensor([0.5])])
     for step in range(1_000_000, 1_010_000):

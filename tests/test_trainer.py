@@ -79,6 +79,16 @@ def test_four_steps_are_two_and_a_restart_and_two(tmp_path: Path, stage: int, pr
     assert weights(straight, 4, "raw")["scale"] == torch.tensor([1 / 3])  # buffers in full precision
 
 
+@pytest.mark.parametrize("stage", [1, 2])
+def test_one_process_alone_shards_nothing(tmp_path: Path, stage: int) -> None:
+    plain, asked = (
+        tiny(tmp_path / f"zero-{zero}", engine={"zero_stage": zero, "precision": "fp32"}) for zero in (0, stage)
+    )
+    for config in (plain, asked):
+        run_tiny(config)
+    assert_same_run(plain, asked)
+
+
 def memory(config: TinyConfig, step: int) -> dict[str, torch.Tensor]:
     return load_file(Path(config.run.dir, "checkpoints", f"step-{step:08d}", "memory.safetensors"))
 

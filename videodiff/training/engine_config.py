@@ -68,6 +68,13 @@ class EngineConfig(Config):
         """What the module computes in."""
         return DTYPES[self.precision]
 
+    def on(self, num_ranks: int) -> "EngineConfig":
+        """What it comes to on so many ranks: one alone, in fp32 and with nothing offloaded, has nothing to shard, and
+        takes stage 0 in place of 1 or 2. The steps are the same, without copies that cost a fifth of a small one."""
+        if num_ranks == 1 and self.zero_stage in (1, 2) and self.precision == "fp32" and not self.offload_optimizer:
+            return self.model_copy(update={"zero_stage": 0})
+        return self
+
     def rate(self, step: int) -> float:
         """The learning rate of step `step` (from 0): linear warm-up, then constant or half a cosine down to zero."""
         if step < self.warmup_steps:

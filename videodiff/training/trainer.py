@@ -110,7 +110,7 @@ def train(
         torch.manual_seed(generator(run.seed, "initialization").initial_seed())
         task, source = prepare()
         watch.at(0, Phase.CHOOSING_A_CHECKPOINT)
-        trainer = _Trainer(run, engine, batch_size, task, source, attempt, watch)
+        trainer = _Trainer(run, engine.on(world()), batch_size, task, source, attempt, watch)
         try:
             trainer.train()
         finally:
@@ -361,7 +361,8 @@ class _Trainer:
         begin = f"resumed after step {self.progress.step}" if self.progress.step else "started"
         return (
             f"{self.folder}: {begin}, to step {self.run.steps}; batch {self.batch_size} = {world()} processes x "
-            f"{engine.accumulation} x {engine.micro_batch} samples; ZeRO {config.zero_stage}, parameters "
+            f"{engine.accumulation} x {engine.micro_batch} samples; ZeRO {config.zero_stage}"
+            f"{'' if config.zero_stage else ' (nothing sharded)'}, parameters "
             f"{config.precision}, gradients {config.accumulation_dtype}, masters and EMA fp32, on {device()}"
         )
 
