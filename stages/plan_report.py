@@ -39,12 +39,13 @@ def report(
         f"{made.latent_positions:,} latent positions; {made.pixel_bytes / 1e6:.2f} MB of decoded pixels",
         "  memory per GPU     GiB: states + activations + buffers + encoders",
     ]
+    engine = config.engine.on(made.gpus)  # as training takes it
     for stage, memory in made.memory.items():
         parts = " + ".join(
             f"{part / GIB:.2f}" for part in (memory.states, memory.activations, memory.buffers, memory.encoders)
         )
         fits = "fits" if memory.total <= USABLE * gpu.memory else "does not fit"
-        mark = "->" if stage == config.engine.zero_stage else "  "
+        mark = "->" if stage == engine.zero_stage else "  "
         sent = made.communication[stage] / 1e9
         lines.append(
             f"  {mark} ZeRO {stage}          {memory.total / GIB:.2f} = {parts}; {fits}; sends {sent:.2f} GB a step"
@@ -57,11 +58,11 @@ def report(
         + (f", {hours * made.gpus * price:,.0f} at {price:g} an hour" if price is not None else ""),
         *(f"  note: {note}" for note in made.notes),
     ]
-    if held := made.memory[config.engine.zero_stage].host:
+    if held := made.memory[engine.zero_stage].host:
         lines.append(f"  offloaded          {held * gpus_per_node / GIB:.1f} GiB in the memory of each node")
     link = gpu.link if nodes == 1 else min(gpu.link, network * 1e9)
     checkpointed = getattr(config, "activation_checkpointing", False)
-    problems = _problems(made, config.engine, checkpointed, gpu_name, seconds, link)
+    problems = _problems(made, engine, checkpointed, gpu_name, seconds, link)
     return lines + [f"  warning: {problem}" for problem in problems]
 
 

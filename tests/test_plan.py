@@ -225,6 +225,8 @@ def test_thousands_of_gpus_and_a_plan_that_does_not_fit(capsys: pytest.CaptureFi
     nothing_left = ["engine.offload_optimizer=true", "activation_checkpointing=true", "engine.micro_batch=1"]
     small = said("--gpus-per-node", "1", "--gpu", "a10", "--zero-stage", "3", *nothing_left)
     assert "; try a GPU with more memory or a smaller network\n" in small
+    alone = said("--gpus-per-node", "1", "--zero-stage", "1", "engine.precision=fp32", "engine.micro_batch=1")
+    assert "-> ZeRO 0" in alone  # as training takes it
     assert "known are b200" in said("--gpu", "abacus")
     assert "can't be shared by 7 processes" in said("--gpus-per-node", "7")
 
