@@ -1,11 +1,13 @@
 """What the recipe's choices are worth: the video stage trained or sampled otherwise, with all else equal.
 
-    python -m benchmarks.ablations [--model demo] [--shards runs/demo/shards/clips] [--steps 1000] [--prompts 100]
-                                   [--held-out 50] [--only WAY ...] [--runs runs/ablations] [--out docs/ablations.md]
+    python -m benchmarks.ablations [--model demo] [--shards runs/demo/shards/clips] [--steps 1000] [--batch 8]
+                                   [--prompts 100] [--held-out 50] [--only WAY ...] [--at-once 1]
+                                   [--runs runs/ablations] [--out docs/ablations.md]
 
 Every way starts from the same image stage, sees the same clips in the same order for the same number of steps, and is
 judged on the same prompts and seeds as `as_published` is, in pairs. What was trained and judged is kept: the same
-command goes on where it was interrupted.
+command goes on where it was interrupted. `--at-once` trains and judges several ways side by side: a GPU has room for
+more than one of these small networks.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -75,7 +78,8 @@ def train(way: str, given: argparse.Namespace) -> Path:
         return run
     values = {
         "model": given.model, "run.dir": str(run), "run.steps": str(given.steps),
-        "engine.decay_steps": str(given.steps), "data.shards": str(given.shards), **WAYS[way].training,
+        "engine.decay_steps": str(given.steps), "data.shards": str(given.shards),
+        "data.batch_size": str(given.batch), **WAYS[way].training,
     }  # fmt: skip
     recipe = str(resources.path("configs/demo/video.yaml"))
     call_videodiff("train", recipe, *(f"{name}={value}" for name, value in values.items()))
@@ -131,15 +135,21 @@ def _points(found: Comparison) -> str:
 def main(given: argparse.Namespace, command: str) -> None:
     """Train, judge, and write the report."""
     names: Sequence[str] = [BASE, *(way for way in WAYS if way in given.only and way != BASE)]
-    judged = {way: judge(way, train(way, given), given) for way in names}
+    with ThreadPoolExecutor(given.at_once) as pool:  # each is a process of its own
+        trained = [way for way in names if WAYS[way].guidance is None]
+        folders = dict(zip(trained, pool.map(lambda way: train(way, given), trained), strict=True))
+        folders |= {way: train(way, given) for way in names if way not in folders}
+        found = pool.map(lambda way: judge(way, folders[way], given), names)
+        judged = dict(zip(names, found, strict=True))
     lines = [
         "# Ablations",
         "",
         f"`{command}`",
         "",
-        f"The demo's video stage, {given.steps:,} steps of each way from the same image stage, on the same clips in",
-        "the same order; clips from generated first images (of the naive way: from the text alone), the same prompts",
-        "and seeds for all. Shares that the reader finds right, with 95 % intervals; differences in points, paired.",
+        f"The demo's video stage, {given.steps:,} steps of batch {given.batch} of each way from the same image",
+        "stage, on the same clips in the same order; clips from generated first images (of the naive way: from the",
+        "text alone), the same prompts and seeds for all. Shares that the reader finds right, with 95 % intervals;",
+        "differences in points, paired.",
         "",
         *(f"- **{way.replace('_', ' ')}**: {WAYS[way].told}" for way in names),
         "",
@@ -156,9 +166,11 @@ if __name__ == "__main__":
     parser.add_argument("--model", default="demo", help="whose image stage all ways start from")
     parser.add_argument("--shards", type=Path, default=Path("runs/demo/shards/clips"))
     parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--prompts", type=int, default=100)
     parser.add_argument("--held-out", type=int, default=50, help="of each kind of unseen prompts")
     parser.add_argument("--only", nargs="+", default=list(WAYS), choices=list(WAYS))
+    parser.add_argument("--at-once", type=int, default=1, help="ways that are trained and judged side by side")
     parser.add_argument("--runs", type=Path, default=Path("runs/ablations"))
     parser.add_argument("--out", type=Path, help="Markdown file to write")
     options = parser.parse_args()
