@@ -5,7 +5,7 @@
 Blocks of steps alternate within one run: our loop takes its batches from a source that in between lets the others have
 theirs. All compute the loss of the image stage on encoded latents in float32, clip, step AdamW and
 update an average. Then: the share of a step that waits for data from encoded shards, what a checkpoint costs, and two
-processes of one thread against one (the same work for each: weak scaling).
+processes of one thread against one (the same work for each: weak scaling). `benchmarks.train_gpu` measures on a GPU.
 """
 
 from __future__ import annotations

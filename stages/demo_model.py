@@ -33,8 +33,8 @@ from videodiff.video_io import Frames, contact_sheet, save_sheet, write_animatio
 
 # Folder of the shards -> what `videodiff data world` is asked for. The image stage sees the first frames of scenes.
 SHARDS: dict[str, dict[str, int]] = {
-    "clips": {"num-clips": 4096, "size": 64, "frames": 31, "fps": 16, "seed": 1},
-    "images": {"num-clips": 8192, "size": 64, "frames": 1, "fps": 16, "seed": 2},
+    "clips": {"num-clips": 8192, "size": 64, "frames": 31, "fps": 16, "seed": 1},
+    "images": {"num-clips": 16384, "size": 64, "frames": 1, "fps": 16, "seed": 2},
 }
 STAGE_SHARDS = {"image": "images"}
 # glibc gives freed memory back at once, and large tensors fault their pages in anew: on a CPU that can double a step.
