@@ -1,6 +1,6 @@
 """What the recipe's choices are worth: the video stage trained or sampled otherwise, with all else equal.
 
-    python -m benchmarks.ablations [--model demo] [--shards runs/demo/shards/clips] [--steps 1000] [--batch 8]
+    python -m benchmarks.ablations [--model demo] [--shards runs/demo/shards/clips] [--steps 1000] [--batch 32]
                                    [--prompts 100] [--held-out 50] [--only WAY ...] [--at-once 1]
                                    [--runs runs/ablations] [--out docs/ablations.md]
 
@@ -166,7 +166,7 @@ if __name__ == "__main__":
     parser.add_argument("--model", default="demo", help="whose image stage all ways start from")
     parser.add_argument("--shards", type=Path, default=Path("runs/demo/shards/clips"))
     parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--prompts", type=int, default=100)
     parser.add_argument("--held-out", type=int, default=50, help="of each kind of unseen prompts")
     parser.add_argument("--only", nargs="+", default=list(WAYS), choices=list(WAYS))
