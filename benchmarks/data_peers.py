@@ -1,7 +1,7 @@
 """What people read clips with otherwise, each giving the frames that our loader is asked for.
 
-`bare` is decord alone (its VideoReader and get_batch, then the resize that all have), on files in memory; the others
-are plain webdataset in a torch DataLoader with a decoder.
+`bare` is decord alone (its VideoReader and get_batch), on files in memory; the others are plain webdataset in a torch
+DataLoader with a decoder. All crop and resize as ours does, by Pillow's bicubic kernel, called as its manual has it.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 import torch
 import webdataset
+from PIL import Image
 
-from data_pipeline.clips import fit, grid_frames
+from data_pipeline.clips import grid_frames
 
 FRAMES, FPS, SIZE, BATCH = 16, 8.0, 256, 8  # of what is asked for
 
@@ -30,13 +31,22 @@ def window(grid: np.ndarray) -> list[int]:
     return grid[first : first + FRAMES].tolist()
 
 
+def fitted(frames: np.ndarray) -> np.ndarray:
+    """The centre square of [T,H,W,3], SIZE pixels wide."""
+    height, width = frames.shape[1:3]
+    side = min(height, width)
+    left, top = (width - side) / 2, (height - side) / 2
+    box, size = (left, top, left + side, top + side), (SIZE, SIZE)
+    return np.stack([np.asarray(Image.fromarray(f).resize(size, Image.Resampling.BICUBIC, box=box)) for f in frames])
+
+
 def by_decord(video: bytes) -> np.ndarray:
     """By decord as its README has it, without the checks that our loader makes."""
     import decord
 
     reader = decord.VideoReader(io.BytesIO(video), num_threads=1)
     times = np.arange(len(reader)) / reader.get_avg_fps()
-    return fit(reader.get_batch(window(grid_frames(times, FPS, FRAMES))).asnumpy(), SIZE)
+    return fitted(reader.get_batch(window(grid_frames(times, FPS, FRAMES))).asnumpy())
 
 
 def by_pyav(video: bytes) -> np.ndarray:
@@ -48,7 +58,7 @@ def by_pyav(video: bytes) -> np.ndarray:
         stream.thread_count = 1
         decoded = list(container.decode(stream))
     grid = window(grid_frames(np.array([float(frame.time) for frame in decoded]), FPS, FRAMES))
-    return fit(np.stack([decoded[i].to_ndarray(format="rgb24") for i in grid]), SIZE)
+    return fitted(np.stack([decoded[i].to_ndarray(format="rgb24") for i in grid]))
 
 
 def by_torchcodec(video: bytes) -> np.ndarray:
@@ -58,7 +68,7 @@ def by_torchcodec(video: bytes) -> np.ndarray:
     decoder = VideoDecoder(video, num_ffmpeg_threads=1, dimension_order="NHWC", seek_mode="approximate")
     times = np.arange(len(decoder)) / float(decoder.metadata.average_fps)
     grid = window(grid_frames(times, FPS, FRAMES))
-    return fit(decoder.get_frames_at(grid).data.numpy(), SIZE)
+    return fitted(decoder.get_frames_at(grid).data.numpy())
 
 
 DECODERS: dict[str, Callable[[bytes], np.ndarray]] = {

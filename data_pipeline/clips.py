@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -160,7 +161,10 @@ def fit(
     kept_height, kept_width = (height, height * w / h) if height * w <= wide * h else (wide * h / w, wide)
     left, top = (wide - kept_width) * crop[1], (height - kept_height) * crop[0]
     box = (left / pixel_aspect, top, (left + kept_width) / pixel_aspect, top + kept_height)
-    return np.stack([resize(frame, w, h, box) for frame in frames])
+    fitted = np.empty((len(frames), h, w, 3), np.uint8)
+    for frame, place in zip(frames, fitted, strict=True):
+        place[...] = resize(frame, w, h, box)
+    return fitted
 
 
 def resize(
@@ -172,10 +176,23 @@ def resize(
     right, bottom = min(box[2], frame.shape[1]), min(box[3], frame.shape[0])
     if (box[0], box[1], right, bottom) == (0, 0, width, height) == (0, 0, frame.shape[1], frame.shape[0]):
         return frame
-    picture = Image.fromarray(frame).resize(
-        (width, height), Image.Resampling.BICUBIC, box=(box[0], box[1], right, bottom)
+    # Pillow copies the picture before it begins, which is dear: it gets only what the kernel sees.
+    x, across = _seen(box[0], right, width, frame.shape[1])
+    y, down = _seen(box[1], bottom, height, frame.shape[0])
+    row = 3 * frame.shape[1]
+    pixels = np.ascontiguousarray(frame).reshape(-1)[y * row + 3 * x : (y + down - 1) * row + 3 * (x + across)]
+    picture = Image.frombuffer("RGB", (across, down), pixels, "raw", "RGB", row, 1).resize(
+        (width, height), Image.Resampling.BICUBIC, box=(box[0] - x, box[1] - y, right - x, bottom - y)
     )
-    return np.asarray(picture)
+    return np.frombuffer(picture.tobytes(), np.uint8).reshape(height, width, 3)
+
+
+def _seen(low: float, high: float, size: int, whole: int) -> tuple[int, int]:
+    """First pixel of ``whole``, and their number, that `low` to `high` resized to ``size`` depends on: Pillow's bicubic
+    kernel reaches two pixels of the smaller side's scale beyond."""
+    reach = 2 * max((high - low) / size, 1) + 1
+    first = max(math.floor(low - reach), 0)
+    return first, min(math.ceil(high + reach), whole) - first
 
 
 def _image(data: bytes) -> npt.NDArray[np.uint8]:

@@ -23,7 +23,7 @@ Result = TypeVar("Result")
 
 
 class Opened(NamedTuple):
-    """A video to read frames from: when each is shown, and ascending indices -> their frames uint8 [T,H,W,3] in
+    """A video to read frames from, once: when each is shown, and ascending indices -> their frames uint8 [T,H,W,3] in
     pieces. A pixel is ``pixel_aspect`` times as wide as it is high."""
 
     decoder: str
@@ -75,8 +75,12 @@ def _by_decord(video: bytes) -> Opened:
     times = np.sort(reader.get_frame_timestamp(range(len(reader)))[:, 0].astype(np.float64))
 
     def read(indices: list[int]) -> Iterator[npt.NDArray[np.uint8]]:
+        nonlocal reader
         for first in range(0, len(indices), _PIECE):
-            yield read_frames(reader, indices[first : first + _PIECE])
+            piece = read_frames(reader, indices[first : first + _PIECE])
+            if first + _PIECE >= len(indices):
+                reader = None  # it would go on decoding ahead while somebody works on the piece
+            yield piece
 
     # Some files say no times, in which place decord has random ones; and what an edit list hides is not shown.
     shown = bool(((times > -1e-3) & (times < min(1e6, _edited_seconds(video)))).all())

@@ -177,7 +177,7 @@ class ShardSource:
     def _batch(self, slots: list[_Slot], clips: list[Clip | ClipError | None]) -> VideoBatch:
         bucket = slots[0].bucket
         shape = (0, 0) if self._encoding else (bucket.height, bucket.width)
-        frames = np.zeros((len(slots), bucket.frames, *shape, 3), np.uint8)
+        frames = np.empty((len(slots), bucket.frames, *shape, 3), np.uint8)
         keys, captions, paraphrases, labels, weight = [], [], [], [], []
         encoded = []
         for row, (slot, clip) in enumerate(zip(slots, clips, strict=True)):
@@ -199,6 +199,7 @@ class ShardSource:
                 shard = self._mixture.place(slot.sample)[0].path
                 key, caption, paraphrase = self._bad.take(slot.number, slot.key, shard, clip or slot.error), "", ""
                 label = ""
+                frames[row] = 0
             keys.append(key)
             labels.append(label)
             captions.append(caption)

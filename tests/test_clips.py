@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from data_pipeline import decoder_choice
-from data_pipeline.clips import ClipError, decode_clip, fit, grid_frames, window_start
+from data_pipeline.clips import ClipError, decode_clip, fit, grid_frames, resize, window_start
 from videodiff.video_io import encode_video
 
 
@@ -86,6 +86,21 @@ def test_every_even_width_decodes(width: int) -> None:
     clip = np.random.default_rng(width).integers(0, 256, (3, 1, 1, 3), np.uint8).repeat(16, 1).repeat(width, 2)
     decoded = decode_clip(encode_video(clip, 8), fps=8, frames=3, size=min(16, width)).frames
     assert np.abs(decoded.astype(int) - clip[:, : decoded.shape[1], : decoded.shape[2]]).max() <= 12
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_a_resized_part_is_what_pillow_makes_of_the_whole(seed: int) -> None:
+    """Only what the kernel sees is handed to Pillow: nothing else may matter."""
+    rng = np.random.default_rng(seed)
+    width, height, w, h = rng.integers(1, 150, 4).tolist()
+    frame = rng.integers(64, 192, (height, width, 3), np.uint8)
+    # In sixteenths of a pixel, which Pillow's single precision has exactly.
+    left, top = (int(rng.integers(0, 8 * side)) / 16 for side in (width, height))
+    right, bottom = (side - int(rng.integers(0, 8 * side)) / 16 for side in (width, height))
+    box = (left, top, right, bottom)
+    whole = np.asarray(Image.fromarray(frame).resize((w, h), Image.Resampling.BICUBIC, box=box))
+    off = np.abs(resize(frame, w, h, box).astype(int) - whole)
+    assert off.max() <= 2  # Pillow goes first down or first across, by what is less work, and rounds in between
 
 
 def test_other_containers_and_codecs(tmp_path: Path) -> None:
