@@ -9,6 +9,8 @@ from __future__ import annotations
 from functools import partial
 from typing import ClassVar, Literal
 
+from pydantic import model_validator
+
 from stages.base import DiffusionStageConfig, DiffusionTask
 from videodiff.diffusion.prediction import Prediction
 from videodiff.diffusion.schedule import NoiseSchedule
@@ -32,6 +34,15 @@ class VideoStage(DiffusionStageConfig):
     first_image: bool = True
     schedule: NoiseSchedule | None = None
     prediction: Prediction | None = None
+
+    @model_validator(mode="after")
+    def _something_tells_what_is_seen(self) -> VideoStage:
+        if not self.first_image and not self.temporal.spatial_text:
+            raise ValueError(
+                "first_image and temporal.spatial_text are both false: nothing would tell the spatial layers what to "
+                "show; set one"
+            )
+        return self
 
 
 def known_slots(frames: int, first_image: bool = True) -> tuple[int, ...]:

@@ -129,13 +129,8 @@ def test_each_new_part_alone_changes_nothing_at_the_start(shape: str) -> None:
     network = UNet(config)
     fill(network, only_spatial=True)
     given = for_shape(config, condition())
-    signals = layers.Signals(
-        embedding=normal(2, 64),
-        video_embedding=normal(2, 64),
-        text=given.text,
-        text_mask=tuple(mask[:, None, None] for mask in given.text_mask),
-        frames=3,
-    )
+    masks = tuple(mask[:, None, None] for mask in given.text_mask)
+    signals = layers.Signals(normal(2, 64), normal(2, 64), given.text, masks, 3, given.text, masks)
     found = 0
     for module in network.modules():
         if isinstance(module, layers.TemporalConv):
@@ -237,6 +232,24 @@ def test_each_condition_changes_the_output(part: str) -> None:
         change = normal(*getattr(given, part).shape, seed=8)
         given = replace(given, **{part: getattr(given, part) + change})
     assert (network(x, time, given) - before).abs().max() > 1e-5
+
+
+def test_without_spatial_text_only_the_temporal_layers_of_a_video_hear_it() -> None:
+    assert SMALL.temporal is not None
+    network = UNet(SMALL.model_copy(update={"temporal": SMALL.temporal.model_copy(update={"spatial_text": False})}))
+    fill(network, only_spatial=True)
+    x, given = normal(2, 3, 3, 4, 4), condition()
+    silent = given.without("text")
+    assert torch.equal(network(x, TIME, given), network(x, TIME, silent))
+    image = x[:, :, :1]
+    assert (network(image, TIME, frame(given)) - network(image, TIME, frame(silent))).abs().max() > 1e-3
+    fill(network)
+    heard = network(x, TIME, given)
+    assert (heard - network(x, TIME, silent)).abs().max() > 1e-3
+    told_all = UNet(SMALL)
+    told_all.load_state_dict(network.state_dict())
+    assert (heard - told_all(x, TIME, given)).abs().max() > 1e-3
+    torch.testing.assert_close(network(x, TIME, silent), told_all(x, TIME, silent))
 
 
 def test_masked_tokens_are_not_seen_and_samples_are_apart() -> None:

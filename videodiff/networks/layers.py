@@ -32,6 +32,7 @@ class Signals:
     video_embedding: [B,E], the same plus frame rate; None in an image call, which makes every block skip its temporal
         layers.
     text: per encoder [B,L,D]; text_mask: per encoder [B,1,1,L] bool, True where there is a token.
+    video_text, video_text_mask: the same for the temporal layers; none in an image call.
     frames: T.
     """
 
@@ -40,6 +41,8 @@ class Signals:
     text: tuple[Tensor, ...]
     text_mask: tuple[Tensor, ...]
     frames: int
+    video_text: tuple[Tensor, ...] = ()
+    video_text_mask: tuple[Tensor, ...] = ()
 
 
 def zeroed(layer: nn.Module) -> nn.Module:
@@ -294,7 +297,7 @@ class TemporalLayer(nn.Module):
         x = x + self.frame_attention(self.norm_frames(x))
         clip = x.flatten(1, 2)
         # Not strict: without text attention there are no layers for the text that is there.
-        texts = zip(signals.text, signals.text_mask, strict=True)
+        texts = zip(signals.video_text, signals.video_text_mask, strict=True)
         for norm, layer, (text, mask) in zip(self.norm_text, self.text_attention, texts, strict=False):
             clip = clip + layer(norm(clip), text, mask)
         if self.first_attention is not None and self.norm_first is not None:

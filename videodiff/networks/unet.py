@@ -38,6 +38,11 @@ class TemporalConfig(Config):
     num_layers: int = Field(1, ge=1, description="layers in each temporal attention block")
     feed_forward_factor: float = Field(4.0, gt=0)
     text_attention: bool = True
+    spatial_text: bool = Field(
+        True,
+        description="whether the spatial layers of a video hear the text; if not, what is seen comes from the first "
+        "image and the text tells the temporal layers the motion",
+    )
     first_frame_attention: bool = True
     fps: bool = Field(False, description="take condition.fps, frames per second")
 
@@ -45,6 +50,8 @@ class TemporalConfig(Config):
     def _check(self) -> "TemporalConfig":
         if self.kernel % 2 == 0:
             raise ValueError(f"kernel {self.kernel} is even, so no frame is its middle; use {self.kernel + 1}")
+        if not self.spatial_text and not self.text_attention:
+            raise ValueError("spatial_text and text_attention are both false: no layer would hear the text; set one")
         return self
 
 
@@ -377,19 +384,27 @@ class UNet(nn.Module):
         return x.permute(0, 2, 3, 4, 1).flatten(0, 1).contiguous().permute(0, 3, 1, 2)
 
     def _signals(self, x: Tensor, time: Tensor, condition: Condition, video: bool) -> Signals:
-        base, dtype = self.config.model_channels, x.dtype
-        embedding = self.time_embedding(sinusoid(time, base).to(dtype))
-        if self.pooled_embedding is not None and self.pooled_norm is not None and condition.pooled is not None:
-            embedding = embedding + self.pooled_embedding(self.pooled_norm(condition.pooled.to(dtype)))
-        video_embedding = embedding if video else None
-        if video_embedding is not None and self.temporal_fps is not None and condition.fps is not None:
+        base, dtype, temporal = self.config.model_channels, x.dtype, self.config.temporal
+        step = self.time_embedding(sinusoid(time, base).to(dtype))
+
+        def told(heard: Condition) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
+            """The embedding before its activation, the tokens and their masks."""
+            embedding = step
+            if self.pooled_embedding is not None and self.pooled_norm is not None and heard.pooled is not None:
+                embedding = step + self.pooled_embedding(self.pooled_norm(heard.pooled.to(dtype)))
+            tokens = tuple(text.to(dtype) for text in heard.text)
+            return embedding, tokens, tuple(mask[:, None, None] for mask in heard.text_mask)
+
+        embedding, text, text_mask = told(condition)
+        if not video or temporal is None:
+            return Signals(F.silu(embedding), None, text, text_mask, x.shape[2])
+        video_embedding, video_text, video_text_mask = embedding, text, text_mask
+        if self.temporal_fps is not None and condition.fps is not None:
             video_embedding = video_embedding + self.temporal_fps(sinusoid(condition.fps, base).to(dtype))
+        if not temporal.spatial_text:
+            embedding, text, text_mask = told(condition.without("text"))
         return Signals(
-            embedding=F.silu(embedding),
-            video_embedding=None if video_embedding is None else F.silu(video_embedding),
-            text=tuple(text.to(dtype) for text in condition.text),
-            text_mask=tuple(mask[:, None, None] for mask in condition.text_mask),
-            frames=x.shape[2],
+            F.silu(embedding), F.silu(video_embedding), text, text_mask, x.shape[2], video_text, video_text_mask
         )
 
     def _check(self, x: Tensor, time: Tensor, condition: Condition) -> None:
