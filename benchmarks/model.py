@@ -127,8 +127,8 @@ def swap(subject: Subject, count: int) -> list[str]:
 def diversity(subject: Subject, seeds: int, count: int = 4) -> list[str]:
     """Rows: the deviation of where the object lies in first images, of the model and of the data, for some prompts."""
     rows = [
-        "| prompt | deviation across, model / data | down, model / data | share of the data's |",
-        "|---|---|---|---|",
+        "| prompt | clips | deviation across, model / data | down, model / data | share of the data's |",
+        "|---|---|---|---|---|",
     ]
     shares = []
     asked = prompts(count, SEED + 2, "train")
@@ -238,8 +238,9 @@ def percent(interval: Interval) -> str:
 def main(name: str, cases: Sequence[str], count: int, seeds: int, budgets: Sequence[int], out: Path | None) -> None:
     """Run the cases, print the report, and write it to `out`, its pictures beside it."""
     subject = Subject(Model.load(name))
-    command = f"python -m benchmarks.model --model {name} --prompts {count} --seeds {seeds} --steps"
-    command = " ".join([command, *map(str, budgets)])
+    command = f"python -m benchmarks.model --model {name} --cases {' '.join(cases)} --prompts {count} --seeds {seeds}"
+    if "steps" in cases:
+        command = " ".join([command, "--steps", *map(str, budgets)])
     lines = ["# What the model has learned", "", f"`{command}`; shares with 95 % intervals."]
     made: dict[str, tuple[str, Callable[[], list[str]]]] = {
         "swap": ("The image of one, the text of another", lambda: swap(subject, count)),
