@@ -34,6 +34,11 @@ class BadSamples:
             self.recorded[number] = key
             self.counts[reason] += 1
 
+    def told(self) -> str:
+        """How many are bad for which reason, and where they are listed."""
+        reasons = ", ".join(f"{count} {reason}" for reason, count in self.counts.most_common())
+        return reasons + (f", listed in {self._path}" if self._path else "")
+
     def good(self) -> None:
         """Count a clip that is none of them."""
         self._seen += 1
@@ -50,10 +55,8 @@ class BadSamples:
             entry = {"number": number, "key": key, "shard": str(shard), "reason": error.reason, "detail": error.detail}
             self._write(json.dumps(entry, ensure_ascii=False) + "\n")
         if self._bad > max(self._floor, self._limit * self._seen):
-            reasons = ", ".join(f"{count} {reason}" for reason, count in self.counts.most_common())
-            where = f", listed in {self._path}" if self._path else ""
             raise UserError(
-                f"{self._bad} of {self._seen} clips are bad ({reasons}{where}), "
+                f"{self._bad} of {self._seen} clips are bad ({self.told()}), "
                 f"more than bad_limit={self._limit:g}; the last is {key} in {shard}; mend them or raise the limit"
             )
         return key

@@ -226,7 +226,14 @@ def serve(descriptors: tuple[int, int], function_name: str) -> None:
                 result: Any = _call(function, job)
             except UserError as error:
                 result = error
-            connection.send(shared.put(result))
+            try:
+                answer = shared.put(result)
+            except OSError as error:  # not the clip's fault, which must not be noted as bad
+                answer = UserError(
+                    f"a decoding helper has no memory to hand over what it made ({error.strerror or error}); free "
+                    "some, raise the limit (ulimit -f, the job's memory), or use fewer data.workers"
+                )
+            connection.send(answer)
 
 
 def _call(function: Callable[..., Any], job: dict[str, Any]) -> Any:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from data_pipeline.filters import Filters
 from data_pipeline.scenes import ClipConfig, ScenesConfig
@@ -39,6 +40,12 @@ class PrepareConfig(Config):
     workers: int | None = operational(None, ge=0)  # helper processes, one per core by default; 0 knows no deadlines
     video_seconds: float = operational(300.0, gt=0)  # the deadline for looking at a video, for each frame of it anew
     clip_seconds: float = operational(60.0, gt=0)  # and for cutting one clip
+
+    @field_validator("exclude")
+    @classmethod
+    def _wherever_it_is_read(cls, exclude: str | None) -> str | None:
+        """`data filter` and `data merge` read the list again, perhaps from another directory."""
+        return exclude and os.path.abspath(exclude)
 
     @model_validator(mode="after")
     def _check(self) -> PrepareConfig:

@@ -3,16 +3,26 @@
 #   slurm/pipeline.sh configs/demo -- --nodes=2
 #   slurm/pipeline.sh configs/emu/{image,video_256,video_512,video_512_16,finetune,interpolation}.yaml \
 #     -- --nodes=32 --gpus-per-node=8 --ntasks-per-node=8
-# A folder stands for its autoencoder.yaml, text.yaml, image.yaml, video.yaml and interpolation.yaml. A stage that fails
-# ends the chain.
+# A folder stands for its autoencoder.yaml, text.yaml, image.yaml, video.yaml and interpolation.yaml; what else lies in it
+# is named and left out. A stage that fails ends the chain.
 set -euo pipefail
 here=$(dirname "$0")
 configs=()
 while (($#)) && [[ $1 != -- ]]; do
     if [[ -d $1 ]]; then
+        folder=${1%/}
         for stage in autoencoder text image video interpolation; do
-            if [[ -f $1/$stage.yaml ]]; then configs+=("$1/$stage.yaml"); fi
+            if [[ -f $folder/$stage.yaml ]]; then configs+=("$folder/$stage.yaml"); fi
         done
+        others=()
+        for config in "$folder"/*.yaml; do
+            case " ${configs[*]:-} " in *" $config "*) ;; *) if [[ -f $config ]]; then others+=("$config"); fi ;; esac
+        done
+        if ((${#others[@]})) && [[ -f $folder/image.yaml && ! -f $folder/video.yaml ]]; then
+            echo "$folder: it has no video.yaml, but ${others[*]}; name the stages' YAMLs in order instead of the folder" >&2
+            exit 2
+        fi
+        if ((${#others[@]} && ${#configs[@]})); then echo "left out: ${others[*]}" >&2; fi
     elif [[ -f $1 ]]; then
         configs+=("$1")
     else

@@ -103,7 +103,9 @@ def encode(
     ] = 0.01,
 ) -> None:
     """Make latents and text features of videos once, to train the diffusion stages without decoding."""
+    from data_pipeline.bad_samples import BadSamples
     from data_pipeline.data_config import DataConfig
+    from stages.encode import BAD_SAMPLES
     from stages.encode import encode as run
     from videodiff.model import Model
 
@@ -112,3 +114,6 @@ def encode(
         flip=flip, workers=workers, deadline_seconds=deadline_seconds, bad_limit=bad_limit,
     )  # fmt: skip
     typer.echo(f"wrote {run(config, Model.load(model), out, variants, seed, progress=sys.stdout.isatty())}")
+    left_out = BadSamples(out / BAD_SAMPLES, bad_limit, config.bad_floor)
+    if left_out.counts:
+        typer.echo(f"left out: {left_out.told()}")

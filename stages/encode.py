@@ -63,7 +63,7 @@ def encode(config: DataConfig, model: Model, out: Path, variants: int, seed: int
 
     A sample becomes one of latents and text features in half precision, with its JSON. One that can't be decoded is
     left out, and listed in bad_samples.jsonl there. A run that was interrupted continues when asked again for the same.
-    Raises UserError where a shard can't be read, or when too many samples are bad.
+    Raises UserError where a shard can't be read, or when too many samples are bad, or all of them.
     """
     assert isinstance(config.shards, str)
     shards = open_shards(config.shards)
@@ -94,6 +94,8 @@ def encode(config: DataConfig, model: Model, out: Path, variants: int, seed: int
                 write_shard(out / name, encoder.samples(shard, first, pool, bad), FEATURES)
             first += len(shard.offsets)
             advance(len(shard.offsets))
+    if len(bad.recorded) >= encoder.num_samples:
+        raise UserError(f"{config.shards}: none of its {encoder.num_samples} samples can be encoded ({bad.told()})")
     write_index(out, names, plan)
     for leftover in (*out.glob(".encoded-*.tar"), out / PLAN):
         leftover.unlink(missing_ok=True)

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load, save
 from tiny_shards import clip
 from tiny_stages import ENGINE
+from typer.testing import CliRunner
 
 from data_pipeline.data_config import DataConfig
 from data_pipeline.decoders import ClipError
@@ -24,6 +25,7 @@ from data_pipeline.samples import read_sample
 from data_pipeline.shards import open_shards, write_index, write_shard, write_world_shards
 from stages import image, video
 from stages.assemble import train_stage
+from stages.cli import app
 from stages.encode import encode, encoder_digest
 from videodiff import config as configs
 from videodiff.batch import Encoded, VideoBatch
@@ -173,6 +175,14 @@ def test_bad_videos_are_left_out_and_listed(model: Model, tmp_path: Path) -> Non
     assert [len(shard.offsets) for shard in open_shards(str(out))] == [1]
     listed = [json.loads(line) for line in (out / "bad_samples.jsonl").read_text().splitlines()]
     assert {(entry["key"], entry["reason"]) for entry in listed} == {("bad", "undecodable"), ("short", "too short")}
+    arguments = ["data", "encode", str(folder), "--model", str(model.folder), "--out", str(out)]
+    told = CliRunner().invoke(app, [*arguments, "--frames", "4", "--fps", "8", "--size", "32", "--variants", "2"])
+    assert "left out: 1 undecodable, 1 too short, listed in" in told.output, told.output
+    write_shard(tmp_path / "junk/a.tar", [("bad", b"junk", meta)])
+    write_index(tmp_path / "junk", ["a.tar"], {})
+    with pytest.raises(UserError, match=r"none of its 1 samples can be encoded \(1 undecodable, listed in"):
+        encode(config(tmp_path / "junk", 4), model, tmp_path / "none", 1, seed=0)
+    assert not (tmp_path / "none/index.json").exists()
     with pytest.raises(UserError, match="2 of 3 clips are bad"):
         encode(config(folder, 4, bad_floor=1), model, tmp_path / "strict", 1, seed=0)
     with pytest.raises(UserError, match="encoded already"):

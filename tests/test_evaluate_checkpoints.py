@@ -1,13 +1,16 @@
 """`videodiff evaluate` over the checkpoints of a run: which, twice the same, as they come, compared, on shards."""
 
+import io
 import json
 import shutil
+import tarfile
 import threading
 import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -24,6 +27,7 @@ from videodiff import config as configs
 from videodiff.errors import UserError
 from videodiff.parts import File, ModelConfig, sha256
 from videodiff.training.status import Status
+from videodiff.video_io import encode_video
 
 
 def add_checkpoint(run: Path, model: Path, step: int, noise: float = 0.0, name: str = "step") -> Path:
@@ -271,6 +275,29 @@ def test_a_network_that_sees_no_row_is_named_and_nothing_is_made_twice(toy_model
     before = kept.stat().st_mtime_ns
     main(request)
     assert kept.stat().st_mtime_ns == before
+
+
+def test_the_tower_is_judged_whatever_networks_are_named(toy_model: Path, tmp_path: Path) -> None:
+    told = saved_script(nn.Flatten(), tmp_path / "pictures.pt")
+    judges = tmp_path / "judges.yaml"
+    judges.write_text(
+        f"features:\n  - {{kind: torchscript, name: other, path: {told['path']}, sha256: {told['sha256']}, "
+        "takes: pictures, size: 16, range: [0, 1]}\n"
+    )
+    main(Request(str(toy_model), "text", 24, 0, tmp_path / "out", 0, judges=judges))
+    result = json.loads((tmp_path / "out/evaluation.json").read_text())
+    assert [judge["kind"] for judge in result["protocol"]["features"]] == ["bundled", "bundled", "torchscript"]
+    assert json.dumps(result["figures"]).count('text_to_image_r1"') >= 1
+
+
+def test_shards_without_captions_are_refused(toy_model: Path, tmp_path: Path) -> None:
+    video = encode_video(np.zeros((16, 32, 32, 3), np.uint8), 16)
+    silent = tarfile.TarInfo("silent.mp4")
+    silent.size = len(video)
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        tar.addfile(silent, io.BytesIO(video))
+    with pytest.raises(UserError, match="no sample can be asked about"):
+        main(Request(str(toy_model), "video", 1, 0, tmp_path / "out", 0, data=str(tmp_path / "a.tar")))
 
 
 def test_the_towers_of_a_text_run_are_compared(toy_model: Path, tmp_path: Path) -> None:

@@ -256,5 +256,10 @@ def test_a_chain_names_what_each_job_waits_for(tmp_path: Path) -> None:
         "video_256",
         "interpolation",
     ]
+    assert "left out: configs/demo/autoencoder_vq.yaml " in found.stderr
+    emu = chain("configs/emu")
+    assert (emu.returncode, emu.stdout) == (2, "")
+    assert "no video.yaml" in emu.stderr
+    assert "configs/emu/video_512_16.yaml" in emu.stderr
     assert chain("configs/nowhere").returncode == 2
     assert "no stage is named" in chain("configs/data").stderr

@@ -1,6 +1,7 @@
 """The order is proved on plain integers, the rest on real shards with real helpers, some of which misbehave."""
 
 import json
+import resource
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -295,6 +296,17 @@ def test_results_of_any_size_come_back_whole_and_may_be_written_to() -> None:
             for place, array in enumerate(found):
                 assert (array == 0.5 + place).all()
                 array += 1
+
+
+def test_a_helper_without_memory_accuses_no_clip() -> None:
+    """Here by a limit that a job may have; what it can't hand over is not the clip's fault, and ends the run."""
+    with DecodePool(1, 60, function="misbehaving_decoder:arrays") as pool:
+        results = pool.map({"lengths": (length,)} for length in (1, *range(300_000, 300_009)))
+        assert next(results).first.shape == (1, 3)
+        process = pool._helpers[0]._process.pid
+        resource.prlimit(process, resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+        with pytest.raises(UserError, match="no memory to hand over"):
+            list(results)  # the first of them may be done already; each needs more than the one before
 
 
 def test_a_hanging_clip_holds_up_neither_the_loader_nor_its_end(tmp_path: Path) -> None:

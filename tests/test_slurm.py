@@ -211,6 +211,22 @@ def test_videos_are_prepared_in_an_array_and_merged(cluster: Cluster) -> None:
     assert "kept 4 of 4 clips" in cluster.log(merged)
 
 
+def test_a_warned_part_of_an_array_comes_back_and_goes_on(cluster: Cluster) -> None:
+    videos = cluster.folder / "many videos"
+    videos.mkdir()
+    for number in range(60):
+        captioned(videos / f"{number}.mp4", 14, 64, 96, first=20 * number)
+    out = cluster.folder / "prepared-late"
+    settings = ["clip={frames: 4, fps: 8, size: 64}", "scenes=null", "workers=0", "filters.duplicate_bits=null"]
+    options = ("--array=1-1", "--cpus-per-task=1", f"--output={cluster.folder}/late-%A-%a.log")
+    array = cluster.submit("data.sbatch", str(videos), "--out", str(out), *settings, options=options)
+    cluster.lab.wait(lambda: any(out.rglob("*.jsonl")), 240)  # it has begun to write down what it finds
+    cluster.lab.run("scancel", "--batch", "--signal=USR1", f"{array}_1")
+    cluster.lab.wait(lambda: cluster.lab.job(f"{array}_1")["Restarts"] == "1", 120)
+    assert cluster.end(f"{array}_1", 600) == "COMPLETED", (cluster.folder / f"late-{array}-1.log").read_text()
+    assert "kept 60 of 60 clips" in (cluster.folder / f"late-{array}-1.log").read_text()
+
+
 def test_an_evaluation_follows_a_training(cluster: Cluster) -> None:
     job = cluster.train("judged", "run.steps=2")
     options = ("--nodes=2", f"--dependency=afterok:{job}")

@@ -231,7 +231,7 @@ def _open(request: Request, subject: Subject, questions: Questions, road: Pipeli
     plan, skipped = plan_for(model, request.stage, request.seed, of_the_world(questions), request.size)
     scale = classifier_scale_for(plan, request.classifier_scale)
     plan = replace(plan, classifier_scale=scale, batch=request.batch_size)
-    gauge, left_out = open_gauge(request.judges, model, plan.size, device)
+    gauge, left_out = open_gauge(request.judges, model, plan.size, device, request.stage == "text")
     identity = {
         "model": sha256(model.folder / DESCRIPTION), "weights": subject.weights,
         "software": {**software(), "device": device.type},

@@ -26,16 +26,21 @@ class Judges(Config):
     perceptual: PerceptualConfig | None = None
 
 
-def open_gauge(path: Path | None, model: Model, size: int, device: torch.device) -> tuple[Gauge, dict[str, str]]:
+def open_gauge(
+    path: Path | None, model: Model, size: int, device: torch.device, tower: bool = False
+) -> tuple[Gauge, dict[str, str]]:
     """What measures clips, and what is left out for which reason: without a file a model needs no text tower.
 
+    tower: the model's own text tower is what is judged, so that it is among them whatever the file names.
     Raises UserError for a file that can't be read, and networks that it names and that can't be opened.
     """
     judges = Judges() if path is None else configs.load(Judges, path)
+    own = Judges().features if tower else ()
+    features = (*(each for each in own if each not in judges.features), *judges.features)
     skipped: dict[str, str] = {}
     extractors = []
     try:
-        for number, config in enumerate(judges.features):
+        for number, config in enumerate(features):
             extractors.append(open_features(config, model, device, f"features.{number}"))
     except UserError as error:
         if path is not None:
