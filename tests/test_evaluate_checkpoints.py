@@ -297,7 +297,7 @@ def test_shards_without_captions_are_refused(toy_model: Path, tmp_path: Path) ->
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         tar.addfile(silent, io.BytesIO(video))
     with pytest.raises(UserError, match="no sample can be asked about"):
-        main(Request(str(toy_model), "video", 1, 0, tmp_path / "out", 0, data=str(tmp_path / "a.tar")))
+        main(Request(str(toy_model), "video", 1, 0, tmp_path / "out", data=str(tmp_path / "a.tar")))
 
 
 def test_the_towers_of_a_text_run_are_compared(toy_model: Path, tmp_path: Path) -> None:
