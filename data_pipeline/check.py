@@ -139,6 +139,13 @@ def _judge(shard: Shard, raw: RawSample | SampleError, result: Any, found: Findi
     if isinstance(result, ClipError):
         found.add(result.reason, f"{shard.path}: sample {raw.key} is {result}; remove it or write it again")
         return
+    said = raw.meta.get("frames") if shard.indexed else None  # elsewhere the word may mean anything
+    if isinstance(result, Preview) and isinstance(said, int) and result.total < said:
+        line = (
+            f"sample {raw.key} has {result.total} of the {said} frames that its JSON tells; remove it or write it again"
+        )
+        found.add("incomplete", f"{shard.path}: {line}")
+        return
     found.num_good += 1
     found.num_captions += len(raw.captions)
     if isinstance(result, Preview):

@@ -8,12 +8,14 @@ import sys
 import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 from tiny_shards import picture, tar
 
 from data_pipeline.check import check_shards, steps_per_epoch
-from data_pipeline.shards import all_captions, open_shards, write_world_shards
+from data_pipeline.shards import all_captions, open_shards, write_index, write_shard, write_world_shards
 from videodiff.errors import UserError
+from videodiff.video_io import encode_video
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -51,6 +53,17 @@ def test_everything_that_is_wrong_is_listed(world: Path) -> None:
     assert (found.num_samples, found.num_good, len(found.problems)) == (6, 5, 3)
     assert "world-000002.tar" in found.problems[0]
     assert "world-000000.tar" in found.problems[1]
+
+
+def test_a_video_that_ends_early_is_found(tmp_path: Path) -> None:
+    """It decodes without an error; only what its JSON tells shows that a part is missing."""
+    video = encode_video(np.zeros((5, 32, 32, 3), np.uint8), 8)
+    meta = {"captions": ["black"], "frames": 8}
+    write_shard(tmp_path / "a.tar", [("half", video, meta), ("whole", video, {**meta, "frames": 5})])
+    write_index(tmp_path, ["a.tar"], {})
+    found = check_shards(str(tmp_path), 0, 60)
+    assert (dict(found.counts), found.num_good) == ({"incomplete": 1}, 1)
+    assert "sample half has 5 of the 8 frames" in found.problems[0]
 
 
 def test_members_of_others(tmp_path: Path) -> None:
