@@ -212,19 +212,25 @@ def _batch(task: Any, latent: tuple[int, int, int]) -> VideoBatch:
 
 
 def waiting(folder: Path, model: str, steps: int) -> tuple[float, float, float]:
-    """From encoded shards: share of the time that waits, seconds of a step, and what saving adds to a step."""
+    """From encoded shards: share of the time that waits, seconds of a step, and how long a checkpoint holds it up."""
     videos = write_world_shards(folder / "videos", num_clips=256, size=64, frames=1, fps=16, seed=1).parent
     data = DataConfig(shards=str(videos), batch_size=BATCH, frames=1, fps=8, size=64)
     encode(data, Model.load(model), folder / "encoded", 1, 0)
-    run, every = folder / "encoded-run", 20
-    shards = f"data.shards={folder / 'encoded'}"
-    given = to_overrides(stage(run, model, steps, shards, f"run.save_every={every}"), folder / "encoded.json")
-    began = time.perf_counter()
-    train_stage(given)
-    taken, passed = records(run), time.perf_counter() - began
+
+    def train(saves: int) -> tuple[list[dict[str, Any]], float]:
+        """A run's records, and the seconds of it that no step took: its start, its end, its checkpoints."""
+        run = folder / f"saves-{saves}"
+        changes = f"data.shards={folder / 'encoded'}", f"run.save_every={steps // saves}"
+        given = to_overrides(stage(run, model, steps, *changes), folder / f"saves-{saves}.json")
+        began = time.perf_counter()
+        train_stage(given)
+        passed = time.perf_counter() - began
+        return records(run), passed - sum(record["seconds"] for record in records(run))
+
+    train(1)  # what a process makes once is made
+    (_, few), (taken, many) = train(2), train(12)
     share = sum(record["waited"] for record in taken[5:]) / sum(record["seconds"] for record in taken[5:])
-    saving = (passed - sum(record["seconds"] for record in taken)) / (steps / every)
-    return share, statistics.median(record["seconds"] for record in taken[5:]), saving
+    return share, statistics.median(record["seconds"] for record in taken[5:]), (many - few) / 10
 
 
 def to_overrides(config: Any, path: Path) -> Path:
@@ -274,7 +280,7 @@ def main() -> None:
         *rows,
         "",
         f"Waiting for data from encoded shards: {100 * share:.2f} % of the time at {step:.3f} s a step (aim: below "
-        f"{100 * WAIT:.0f} %). A checkpoint (start and end of the run shared among three of them): {saving:.2f} s.",
+        f"{100 * WAIT:.0f} %). A checkpoint holds training up for {saving:.2f} s.",
         "",
         f"Two processes of one thread each against one, the same work for each: {two:.3f} s a step against {one:.3f}, "
         f"{100 * one / two:.0f} % of perfect scaling.",

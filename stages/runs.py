@@ -50,7 +50,8 @@ def verify(path: Path) -> Iterator[tuple[Path, str | None]]:
 def reshape(path: Path, ranks: int, out: Path) -> Path:
     """Write a checkpoint's training state as `ranks` files each into a new checkpoint; the rest is copied.
 
-    Raises UserError when the source is broken, or `out` is there already or can't be written.
+    Raises UserError when the source is broken or its frozen layers are not those that the run stands on, or `out` is
+    there already or can't be written.
     """
     if not (path / MANIFEST).is_file():
         sound = [checkpoint for checkpoint in _checkpoints(path) if fault(checkpoint) is None]
@@ -61,6 +62,7 @@ def reshape(path: Path, ranks: int, out: Path) -> Path:
         raise UserError(f"{path}: {problem}; take another checkpoint")
     if out.exists():
         raise UserError(f"{out}: exists already; name a new folder")
+    _check_frozen(path)
     states = [folder.relative_to(path) for folder in sorted(path.rglob(FOLDER)) if folder.is_dir()]
     with new_folder(out) as draft:
         for source in sorted(path.rglob("*")):  # not shutil.copytree, whose error is a list of all that went wrong
@@ -72,6 +74,24 @@ def reshape(path: Path, ranks: int, out: Path) -> Path:
             reshape_state(path / state, draft / state, ranks)
         seal(draft)
     return out
+
+
+def _check_frozen(checkpoint: Path) -> None:
+    """Raise UserError where the run's copy of what it stands on has other frozen layers than the checkpoint's. One that
+    lies apart from its run has nothing beside it to be held against: resuming from it checks."""
+    from stages.assemble import BASE, load_stage, make_task
+    from videodiff.training.engine import freeze, frozen_digest
+
+    run = checkpoint.parent.parent
+    if checkpoint.parent.name != CHECKPOINTS or not (run / BASE).is_dir():
+        return
+    task = make_task(load_stage(run / CONFIG).model_copy(update={"model": str(run / BASE)}))
+    freeze(task.module, task.trains)
+    if frozen_digest(task.module) != json.loads((checkpoint / STATE).read_text(encoding="utf-8"))["frozen"]:
+        raise UserError(
+            f"{checkpoint}: its frozen layers are not those of {run / BASE}; put back the model that the run started "
+            "from"
+        )
 
 
 def _checkpoints(run: Path) -> list[Path]:

@@ -12,6 +12,9 @@ import pytest
 
 from data_pipeline.world import render_clip
 from stages.cli import main
+from stages.runs import reshape
+from tests.test_encode import changed
+from videodiff.errors import UserError
 from videodiff.model import Model
 from videodiff.parts import STAGES
 from videodiff.video_io import read_image, read_video, write_png
@@ -82,6 +85,14 @@ def test_from_nothing_to_a_judged_video(
         assert [line["step"] for line in lines] == [1, 2]
         assert all(line["loss"] > 0 and len(line["samples"]) == 4 for line in lines)
         assert bool(list((run / "samples").glob("*.png"))) == (stage != "text")
+    # Reshaping, as resuming, asks whether the frozen layers are still those of the checkpoint.
+    command(["checkpoint", "reshape", "runs/video", "--ranks", "2", "--out", "reshaped"])
+    base = tmp_path / "runs/video/base"
+    odd = changed(Model.load(base), tmp_path / "odd", "image", "").folder
+    base.rename(tmp_path / "kept")
+    odd.rename(base)
+    with pytest.raises(UserError, match="its frozen layers are not those of"):
+        reshape(Path("runs/video"), 2, Path("again"))
     # A run goes on without the one it stands on, which may have trained further and pruned what was taken.
     shutil.rmtree("runs/video")
     command(["train", "configs/demo/interpolation.yaml", *EVERY, *OWN["interpolation"], "run.dir=runs/interpolation",

@@ -76,8 +76,8 @@ class Engine:
         self.micro_batch, self.accumulation = config.shares(batch_size, world())
         if config.precision == "fp16" and device().type == "cpu":
             raise UserError("engine.precision=fp16: a CPU has no fp16 training; use bf16 or fp32")
-        for name, parameter in module.named_parameters():
-            parameter.requires_grad_(trains(name))
+        freeze(module, trains)
+        for parameter in module.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()  # the masters come from here
             parameter.data = parameter.data.contiguous()  # ZeRO flattens; memory formats do not survive that
@@ -87,7 +87,7 @@ class Engine:
         if resume is not None:
             raise_from_first(_read_weights(module, self._shapes, resume / FOLDER) if rank() == 0 else None)
         _take_from_first(module)
-        self.frozen_digest = _digest(module)
+        self.frozen_digest = frozen_digest(module)
         # Rank 0 keeps the module as it came: buffers and frozen layers in full precision, for export and sampling.
         self._original = copy.deepcopy(module) if rank() == 0 else None
         weights = {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
@@ -359,7 +359,13 @@ def _take_from_first(module: nn.Module) -> None:
         tensor.copy_(shared)
 
 
-def _digest(module: nn.Module) -> str:
+def freeze(module: nn.Module, trains: Callable[[str], bool]) -> None:
+    """Only the parameters whose names ``trains`` holds for get gradients."""
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(trains(name))
+
+
+def frozen_digest(module: nn.Module) -> str:
     """sha256 over names and bytes of the parameters that do not train: a resumed run must stand on the same ones."""
     digest = hashlib.sha256()
     for name, parameter in module.named_parameters():
