@@ -85,7 +85,9 @@ def _check_frozen(checkpoint: Path) -> None:
     run = checkpoint.parent.parent
     if checkpoint.parent.name != CHECKPOINTS or not (run / BASE).is_dir():
         return
-    task = make_task(load_stage(run / CONFIG).model_copy(update={"model": str(run / BASE)}))
+    config = load_stage(run / CONFIG)  # whose places are those of the machine and directory that it began in
+    here = config.run.model_copy(update={"dir": str(run)})
+    task = make_task(config.model_copy(update={"model": str(run / BASE), "run": here}))
     freeze(task.module, task.trains)
     if frozen_digest(task.module) != json.loads((checkpoint / STATE).read_text(encoding="utf-8"))["frozen"]:
         raise UserError(

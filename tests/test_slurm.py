@@ -187,16 +187,23 @@ def test_two_jobs_on_one_run_the_second_refuses(cluster: Cluster) -> None:
     assert cluster.end(first) == "COMPLETED", cluster.log(first)
 
 
+PREPARED = ["clip={frames: 4, fps: 8, size: 64}", "scenes=null", "workers=0", "filters.duplicate_bits=null"]
+
+
+def some_videos(folder: Path, count: int) -> Path:
+    """A folder of videos of a clip each, with captions."""
+    folder.mkdir()
+    for number in range(count):
+        captioned(folder / f"{number}.mp4", 14, 64, 96, first=20 * number)
+    return folder
+
+
 def test_videos_are_prepared_in_an_array_and_merged(cluster: Cluster) -> None:
-    videos = cluster.folder / "videos"
-    videos.mkdir()
-    for number in range(4):
-        captioned(videos / f"{number}.mp4", 14, 64, 96, first=20 * number)
+    videos = some_videos(cluster.folder / "videos", 4)
     out = cluster.folder / "prepared"
-    settings = ["clip={frames: 4, fps: 8, size: 64}", "scenes=null", "workers=0", "filters.duplicate_bits=null"]
     log = f"--output={cluster.folder}/array-%A-%a.log"
     array = cluster.submit(
-        "data.sbatch", str(videos), "--out", str(out), *settings, options=("--array=1-2", "--cpus-per-task=1", log)
+        "data.sbatch", str(videos), "--out", str(out), *PREPARED, options=("--array=1-2", "--cpus-per-task=1", log)
     )
     merge = f"bash -c '. slurm/env.sh; videodiff data merge {out}'"  # --wrap is run by sh, which may be another shell
     command = [
@@ -212,14 +219,10 @@ def test_videos_are_prepared_in_an_array_and_merged(cluster: Cluster) -> None:
 
 
 def test_a_warned_part_of_an_array_comes_back_and_goes_on(cluster: Cluster) -> None:
-    videos = cluster.folder / "many videos"
-    videos.mkdir()
-    for number in range(60):
-        captioned(videos / f"{number}.mp4", 14, 64, 96, first=20 * number)
+    videos = some_videos(cluster.folder / "many videos", 60)
     out = cluster.folder / "prepared-late"
-    settings = ["clip={frames: 4, fps: 8, size: 64}", "scenes=null", "workers=0", "filters.duplicate_bits=null"]
     options = ("--array=1-1", "--cpus-per-task=1", f"--output={cluster.folder}/late-%A-%a.log")
-    array = cluster.submit("data.sbatch", str(videos), "--out", str(out), *settings, options=options)
+    array = cluster.submit("data.sbatch", str(videos), "--out", str(out), *PREPARED, options=options)
     cluster.lab.wait(lambda: any(out.rglob("*.jsonl")), 240)  # it has begun to write down what it finds
     cluster.lab.run("scancel", "--batch", "--signal=USR1", f"{array}_1")
     cluster.lab.wait(lambda: cluster.lab.job(f"{array}_1")["Restarts"] == "1", 120)
