@@ -246,13 +246,16 @@ def render(scene: Scene, size: int, num_frames: int, fps: float) -> np.ndarray:
     return (ground + cover * (colour - ground) + 0.5).astype(np.uint8)
 
 
-def render_clip(seed: int, number: int, size: int, num_frames: int, fps: float) -> RenderedClip:
-    """Training clip `number` of the world `seed`: depends on nothing else."""
+def render_clip(
+    seed: int, number: int, size: int, num_frames: int, fps: float, short_captions: int = 0
+) -> RenderedClip:
+    """Training clip `number` of the world `seed`: depends on nothing else. `short_captions` of its captions tell the
+    motion, and little of what its first frame shows."""
     from data_pipeline.world_captions import training_captions  # here, as that module builds on this one
 
     generator = rng("clip", seed, number)
     scene = sample_scene(draw_train(generator), seed, number)
-    captions = training_captions(scene.combination, generator)
+    captions = training_captions(scene.combination, generator, short_captions)
     key = f"world-{seed}-{number:08d}"
     meta = {"scene": asdict(scene), "seed": seed, "number": number, "fps": fps}
     return RenderedClip(key, render(scene, size, num_frames, fps), captions, meta)

@@ -99,14 +99,30 @@ TEST_WORDINGS = (
     "a simple video of one {size} {colour} {shape} {doing} in front of the {ground}",
     "it is a {size} {colour} {shape} and it {does} over a {ground}",
 )
-WORDINGS = {"train": TRAIN_WORDINGS, "test": TEST_WORDINGS}
+# What someone writes who shows the first image beside it: how it moves, and little else.
+SHORT_WORDINGS = (
+    "it {does}",
+    "it is {doing}",
+    "{doing}",
+    "the {shape} {does}",
+    "the {shape} is {doing}",
+    "a {colour} {shape} {doing}",
+    "it is {colour} and it {does}",
+    "it is {size} and it {does}",
+    "a {size} {shape} that {does}",
+    "we see it {doing}",
+    "a video: it {does}",
+    "it is {doing} on a {ground}",
+)
+Kind = Literal["train", "short", "test"]
+WORDINGS: dict[Kind, tuple[str, ...]] = {"train": TRAIN_WORDINGS, "short": SHORT_WORDINGS, "test": TEST_WORDINGS}
 CAPTIONS_PER_CLIP = 4
 
 
 def caption(
     combination: Combination,
     generator: np.random.Generator,
-    wordings: Literal["train", "test"] = "train",
+    wordings: Kind = "train",
     wording: int | None = None,
 ) -> str:
     """A caption of `combination` in wording number `wording` of that list, or a random one; lower case."""
@@ -128,10 +144,14 @@ def caption(
     return re.sub(r"\ba (?=[aeiou])", "an ", text)
 
 
-def training_captions(combination: Combination, generator: np.random.Generator) -> list[str]:
-    """CAPTIONS_PER_CLIP captions of one clip, each in another training wording."""
-    chosen = generator.permutation(len(TRAIN_WORDINGS))[:CAPTIONS_PER_CLIP]
-    return [caption(combination, generator, "train", int(number)) for number in chosen]
+def training_captions(combination: Combination, generator: np.random.Generator, short: int = 0) -> list[str]:
+    """CAPTIONS_PER_CLIP captions of one clip, the last `short` of them in short wordings, each in another wording."""
+
+    def draw(kind: Kind, count: int) -> list[str]:
+        chosen = generator.permutation(len(WORDINGS[kind]))[:count]
+        return [caption(combination, generator, kind, int(number)) for number in chosen]
+
+    return [*draw("train", CAPTIONS_PER_CLIP - short), *draw("short", short)]
 
 
 def prompts(num: int, seed: int, which: Literal["train", "held_out", "held_out_pair"]) -> list[tuple[Combination, str]]:

@@ -12,7 +12,7 @@ import pytest
 
 from data_pipeline import world
 from data_pipeline.world import ATTRIBUTES, Combination, combinations, rng, split
-from data_pipeline.world_captions import TEST_WORDINGS, TRAIN_WORDINGS, caption, parse, prompts
+from data_pipeline.world_captions import SHORT_WORDINGS, TEST_WORDINGS, TRAIN_WORDINGS, caption, parse, prompts
 from data_pipeline.world_reader import read, read_image
 from videodiff.errors import UserError
 from videodiff.video_io import encode_video, read_video
@@ -134,6 +134,20 @@ def test_clips_depend_on_seed_and_number_alone() -> None:
         assert parse(text).items() <= truth.items()
 
 
+def test_short_captions_tell_the_motion_of_the_same_clip() -> None:
+    whole, short = world.render_clip(5, 3, 32, 8, 8), world.render_clip(5, 3, 32, 8, 8, short_captions=3)
+    assert (short.frames == whole.frames).all()
+    assert short.meta == whole.meta
+    assert short.captions[:1] == whole.captions[:1]
+    assert len(set(short.captions)) == 4
+    truth = {name: whole.meta["scene"][name] for name in ATTRIBUTES}
+    for text in short.captions[1:]:
+        found = parse(text)
+        assert found.items() <= truth.items()
+        assert "motion" in found
+        assert len(found) <= 3
+
+
 # -- captions ----------------------------------------------------------------------------------------------------------
 
 
@@ -144,7 +158,7 @@ def test_test_wordings_are_other_sentences_of_the_same_words() -> None:
     assert len(set(TRAIN_WORDINGS)) == 24
     assert len(set(TEST_WORDINGS)) == 12
     assert not set(TRAIN_WORDINGS) & set(TEST_WORDINGS)
-    assert words(TEST_WORDINGS) <= words(TRAIN_WORDINGS)
+    assert words(TEST_WORDINGS) | words(SHORT_WORDINGS) <= words(TRAIN_WORDINGS)
     assert caption(LEFT, rng(0), "train", 0).startswith("a ")
     plain = {caption(LEFT, rng(i), "train", 0) for i in range(500)}
     assert "a large red circle moving left on a white background" in plain
