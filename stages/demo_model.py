@@ -29,7 +29,7 @@ from videodiff.model import Model
 from videodiff.model_folder import export
 from videodiff.parts import DESCRIPTION, STAGES, sha256
 from videodiff.training.run_folder import MACHINES
-from videodiff.video_io import Frames, contact_sheet, save_sheet, write_animation
+from videodiff.video_io import Frames, contact_sheet, read_image, save_sheet, write_animation
 
 # Folder of the shards -> what `videodiff data world` is asked for. The image stage sees the first frames of scenes.
 SHARDS: dict[str, dict[str, int]] = {
@@ -52,7 +52,7 @@ PROMPTS = (
     "a small cyan circle moving down on a black background",
 )
 SEED = 12345  # of the figures on the card
-SHEET, ANIMATION = "demo.png", "demo.webp"
+SHEET, ANIMATION, NEIGHBOURS = "demo.png", "demo.webp", "demo-neighbours.png"
 
 
 def main(out: Path, num_prompts: int, num_held_out: int, install: bool) -> None:
@@ -71,13 +71,16 @@ def main(out: Path, num_prompts: int, num_held_out: int, install: bool) -> None:
     export(Model.load(out / STAGES[-1]), model, half=True)
     judged = out / f"evaluation-{sha256(model / DESCRIPTION)[:12]}"  # goes on for the same weights, begins for others
     counts = ("--num-prompts", str(num_prompts), "--num-held-out", str(num_held_out))
-    call_videodiff("evaluate", str(model), *counts, "--seed", str(SEED), "--out", str(judged))
+    training = ("--training", str(out / "shards" / "clips"))
+    call_videodiff("evaluate", str(model), *counts, *training, "--seed", str(SEED), "--out", str(judged))
     report = json.loads((judged / "evaluation.json").read_text(encoding="utf-8"))
     (model / "README.md").write_text(card(out, model, report, counts), encoding="utf-8")
     pictures(Model.load(model), out)
+    neighbours(judged, out)
     if install:
         model = _install(model, out)
-    print(f"the model: {model}; its card: {model / 'README.md'}; its pictures: {out / SHEET}, {out / ANIMATION}")
+    names = ", ".join(str(out / name) for name in (SHEET, ANIMATION, NEIGHBOURS))
+    print(f"the model: {model}; its card: {model / 'README.md'}; its pictures: {names}")
 
 
 def _install(model: Path, out: Path) -> Path:
@@ -92,7 +95,7 @@ def _install(model: Path, out: Path) -> Path:
     fresh.rename(target)
     shutil.rmtree(former, ignore_errors=True)
     if (docs := Path(__file__).resolve().parents[1] / "docs").is_dir():  # a checkout
-        for name in (SHEET, ANIMATION):
+        for name in (SHEET, ANIMATION, NEIGHBOURS):
             shutil.copyfile(out / name, docs / name)
     return target
 
@@ -116,6 +119,14 @@ def pictures(model: Model, folder: Path) -> None:
     save_sheet(folder / SHEET, [_doubled(frame) for frame in frames], 8, labels)
     moments = [contact_sheet([_doubled(f) for f in now], 3, PROMPTS) for now in zip(*clips, strict=True)]
     write_animation(folder / ANIMATION, np.stack(moments), video.fps * smooth.factor)
+
+
+def neighbours(judged: Path, folder: Path) -> None:
+    """NEIGHBOURS: the generated clips of an evaluation that lie nearest to training clips, each above its neighbour."""
+    pairs = [read_image(path) for path in sorted((judged / "neighbours").glob("*.png"))]
+    if not pairs:
+        raise UserError(f"{judged}: no pictures of nearest training clips; see `skipped` in its evaluation.json")
+    save_sheet(folder / NEIGHBOURS, pairs, 1)
 
 
 def _doubled(frame: Frames) -> Frames:
@@ -162,6 +173,15 @@ def card(out: Path, model: Path, report: dict[str, Any], counts: Sequence[str]) 
     ]
     if report.get("verdict"):
         lines += ["", report["verdict"]]
+    if (near := report.get("memorized")) is not None:
+        closer = near["nearer_than_usual"]
+        lines += [
+            "",
+            f"Nearest of {near['training_clips']} training clips, by {near['features']}: generated clips lie "
+            f"{near['made']['mean']:.3f} from theirs, unseen real ones {near['unseen']['mean']:.3f}; "
+            f"{closer['right']} of {closer['n']} generated ones lie nearer than all but {100 * near['usual']:.0f} % of "
+            "the real ones.",
+        ]
     return "\n".join(lines) + "\n"
 
 

@@ -8,14 +8,17 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from stages.assemble import load_stage
-from stages.demo_model import SHARDS, STAGE_SHARDS, card
+from stages.demo_model import NEIGHBOURS, SHARDS, STAGE_SHARDS, card, neighbours
 from videodiff import config as configs
+from videodiff.errors import UserError
 from videodiff.parts import STAGES
 from videodiff.resources import path as resource
 from videodiff.training.run_folder import machine, record_machine
+from videodiff.video_io import read_image, write_png
 
 ROOT = Path(__file__).resolve().parents[1]
 SLOW_TO_END = """
@@ -75,14 +78,33 @@ def test_the_card_states_recipe_and_figures(runs: Path, toy_model: Path) -> None
             },
         ],
         "verdict": "The image stage loses most.",
+        "memorized": {
+            "training_clips": 96,
+            "features": "the tower",
+            "made": {"mean": 0.25},
+            "unseen": {"mean": 0.125},
+            "usual": 0.05,
+            "nearer_than_usual": {"right": 1, "n": 4},
+        },
     }
     text = card(runs, toy_model, report, ("--num-prompts", "4"))
     assert "| image | held out pair | 4 | - | 75.0 (30.1-95.4) | - | - | - | - | - |" in text
     assert "reconstruction 35.2" in text
     assert "The image stage loses most." in text
     assert "| video | 200 | 4 | 70 | 2.00 | 40.0000 |" in text  # 200 steps of 36 s are two hours
+    assert "lie 0.250 from theirs, unseen real ones 0.125; 1 of 4" in text
     assert text.count(machine()) == 1
     assert "4 frames of 32x32 at 8 fps; 7 frames at 16 fps after interpolation." in text
+
+
+def test_the_nearest_pairs_become_one_picture(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no pictures of nearest"):
+        neighbours(tmp_path, tmp_path)
+    for rank, grey in enumerate((40, 200)):
+        write_png(tmp_path / "neighbours" / f"{rank:02d}.png", np.full((16, 64, 3), grey, np.uint8))
+    neighbours(tmp_path, tmp_path)
+    found = read_image(tmp_path / NEIGHBOURS)
+    assert [int((found == grey).all(-1).sum()) for grey in (40, 200)] == [16 * 64, 16 * 64]
 
 
 def test_the_recipe_reads_the_shards_it_makes() -> None:
