@@ -26,6 +26,7 @@ from data_pipeline.progress import bar
 from data_pipeline.world import ATTRIBUTES, Combination, render, rng, sample_scene
 from data_pipeline.world_captions import prompts
 from data_pipeline.world_reader import read, read_image
+from stages.evaluation.questions import stored
 from stages.pipeline import Pipeline, SampleKey, adjusted
 from videodiff.metrics.intervals import Interval, wilson
 from videodiff.metrics.pictures import clip_psnr
@@ -60,9 +61,10 @@ class Subject:
         return self.road.decode(self.road.video(keys, first, self.fps, sampling or self.video))
 
     def real_first(self, combinations: Sequence[Combination], number: int) -> Tensor:
-        """The latents of first frames of real clips, none of which is in any shards."""
+        """The latents of first frames of real clips, none of which is in any shards, stored as those in shards are."""
         frames = [
-            render(sample_scene(c, "benchmark", number, i), self.size, 1, self.fps) for i, c in enumerate(combinations)
+            stored(render(sample_scene(c, "benchmark", number, i), self.size, 1, self.fps), self.fps)
+            for i, c in enumerate(combinations)
         ]
         return self.road.encode(np.stack(frames))
 

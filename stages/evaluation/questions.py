@@ -109,17 +109,21 @@ class WorldQuestions:
         }  # fmt: skip
 
     def clip(self, prompt: Prompt, clips: Clips) -> np.ndarray:
-        """Rendered, stored as mp4 and read back, as the training data are."""
+        """Rendered, and as the training data are."""
         assert prompt.combination is not None
         scene = sample_scene(prompt.combination, "evaluation", self.seed, prompt.split, prompt.number)
-        frames = render(scene, clips.size, clips.count, clips.fps)
-        with tempfile.TemporaryDirectory(prefix="videodiff-") as folder:
-            path = Path(folder) / "clip.mp4"
-            path.write_bytes(encode_video(frames, clips.fps))
-            return read_video(path)[0]
+        return stored(render(scene, clips.size, clips.count, clips.fps), clips.fps)
 
     def close(self) -> None:
         """Nothing is open."""
+
+
+def stored(frames: np.ndarray, fps: float) -> np.ndarray:
+    """Frames [T,H,W,3] as an mp4 gives them back, colours at half the size: no stage has seen sharper ones."""
+    with tempfile.TemporaryDirectory(prefix="videodiff-") as folder:
+        path = Path(folder) / "clip.mp4"
+        path.write_bytes(encode_video(frames, fps))
+        return read_video(path)[0]
 
 
 class ShardQuestions:
