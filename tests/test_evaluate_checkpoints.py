@@ -259,13 +259,17 @@ def test_clips_that_can_not_be_read_are_counted(toy_model: Path, tmp_path: Path)
         main(Request(str(toy_model), "video", 4, 0, tmp_path / "out", data=str(shards)))
 
 
+def judges_file(folder: Path, what: str) -> Path:
+    """A --judges file with one TorchScript network; `what` says its name and what it takes, in YAML."""
+    told = saved_script(nn.Flatten(), folder / "judge.pt")
+    path = folder / "judges.yaml"
+    network = f"kind: torchscript, path: {told['path']}, sha256: {told['sha256']}, size: 16, range: [0, 1], {what}"
+    path.write_text(f"features:\n  - {{{network}}}\n")
+    return path
+
+
 def test_a_network_that_sees_no_row_is_named_and_nothing_is_made_twice(toy_model: Path, tmp_path: Path) -> None:
-    told = saved_script(nn.Flatten(), tmp_path / "clips.pt")
-    judges = tmp_path / "judges.yaml"
-    judges.write_text(
-        f"features:\n  - {{kind: torchscript, name: I3D, path: {told['path']}, sha256: {told['sha256']}, takes: clips, "
-        "size: 16, range: [0, 1], frames: 16}\n"
-    )
+    judges = judges_file(tmp_path, "name: I3D, takes: clips, frames: 16")
     request = Request(str(toy_model), "video", 2, 0, tmp_path / "out", 0, judges=judges)
     main(request)
     result = json.loads((tmp_path / "out/evaluation.json").read_text())
@@ -278,12 +282,7 @@ def test_a_network_that_sees_no_row_is_named_and_nothing_is_made_twice(toy_model
 
 
 def test_the_tower_is_judged_whatever_networks_are_named(toy_model: Path, tmp_path: Path) -> None:
-    told = saved_script(nn.Flatten(), tmp_path / "pictures.pt")
-    judges = tmp_path / "judges.yaml"
-    judges.write_text(
-        f"features:\n  - {{kind: torchscript, name: other, path: {told['path']}, sha256: {told['sha256']}, "
-        "takes: pictures, size: 16, range: [0, 1]}\n"
-    )
+    judges = judges_file(tmp_path, "name: other, takes: pictures")
     main(Request(str(toy_model), "text", 24, 0, tmp_path / "out", 0, judges=judges))
     result = json.loads((tmp_path / "out/evaluation.json").read_text())
     assert [judge["kind"] for judge in result["protocol"]["features"]] == ["bundled", "bundled", "torchscript"]
