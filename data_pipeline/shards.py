@@ -129,14 +129,13 @@ def write_world_shards(
     frames: int,
     fps: float,
     seed: int,
-    short_captions: int = 0,
+    motion_captions: int = 0,
     samples_per_shard: int = 256,
     workers: int | None = None,
     progress: bool = False,
 ) -> Path:
     """Render ``num_clips`` clips of the built-in world (``frames`` of ``size`` x ``size`` pixels at ``fps``) into
-    shards in ``out``. ``short_captions`` of each clip's captions tell its motion and little of what its first frame
-    shows.
+    shards in ``out``. Of ``motion_captions`` of each clip's captions the motion alone is true.
 
     The same arguments give the same bytes, whatever ``workers`` (threads, one per core by default). A run that was
     interrupted continues when asked again for the same; a folder that holds anything else is refused. Returns the path
@@ -148,10 +147,10 @@ def write_world_shards(
         if not value > 0:
             raise UserError(f"world shards: {name} is {value}; it must be positive")
     plan = {"source": "world", "edition": EDITION, "seed": seed, **numbers}
-    if not 0 <= short_captions <= CAPTIONS_PER_CLIP:
-        raise UserError(f"world shards: short_captions is {short_captions}, a clip has {CAPTIONS_PER_CLIP} captions")
-    if short_captions:  # a source of its own, so that shards of earlier versions stay what they are
-        plan["source"] = f"world with {short_captions} short captions"
+    if not 0 <= motion_captions <= CAPTIONS_PER_CLIP:
+        raise UserError(f"world shards: motion_captions is {motion_captions}, a clip has {CAPTIONS_PER_CLIP} captions")
+    if motion_captions:  # a source of its own, so that shards of earlier versions stay what they are
+        plan["source"] = f"world with {motion_captions} captions of the motion alone"
     if not fps < 1000:
         raise UserError(f"world shards: fps is {fps:g}; an mp4 holds rates below 1000")
     if size < 16:
@@ -173,7 +172,7 @@ def write_world_shards(
                 if (out / name).exists():  # whole, since it was renamed into place
                     advance(len(part))
                     continue
-                samples = _world_samples(part, plan, short_captions, pool, ahead=2 * workers)
+                samples = _world_samples(part, plan, motion_captions, pool, ahead=2 * workers)
                 write_shard(out / name, _counted(samples, advance))
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
@@ -190,13 +189,13 @@ def _counted(samples: Iterable[_Sample], advance: Callable[[int], None]) -> Iter
 
 
 def _world_samples(
-    numbers: Iterable[int], plan: dict[str, Any], short_captions: int, pool: ThreadPoolExecutor, ahead: int
+    numbers: Iterable[int], plan: dict[str, Any], motion_captions: int, pool: ThreadPoolExecutor, ahead: int
 ) -> Iterator[_Sample]:
     """Render and encode clips in ``pool``, give them back in order; never more than ``ahead`` wait at once."""
     from data_pipeline import world
 
     def make(number: int) -> _Sample:
-        clip = world.render_clip(plan["seed"], number, plan["size"], plan["frames"], plan["fps"], short_captions)
+        clip = world.render_clip(plan["seed"], number, plan["size"], plan["frames"], plan["fps"], motion_captions)
         return (
             clip.key,
             encode_video(clip.frames, plan["fps"]),

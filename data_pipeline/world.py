@@ -160,10 +160,14 @@ def _balanced_train() -> tuple[tuple[Combination, ...], np.ndarray]:
     return train, np.cumsum(weights / weights.sum())
 
 
-def draw_train(generator: np.random.Generator) -> Combination:
-    """A training combination; over many draws every value of an attribute is equally frequent."""
+def draw_train(generator: np.random.Generator, motion: str | None = None) -> Combination:
+    """A training combination, of that motion where one is given; over many draws every value of an attribute is equally
+    frequent."""
     train, cumulative = _balanced_train()
-    return train[min(int(np.searchsorted(cumulative, generator.random(), side="right")), len(train) - 1)]
+    while True:
+        drawn = train[min(int(np.searchsorted(cumulative, generator.random(), side="right")), len(train) - 1)]
+        if motion in (None, drawn.motion):
+            return drawn
 
 
 def _path(motion: str, progress: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -247,15 +251,15 @@ def render(scene: Scene, size: int, num_frames: int, fps: float) -> np.ndarray:
 
 
 def render_clip(
-    seed: int, number: int, size: int, num_frames: int, fps: float, short_captions: int = 0
+    seed: int, number: int, size: int, num_frames: int, fps: float, motion_captions: int = 0
 ) -> RenderedClip:
-    """Training clip `number` of the world `seed`: depends on nothing else. `short_captions` of its captions tell the
-    motion, and little of what its first frame shows."""
+    """Training clip `number` of the world `seed`: depends on nothing else. Of `motion_captions` of its captions
+    the motion alone is true."""
     from data_pipeline.world_captions import training_captions  # here, as that module builds on this one
 
     generator = rng("clip", seed, number)
     scene = sample_scene(draw_train(generator), seed, number)
-    captions = training_captions(scene.combination, generator, short_captions)
+    captions = training_captions(scene.combination, generator, motion_captions)
     key = f"world-{seed}-{number:08d}"
     meta = {"scene": asdict(scene), "seed": seed, "number": number, "fps": fps}
     return RenderedClip(key, render(scene, size, num_frames, fps), captions, meta)

@@ -11,7 +11,7 @@ from typing import Literal
 
 import numpy as np
 
-from data_pipeline.world import ATTRIBUTES, Combination, combinations, rng, split
+from data_pipeline.world import ATTRIBUTES, Combination, combinations, draw_train, rng, split
 from videodiff.errors import UserError
 
 Words = dict[str, tuple[str, ...]]
@@ -114,8 +114,12 @@ SHORT_WORDINGS = (
     "a video: it {does}",
     "it is {doing} on a {ground}",
 )
-Kind = Literal["train", "short", "test"]
-WORDINGS: dict[Kind, tuple[str, ...]] = {"train": TRAIN_WORDINGS, "short": SHORT_WORDINGS, "test": TEST_WORDINGS}
+Kind = Literal["train", "motion", "test"]
+WORDINGS: dict[Kind, tuple[str, ...]] = {
+    "train": TRAIN_WORDINGS,
+    "motion": (*(wording for wording in TRAIN_WORDINGS if "{do" in wording), *SHORT_WORDINGS),
+    "test": TEST_WORDINGS,
+}
 CAPTIONS_PER_CLIP = 4
 
 
@@ -144,14 +148,16 @@ def caption(
     return re.sub(r"\ba (?=[aeiou])", "an ", text)
 
 
-def training_captions(combination: Combination, generator: np.random.Generator, short: int = 0) -> list[str]:
-    """CAPTIONS_PER_CLIP captions of one clip, the last `short` of them in short wordings, each in another wording."""
+def training_captions(combination: Combination, generator: np.random.Generator, motion_alone: int = 0) -> list[str]:
+    """CAPTIONS_PER_CLIP captions of one clip, each of them in another wording. Of the last `motion_alone` the
+    motion alone is true: all else is of a training combination drawn for the caption, and tells nothing of the clip."""
 
     def draw(kind: Kind, count: int) -> list[str]:
         chosen = generator.permutation(len(WORDINGS[kind]))[:count]
-        return [caption(combination, generator, kind, int(number)) for number in chosen]
+        told = (combination if kind == "train" else draw_train(generator, combination.motion) for _ in chosen)
+        return [caption(each, generator, kind, int(number)) for each, number in zip(told, chosen, strict=True)]
 
-    return [*draw("train", CAPTIONS_PER_CLIP - short), *draw("short", short)]
+    return [*draw("train", CAPTIONS_PER_CLIP - motion_alone), *draw("motion", motion_alone)]
 
 
 def prompts(num: int, seed: int, which: Literal["train", "held_out", "held_out_pair"]) -> list[tuple[Combination, str]]:

@@ -13,7 +13,7 @@ from pydantic import ConfigDict
 
 from data_pipeline.loader import ShardSource
 from data_pipeline.shards import all_captions
-from stages import control, image, interpolation, text, upscale, video
+from stages import control, image, image_prompt, interpolation, text, upscale, video
 from stages.autoencoder import AutoencoderStage, AutoencoderTask
 from stages.base import DiffusionStageConfig, StageConfig
 from stages.classifier import ClassifierStage, ClassifierTask
@@ -21,6 +21,7 @@ from stages.control import ControlStage
 from stages.encode import encoder_digest
 from stages.further_towers import place_in_run
 from stages.image import ImageStage
+from stages.image_prompt import ImagePromptStage
 from stages.interpolation import InterpolationStage
 from stages.text import TextStage, TextTask
 from stages.upscale import UpscaleStage
@@ -49,6 +50,7 @@ STAGE_CONFIGS: dict[str, type[StageConfig]] = {
     "interpolation": InterpolationStage,
     "classifier": ClassifierStage,
     "control": ControlStage,
+    "image_prompt": ImagePromptStage,
     "upscale": UpscaleStage,
 }
 
@@ -58,7 +60,9 @@ class _StageName(Config):
 
     model_config = ConfigDict(extra="ignore")
 
-    stage: Literal["autoencoder", "text", "image", "video", "interpolation", "classifier", "control", "upscale"]
+    stage: Literal[
+        "autoencoder", "text", "image", "video", "interpolation", "classifier", "control", "image_prompt", "upscale"
+    ]
 
 
 def load_stage(path: str | Path, overrides: Sequence[str] = ()) -> StageConfig:
@@ -82,6 +86,8 @@ def make_task(config: StageConfig) -> Task:
         return video.task(config, base)
     if isinstance(config, ControlStage):
         return control.task(config, base)
+    if isinstance(config, ImagePromptStage):
+        return image_prompt.task(config, base)
     if isinstance(config, UpscaleStage):
         return upscale.task(config, base)
     assert isinstance(config, InterpolationStage)
@@ -160,7 +166,7 @@ def _vocabulary(config: TextStage) -> tuple[Path, Path]:
 
 def _encoder(config: StageConfig) -> Callable[[], str] | None:
     """The hash of what made the latents and text features that a stage learns from; None where it needs pictures."""
-    if not isinstance(config, (ImageStage, VideoStage, InterpolationStage)):
+    if not isinstance(config, (ImageStage, ImagePromptStage, VideoStage, InterpolationStage)):
         return None
     return lambda: encoder_digest(_base(config))
 

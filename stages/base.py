@@ -30,6 +30,7 @@ from videodiff.errors import UserError
 from videodiff.model import Model
 from videodiff.model_folder import carry, write_weights
 from videodiff.networks.control import ControlledUNet
+from videodiff.networks.prompted import PromptedUNet
 from videodiff.networks.unet import UNet
 from videodiff.networks.work import count
 from videodiff.parts import DESCRIPTION, EXTRAS, STAGES, DiffusionPart, File, ModelConfig, Sampling
@@ -148,7 +149,7 @@ class DiffusionTask:
         self,
         stage: str,
         base: Model,
-        network: UNet | ControlledUNet,
+        network: UNet | ControlledUNet | PromptedUNet,
         part: dict[str, Any],
         known_slots: Callable[[int], Sequence[int]],
         trainable: Callable[[str], bool],

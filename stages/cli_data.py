@@ -22,15 +22,16 @@ def world(
     frames: Annotated[int, typer.Option(min=1, help="Frames per clip")] = 31,
     fps: Annotated[float, typer.Option(min=0.1, help="Frames per second")] = 16.0,
     seed: Annotated[int, typer.Option(help="Another seed, other clips")] = 0,
-    short_captions: Annotated[
-        int, typer.Option(min=0, help="How many of a clip's 4 captions tell its motion and little else")
+    motion_captions: Annotated[
+        int,
+        typer.Option(min=0, help="Of how many of a clip's 4 captions the motion alone is true: the look is another's"),
     ] = 0,
 ) -> None:
     """Render the built-in world of moving shapes into training shards (mp4 + json in tar files)."""
     from data_pipeline.shards import write_world_shards
 
     index = write_world_shards(
-        out, num_clips, size, frames, fps, seed, short_captions=short_captions, progress=sys.stdout.isatty()
+        out, num_clips, size, frames, fps, seed, motion_captions=motion_captions, progress=sys.stdout.isatty()
     )
     typer.echo(f"wrote {index}")
 

@@ -17,6 +17,7 @@ from videodiff.diffusion.schedule import NoiseSchedule
 from videodiff.errors import UserError
 from videodiff.model import Model
 from videodiff.networks.unet import TemporalConfig, UNet, temporal_parameter_names
+from videodiff.parts import ImagePromptPart
 
 
 class VideoStage(DiffusionStageConfig):
@@ -36,12 +37,9 @@ class VideoStage(DiffusionStageConfig):
     prediction: Prediction | None = None
 
     @model_validator(mode="after")
-    def _something_tells_what_is_seen(self) -> VideoStage:
-        if not self.first_image and not self.temporal.spatial_text:
-            raise ValueError(
-                "first_image and temporal.spatial_text are both false: nothing would tell the spatial layers what to "
-                "show; set one"
-            )
+    def _an_image_is_heard_where_there_is_one(self) -> VideoStage:
+        if not self.first_image and self.temporal.image_prompt is not None:
+            raise ValueError("temporal.image_prompt: there is no first image where first_image is false; leave it out")
         return self
 
 
@@ -64,6 +62,16 @@ def task(config: VideoStage, base: Model) -> DiffusionTask:
             f"{base.folder}: the weights of stage image do not fit its network at {odd[0]!r} ({len(odd)} such names); "
             "copy or train the model again"
         )
+    if config.temporal.image_prompt is not None:
+        prompt = base.part("image_prompt")
+        assert isinstance(prompt, ImagePromptPart)
+        if prompt.network != config.temporal.image_prompt:
+            raise UserError(
+                f"temporal.image_prompt: {config.temporal.image_prompt}, but that of {base.folder} was trained with "
+                f"{prompt.network}; use its values"
+            )
+        assert network.temporal_image_prompt is not None
+        network.temporal_image_prompt.load_state_dict(base.state("image_prompt"))
     part = {
         "network": network_config,
         "schedule": config.schedule or image.schedule,

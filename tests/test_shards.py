@@ -67,19 +67,19 @@ def test_equal_arguments_give_equal_bytes(world: Path, tmp_path: Path) -> None:
     assert contents(tmp_path / "other")["world-000000.tar"] != contents(world)["world-000000.tar"]
 
 
-def test_short_captions_make_a_set_of_their_own(world: Path, tmp_path: Path) -> None:
-    short = write_world_shards(tmp_path / "short", short_captions=2, **WORLD)
-    for told, plain in zip(open_shards(str(short)), open_shards(str(world)), strict=True):
+def test_motion_captions_make_a_set_of_their_own(world: Path, tmp_path: Path) -> None:
+    motions = write_world_shards(tmp_path / "motions", motion_captions=2, **WORLD)
+    for told, plain in zip(open_shards(str(motions)), open_shards(str(world)), strict=True):
         for number in range(len(plain.offsets)):
             ours, theirs = read_sample(told, number), read_sample(plain, number)
             assert (ours.key, ours.video) == (theirs.key, theirs.video)
             assert ours.captions[:2] == theirs.captions[:2]
             assert set(ours.captions[2:]).isdisjoint(theirs.captions)
-    for count, folder in ((0, "short"), (1, "short")):
+    for count, folder in ((0, "motions"), (1, "motions")):
         with pytest.raises(UserError, match=r"other shards \(source"):
-            write_world_shards(tmp_path / folder, short_captions=count, **WORLD)
+            write_world_shards(tmp_path / folder, motion_captions=count, **WORLD)
     with pytest.raises(UserError, match="is 5, a clip has 4"):
-        write_world_shards(tmp_path / "more", short_captions=5, **WORLD)
+        write_world_shards(tmp_path / "more", motion_captions=5, **WORLD)
 
 
 def test_the_index_tells_the_truth(world: Path) -> None:

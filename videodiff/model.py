@@ -38,6 +38,7 @@ from videodiff.parts import (
     FurtherPart,
     ModelConfig,
     OpenClipPart,
+    Part,
     TextPart,
     Weights,
     files_of,
@@ -85,7 +86,7 @@ class Model:
             raise UserError(f"{path}: not the file that {DESCRIPTION} was written with (sha256 differs); copy it again")
         return path
 
-    def part(self, stage: str) -> AutoencoderPart | TextPart | DiffusionPart | ClassifierPart | ControlPart:
+    def part(self, stage: str) -> Part:
         """The description of a stage; UserError when the model has no such stage."""
         part = getattr(self.config, stage, None)
         if part is None:

@@ -15,6 +15,7 @@ from videodiff.diffusion.samplers import DDIM, Sampler
 from videodiff.diffusion.schedule import NoiseSchedule
 from videodiff.networks.autoencoder import AutoencoderConfig
 from videodiff.networks.classifier import ClassifierConfig
+from videodiff.networks.image_prompt import ImagePromptConfig
 from videodiff.networks.text import TextConfig
 from videodiff.networks.unet import UNetConfig
 
@@ -22,7 +23,7 @@ DESCRIPTION = "model.yaml"
 VOCABULARY, WORDS = "vocabulary.txt.gz", "words.txt"
 STAGES = ("autoencoder", "text", "image", "video", "interpolation")
 # What may stand beside the road: each is trained on a model with an image stage and changes none of its stages.
-EXTRAS = ("classifier", "control", "upscale")
+EXTRAS = ("classifier", "control", "image_prompt", "upscale")
 DiffusionStage = Literal["image", "video", "interpolation", "upscale"]
 Weights = Literal["ema", "raw"]
 
@@ -129,11 +130,23 @@ class ControlPart(Config):
     raw: File | None = None
 
 
+class ImagePromptPart(Config):
+    """Trained tokens of pictures that the image stage takes in place of a text's."""
+
+    network: ImagePromptConfig
+    size: int
+    weights: File
+    raw: File | None = None
+
+
 class UpscalePart(DiffusionPart):
     """Trained super-resolution: `factor` is the gain in height and width. `deviation`: what the network makes in units
     of one is that large in pixels in [-1,1]."""
 
     deviation: float
+
+
+Part: TypeAlias = AutoencoderPart | TextPart | DiffusionPart | ClassifierPart | ControlPart | ImagePromptPart
 
 
 class ModelConfig(Config):
@@ -147,6 +160,7 @@ class ModelConfig(Config):
     interpolation: DiffusionPart | None = None
     classifier: ClassifierPart | None = None
     control: ControlPart | None = None
+    image_prompt: ImagePromptPart | None = None
     upscale: UpscalePart | None = None
 
     def stages(self) -> list[str]:

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from videodiff.batch import Condition
 from videodiff.config import Config
+from videodiff.networks.image_prompt import ImagePrompt, ImagePromptConfig, prompted
 from videodiff.networks.layers import (
     ResBlock,
     Signals,
@@ -38,10 +39,10 @@ class TemporalConfig(Config):
     num_layers: int = Field(1, ge=1, description="layers in each temporal attention block")
     feed_forward_factor: float = Field(4.0, gt=0)
     text_attention: bool = True
-    spatial_text: bool = Field(
-        True,
-        description="whether the spatial layers of a video hear the text; if not, what is seen comes from the first "
-        "image and the text tells the temporal layers the motion",
+    image_prompt: ImagePromptConfig | None = Field(
+        None,
+        description="the spatial layers of a video hear tokens of the first image in place of the text, so that what "
+        "is seen comes from the image and the motion from the text; None: they hear the text, as published",
     )
     first_frame_attention: bool = True
     fps: bool = Field(False, description="take condition.fps, frames per second")
@@ -50,8 +51,8 @@ class TemporalConfig(Config):
     def _check(self) -> "TemporalConfig":
         if self.kernel % 2 == 0:
             raise ValueError(f"kernel {self.kernel} is even, so no frame is its middle; use {self.kernel + 1}")
-        if not self.spatial_text and not self.text_attention:
-            raise ValueError("spatial_text and text_attention are both false: no layer would hear the text; set one")
+        if self.image_prompt is not None and not self.text_attention:
+            raise ValueError("image_prompt without text_attention: no layer would hear the text; set text_attention")
         return self
 
 
@@ -271,6 +272,12 @@ class UNet(nn.Module):
             self.known_conv = nn.Conv2d(config.channels + 1, base, 3, padding=1, bias=False)
             nn.init.zeros_(self.known_conv.weight)
 
+        self.temporal_image_prompt = None
+        if temporal is not None and temporal.image_prompt is not None:
+            self.temporal_image_prompt = ImagePrompt(
+                temporal.image_prompt, config.channels, config.context_dims, config.pooled_dim
+            )
+
         residual = config.resample == "residual"
         widths = [base * mult for mult in config.channel_mult]
         last = len(widths) - 1
@@ -401,8 +408,8 @@ class UNet(nn.Module):
         video_embedding, video_text, video_text_mask = embedding, text, text_mask
         if self.temporal_fps is not None and condition.fps is not None:
             video_embedding = video_embedding + self.temporal_fps(sinusoid(condition.fps, base).to(dtype))
-        if not temporal.spatial_text:
-            embedding, text, text_mask = told(condition.without("text"))
+        if self.temporal_image_prompt is not None:
+            embedding, text, text_mask = told(prompted(self.temporal_image_prompt, condition, dtype))
         return Signals(
             F.silu(embedding), F.silu(video_embedding), text, text_mask, x.shape[2], video_text, video_text_mask
         )
@@ -429,6 +436,8 @@ class UNet(nn.Module):
             )
         if condition.known is not None and self.known_conv is None:
             raise ValueError("known frames are given to a network without known_channels; use a video model")
+        if condition.known is None and self.temporal_image_prompt is not None and x.shape[2] > 1:
+            raise ValueError("the spatial layers of the network hear a first image, and the condition has none")
         if (condition.known is None) != (condition.known_mask is None):
             raise ValueError("of the condition's known and known_mask one is None; known frames need both")
         if config.temporal and config.temporal.fps and x.shape[2] > 1 and condition.fps is None:

@@ -1,0 +1,79 @@
+"""Stage image_prompt: tokens of a picture that the image stage takes in place of a text's (Ye et al. 2308.06721).
+
+The image network stays frozen. It is told one frame of a clip and makes a later one, in which things have moved: so the
+tokens say what is seen, and where only as far as it can be known. The video stage's spatial layers may hear them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from stages import image as image_stage
+from stages.base import DenoisingStageConfig, DiffusionTask, Dropout, write_part
+from videodiff.batch import Condition, VideoBatch
+from videodiff.errors import UserError
+from videodiff.model import Model
+from videodiff.networks.image_prompt import ImagePrompt, ImagePromptConfig
+from videodiff.networks.prompted import PromptedUNet
+from videodiff.parts import ImagePromptPart
+
+PREFIX = "prompt."  # of the trained parameters of a PromptedUNet
+
+
+class ImagePromptStage(DenoisingStageConfig):
+    """`videodiff train configs/demo/image_prompt.yaml`; `model` names any run or model that holds an image stage."""
+
+    stage: Literal["image_prompt"]
+    network: ImagePromptConfig = ImagePromptConfig()
+    dropout: Dropout = Dropout(text=0.0, image=0.05, both=0.0)
+
+
+class ImagePromptTask(DiffusionTask):
+    """Denoises the last frame of each clip with the image stage's network, told the first one."""
+
+    prompt_config: ImagePromptConfig
+    _last: tuple[VideoBatch, Tensor] | None = None  # the batch whose latents were asked for, and its first frames
+
+    def latents(self, batch: VideoBatch, seed: int) -> Tensor:
+        whole = super().latents(batch, seed)
+        self._last = batch, whole[:, :, :1]
+        return whole[:, :, -1:]
+
+    def condition(self, batch: VideoBatch, latents: Tensor, seed: int = 0, sampling: bool = False) -> Condition:
+        assert self._last is not None
+        assert self._last[0] is batch  # its latents come first
+        first = self._last[1]
+        return replace(self._told(batch), known=first, known_mask=torch.ones_like(first[:, :1]))
+
+    def export(self, state: dict[str, Tensor], folder: Path, file: str) -> None:
+        own = {name.removeprefix(PREFIX): value for name, value in state.items()}
+        network, size = self.prompt_config, self.part["size"]
+        write_part(
+            self.stage, self.base, folder, file, own,
+            lambda weights: ImagePromptPart(network=network, size=size, weights=weights),
+        )  # fmt: skip
+
+
+def task(config: ImagePromptStage, base: Model) -> ImagePromptTask:
+    """The training task of the image prompt, beside the image stage of `base`."""
+    image = base.diffusion("image")
+    if config.data.size != image.size:
+        raise UserError(
+            f"data.size: {config.data.size}, but the image stage of {base.folder} makes {image.size}; use {image.size}"
+        )
+    if config.data.frames < 2:
+        raise UserError("data.frames: 1; a prompt is learned from two frames of a clip or more: the first is told")
+    frozen = base.unet("image")
+    prompt = ImagePrompt(config.network, frozen.config.channels, frozen.config.context_dims, frozen.config.pooled_dim)
+    part = {name: getattr(image, name) for name in ("network", "schedule", "prediction", "size", "sampling")}
+    made = ImagePromptTask(
+        "image_prompt", base, PromptedUNet(frozen, prompt), part, image_stage.known_slots,
+        lambda name: name.startswith(PREFIX), config,
+    )  # fmt: skip
+    made.prompt_config = config.network
+    return made

@@ -1,0 +1,150 @@
+"""Image prompts: what they replace, their own weights alone in training, and the video stage that hears them."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_stages import Clips, stage_config, trained
+
+from stages import image_prompt, video
+from stages.base import DiffusionTask
+from stages.image_prompt import ImagePromptStage
+from stages.pipeline import Pipeline, SampleKey
+from stages.video import VideoStage
+from videodiff.batch import Condition
+from videodiff.config import ConfigError
+from videodiff.errors import UserError
+from videodiff.model import Model
+from videodiff.networks.image_prompt import ImagePrompt, ImagePromptConfig, prompted
+
+NETWORK = {"width": 8, "side": 2}
+STAGE = {"stage": "image_prompt", "network": NETWORK}
+
+
+def task_of(model: Path, folder: Path, steps: int = 2, **more: Any) -> tuple[ImagePromptStage, Any]:
+    torch.manual_seed(0)
+    config = stage_config(
+        ImagePromptStage, folder, **{"stage": "image_prompt", "frames": 3, "network": NETWORK, **more}
+    )
+    config = config.model_copy(update={"run": config.run.model_copy(update={"steps": steps, "save_every": 2})})
+    return config, image_prompt.task(config, Model.load(model))
+
+
+def test_a_prompt_says_what_the_first_known_frame_shows_and_nothing_else() -> None:
+    torch.manual_seed(0)
+    prompt = ImagePrompt(ImagePromptConfig(width=8, side=2), 3, (6, 10), 5)
+    known, mask = torch.randn(2, 3, 4, 4, 4), torch.zeros(2, 1, 4, 4, 4)
+    mask[0, :, 1], mask[1, :, 2] = 1, 1
+    text = (torch.randn(2, 7, 6), torch.randn(2, 7, 10))
+    masks = (torch.ones(2, 7, dtype=torch.bool),) * 2
+    told = Condition(text, masks, torch.randn(2, 5), known * mask, mask, torch.full((2,), 8.0))
+    found = prompted(prompt, told, torch.float32)
+    tokens, pooled = prompt(torch.stack([known[0, :, 1], known[1, :, 2]]))
+    assert [tuple(part.shape) for part in found.text] == [(2, 4, 6), (2, 4, 10)]
+    assert all(torch.equal(a, b) for a, b in zip(found.text, tokens, strict=True))
+    assert torch.equal(found.pooled, pooled)
+    assert all(bool(part.all()) for part in found.text_mask)
+    assert found.known is None
+    assert not torch.equal(tokens[0][0], tokens[0][1])
+    other = prompted(prompt, replace(told, text=tuple(part + 1 for part in text)), torch.float32)
+    assert torch.equal(other.text[0], found.text[0])
+    blank = prompted(prompt, told.without("image"), torch.float32)
+    assert torch.equal(blank.text[0][0], blank.text[0][1])  # no picture says the same of all
+
+
+def test_the_last_frame_is_made_of_the_first_and_the_prompt_trains_alone(toy_model: Path, tmp_path: Path) -> None:
+    config, task = task_of(toy_model, tmp_path)
+    base = Model.load(toy_model)
+    batch = Clips(3, 8.0).batch([0, 1])
+    target = task.latents(batch, seed=5)
+    condition = task.condition(batch, target)
+    clip = DiffusionTask.latents(task, batch, 5)
+    assert clip.shape[2] == 3
+    assert torch.equal(target, clip[:, :, 2:])
+    assert condition.known is not None
+    assert torch.equal(condition.known, clip[:, :, :1])
+    before = {name: value.clone() for name, value in task.module.state_dict().items()}
+    model = trained(config, task, Clips(3, 8.0))
+    changed = {name for name, value in task.module.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed
+    assert all(name.startswith("prompt.") for name in changed)
+    assert model.config.stages() == [*base.config.stages(), "image_prompt"]
+    part = model.part("image_prompt")
+    assert part.network == ImagePromptConfig(**NETWORK)
+    ImagePrompt(part.network, 4, base.diffusion("image").network.context_dims, base.text.embed_dim).load_state_dict(
+        model.state("image_prompt")
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "words"), [({"frames": 1}, "two frames of a clip"), ({"data.size": 64}, "the image stage of")]
+)
+def test_clips_that_teach_nothing_are_refused(
+    given: dict[str, Any], words: str, toy_model: Path, tmp_path: Path
+) -> None:
+    size = given.pop("data.size", 32)
+    config = stage_config(
+        ImagePromptStage, tmp_path, **{"stage": "image_prompt", "frames": 2, "network": NETWORK, **given}
+    )
+    config = config.model_copy(update={"data": config.data.model_copy(update={"size": size})})
+    with pytest.raises(UserError, match=words):
+        image_prompt.task(config, Model.load(toy_model))
+
+
+def test_a_video_stage_begins_with_the_models_prompt_and_paints_what_it_says(toy_model: Path, tmp_path: Path) -> None:
+    """At the start the temporal layers add nothing: each frame is what the image network makes of the prompt."""
+    config, task = task_of(toy_model, tmp_path / "prompt")
+    model = trained(config, task, Clips(3, 8.0))
+    told = stage_config(VideoStage, tmp_path / "video", frames=4, temporal={"fps": True, "image_prompt": NETWORK})
+    made = video.task(told, model)
+    batch = Clips(4, 8.0).batch([0, 1])
+    latents = made.latents(batch, seed=0)
+    condition = made.condition(batch, latents)
+    time = torch.tensor([900.0, 300.0])
+    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        made.module.known_conv.weight.zero_()
+        clip = made.module(noise, time, condition)
+        still = prompted(task.module.prompt, condition, torch.float32)  # as trained: the newest weights
+        image = model.unet("image")
+        for frame in range(4):
+            alone = image(noise[:, :, frame : frame + 1], time, prompted_by(model, condition))
+            torch.testing.assert_close(clip[:, :, frame : frame + 1], alone, atol=1e-4, rtol=1e-4)
+    assert still.pooled is not None
+    after = trained(told, made, Clips(4, 8.0))
+    names = set(after.state("video"))
+    assert {name for name in names if name.startswith("temporal_image_prompt.")}
+    road = Pipeline(after, "cpu")
+    side = after.diffusion("image").size // after.autoencoder.factor
+    clips = [
+        road.video([SampleKey(0, "a red circle")], torch.full((1, 4, 1, side, side), value), 8.0,
+                   after.diffusion("video").sampling)
+        for value in (0.0, 3.0)
+    ]  # fmt: skip
+    assert not torch.equal(*clips)
+
+
+def prompted_by(model: Model, condition: Condition) -> Condition:
+    part = model.part("image_prompt")
+    network = model.diffusion("image").network
+    prompt = ImagePrompt(part.network, network.channels, network.context_dims, network.pooled_dim)
+    prompt.load_state_dict(model.state("image_prompt"))
+    return prompted(prompt, condition, torch.float32)
+
+
+def test_a_video_stage_that_hears_what_is_not_there_is_refused(toy_model: Path, tmp_path: Path) -> None:
+    asked = {"temporal": {"fps": True, "image_prompt": NETWORK}, "frames": 4}
+    with pytest.raises(UserError, match="holds no image_prompt stage"):
+        video.task(stage_config(VideoStage, tmp_path, **asked), Model.load(toy_model))
+    config, task = task_of(toy_model, tmp_path / "prompt")
+    model = trained(config, task, Clips(3, 8.0))
+    asked["temporal"] = {"fps": True, "image_prompt": {"width": 16, "side": 2}}
+    with pytest.raises(UserError, match="use its values"):
+        video.task(stage_config(VideoStage, tmp_path, **asked), model)
+    with pytest.raises(ConfigError, match="no first image where first_image is false"):
+        stage_config(VideoStage, tmp_path, **asked, first_image=False)
+    asked["temporal"]["text_attention"] = False
+    with pytest.raises(ConfigError, match="no layer would hear the text"):
+        stage_config(VideoStage, tmp_path, **asked)
