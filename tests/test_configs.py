@@ -44,7 +44,11 @@ def road(path: Path) -> dict[str, StageConfig]:
 
 
 def test_there_is_one_for_each_stage() -> None:
-    assert {path.stem for path in (ROOT / "configs" / "demo").glob("*.yaml")} == {*STAGE_CONFIGS, "autoencoder_vq"}
+    assert {path.stem for path in (ROOT / "configs" / "demo").glob("*.yaml")} == {
+        *STAGE_CONFIGS,
+        "autoencoder_vq",
+        "video_prompted",
+    }
 
 
 def test_each_run_of_the_demo_has_a_folder_and_a_seed_of_its_own() -> None:
@@ -97,7 +101,10 @@ def test_a_stage_stands_on_the_one_before_it(path: Path) -> None:
         return
     position = STAGES.index(config.stage)  # type: ignore[attr-defined]
     former = stages.get(STAGES[position - 1]) if position else None
-    assert config.model == (former.run.dir if former is not None else None)
+    wanted = former.run.dir if former is not None else None
+    if config.stage == "video" and config.temporal.image_prompt is not None:  # type: ignore[attr-defined]
+        wanted = f"{wanted}_prompt"  # what stands beside the road holds the road before it
+    assert config.model == wanted
 
 
 @pytest.mark.parametrize("path", FILES, ids=name)

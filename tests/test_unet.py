@@ -12,6 +12,7 @@ from videodiff.batch import Condition
 from videodiff.config import ConfigError, build
 from videodiff.networks import layers
 from videodiff.networks import text as texts
+from videodiff.networks.image_prompt import ImagePromptConfig
 from videodiff.networks.unet import TemporalConfig, UNet, UNetConfig, temporal_parameter_names
 
 SMALL = UNetConfig(
@@ -234,22 +235,30 @@ def test_each_condition_changes_the_output(part: str) -> None:
     assert (network(x, time, given) - before).abs().max() > 1e-5
 
 
-def test_without_spatial_text_only_the_temporal_layers_of_a_video_hear_it() -> None:
+def test_with_an_image_prompt_the_spatial_layers_of_a_video_hear_the_first_image_and_not_the_text() -> None:
     assert SMALL.temporal is not None
-    network = UNet(SMALL.model_copy(update={"temporal": SMALL.temporal.model_copy(update={"spatial_text": False})}))
-    fill(network, only_spatial=True)
+    temporal = SMALL.temporal.model_copy(update={"image_prompt": ImagePromptConfig(width=8, side=2)})
+    network = UNet(SMALL.model_copy(update={"temporal": temporal}))
+    fill(network, only_spatial=True)  # the temporal layers add nothing yet
     x, given = normal(2, 3, 3, 4, 4), condition()
-    silent = given.without("text")
+    silent, blind = given.without("text"), given.without("image")
     assert torch.equal(network(x, TIME, given), network(x, TIME, silent))
+    assert (network(x, TIME, given) - network(x, TIME, blind)).abs().max() > 1e-3
     image = x[:, :, :1]
     assert (network(image, TIME, frame(given)) - network(image, TIME, frame(silent))).abs().max() > 1e-3
+    # What is painted is what tokens say: the same tokens as a text give the same clip to a network that hears texts.
+    assert network.temporal_image_prompt is not None
+    assert given.known is not None
+    tokens, pooled = network.temporal_image_prompt(given.known[:, :, 0])
+    everywhere = tuple(torch.ones(part.shape[:2], dtype=torch.bool) for part in tokens)
+    plain = UNet(SMALL)
+    plain.load_state_dict({k: v for k, v in network.state_dict().items() if "image_prompt" not in k})
+    told = replace(given, text=tokens, text_mask=everywhere, pooled=pooled)
+    torch.testing.assert_close(network(x, TIME, given), plain(x, TIME, told))
     fill(network)
-    heard = network(x, TIME, given)
-    assert (heard - network(x, TIME, silent)).abs().max() > 1e-3
-    told_all = UNet(SMALL)
-    told_all.load_state_dict(network.state_dict())
-    assert (heard - told_all(x, TIME, given)).abs().max() > 1e-3
-    torch.testing.assert_close(network(x, TIME, silent), told_all(x, TIME, silent))
+    assert (network(x, TIME, given) - network(x, TIME, silent)).abs().max() > 1e-3  # the temporal layers hear the text
+    with pytest.raises(ValueError, match="hear a first image"):
+        network(x, TIME, replace(given, known=None, known_mask=None))
 
 
 def test_masked_tokens_are_not_seen_and_samples_are_apart() -> None:
