@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib
@@ -23,7 +24,7 @@ from rich.console import Console
 from torch import Tensor
 
 from data_pipeline.progress import bar
-from data_pipeline.world import ATTRIBUTES, Combination, render, rng, sample_scene
+from data_pipeline.world import ATTRIBUTES, Combination, render, rng, sample_scene, split
 from data_pipeline.world_captions import prompts
 from data_pipeline.world_reader import read, read_image
 from stages.evaluation.questions import stored
@@ -79,7 +80,8 @@ def pieces(count: int, advance: Callable[[int], None]) -> Iterator[slice]:
 
 
 def pairs(count: int) -> list[tuple[Combination, Combination, str]]:
-    """(shown, told, the told one's prompt): two seen combinations that differ in colour, shape and motion."""
+    """(shown, told, the told one's prompt): two seen combinations that differ in colour, shape and motion, the look of
+    one with the motion of the other being a seen one too."""
     told = prompts(count, SEED, "train")
     others = [combination for combination, _ in prompts(4 * count, SEED + 1, "train")]
     found = []
@@ -88,6 +90,7 @@ def pairs(count: int) -> list[tuple[Combination, Combination, str]]:
         differs = (
             other for other in (others[int(i)] for i in order)
             if all(getattr(other, name) != getattr(combination, name) for name in ("colour", "shape", "motion"))
+            and split(replace(other, motion=combination.motion)) == "train"
         )  # fmt: skip
         found.append((next(differs), combination, text))
     return found
@@ -101,7 +104,9 @@ def swap(subject: Subject, count: int) -> list[str]:
     with bar(True, "swap", count) as advance:
         for some in pieces(count, advance):
             part = asked[some]
-            first = subject.real_first([shown for shown, _, _ in part], some.start)
+            # Placed so that what is told can happen: where the shown one would move, the other might leave the frame.
+            placed = [replace(shown, motion=told.motion) for shown, told, _ in part]
+            first = subject.real_first(placed, some.start)
             keys = [SampleKey(SEED, text, some.start + i) for i, (_, _, text) in enumerate(part)]
             given = subject.road.decode(first)
             for (shown, told, _), clip, picture in zip(part, subject.clips(keys, first), given, strict=True):
