@@ -36,7 +36,6 @@ class ImagePromptStage(DenoisingStageConfig):
 class ImagePromptTask(DiffusionTask):
     """Denoises the last frame of each clip with the image stage's network, told the first one."""
 
-    prompt_config: ImagePromptConfig
     _last: tuple[VideoBatch, Tensor] | None = None  # the batch whose latents were asked for, and its first frames
 
     def latents(self, batch: VideoBatch, seed: int) -> Tensor:
@@ -52,7 +51,8 @@ class ImagePromptTask(DiffusionTask):
 
     def export(self, state: dict[str, Tensor], folder: Path, file: str) -> None:
         own = {name.removeprefix(PREFIX): value for name, value in state.items()}
-        network, size = self.prompt_config, self.part["size"]
+        assert isinstance(self.module, PromptedUNet)
+        network, size = self.module.prompt.config, self.part["size"]
         write_part(
             self.stage, self.base, folder, file, own,
             lambda weights: ImagePromptPart(network=network, size=size, weights=weights),
@@ -71,9 +71,7 @@ def task(config: ImagePromptStage, base: Model) -> ImagePromptTask:
     frozen = base.unet("image")
     prompt = ImagePrompt(config.network, frozen.config.channels, frozen.config.context_dims, frozen.config.pooled_dim)
     part = {name: getattr(image, name) for name in ("network", "schedule", "prediction", "size", "sampling")}
-    made = ImagePromptTask(
+    return ImagePromptTask(
         "image_prompt", base, PromptedUNet(frozen, prompt), part, image_stage.known_slots,
         lambda name: name.startswith(PREFIX), config,
     )  # fmt: skip
-    made.prompt_config = config.network
-    return made

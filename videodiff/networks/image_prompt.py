@@ -49,7 +49,7 @@ class ImagePrompt(nn.Module):
     ) -> None:
         super().__init__()
         width = config.width
-        self.side = config.side
+        self.config = config
         self.enter = nn.Conv2d(channels, width, 3, padding=1)
         self.norms = nn.ModuleList(group_norm(width) for _ in range(CONVOLUTIONS))
         self.convs = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for _ in range(CONVOLUTIONS))
@@ -65,7 +65,7 @@ class ImagePrompt(nn.Module):
         features = self.enter(picture)
         for norm, conv in zip(self.norms, self.convs, strict=True):
             features = features + conv(F.silu(norm(features)))
-        tokens = to_tokens(F.adaptive_avg_pool2d(features, self.side))
+        tokens = to_tokens(F.adaptive_avg_pool2d(features, self.config.side))
         tokens = self.norm(tokens + self.feed_forward(self.norm_feed(tokens)))
         pooled = None
         if self.pooled is not None:
