@@ -1,11 +1,11 @@
 """What the recipe's choices are worth: the video stage trained or sampled otherwise, with all else equal.
 
-    python -m benchmarks.ablations [--model demo] [--shards runs/demo/shards/clips] [--steps 1000] [--batch 32]
-                                   [--prompts 100] [--held-out 50] [--only WAY ...] [--at-once 1]
-                                   [--runs runs/ablations] [--out docs/ablations.md]
+    python -m benchmarks.ablations [--model runs/demo/image_prompt] [--shards runs/demo/shards] [--steps 1000]
+                                   [--batch 32] [--prompts 100] [--held-out 50] [--only WAY ...]
+                                   [--at-once 1] [--runs runs/ablations] [--out docs/ablations.md]
 
 Every way starts from the same image stage, sees the same clips in the same order for the same number of steps, and is
-judged on the same prompts and seeds as `as_published` is, in pairs. What was trained and judged is kept: the same
+judged on the same prompts and seeds as the recipe is, in pairs. What was trained and judged is kept: the same
 command goes on where it was interrupted. `--at-once` trains and judges several ways side by side: a GPU has room for
 more than one of these small networks.
 """
@@ -23,7 +23,7 @@ from typing import Any
 
 from rich.console import Console
 
-from stages.demo_model import call_videodiff
+from stages.demo_model import RUNS, call_videodiff
 from stages.evaluation.kept import read_samples
 from stages.evaluation.statistics import SPLITS, right, truth_of
 from videodiff import config as configs
@@ -35,29 +35,35 @@ from videodiff.parts import DESCRIPTION, ModelConfig
 
 ROW = "video_generated"
 FIGURES = ("motion", "all")
-BASE = "as_published"
+BASE = "recipe"
 
 
 @dataclass(frozen=True)
 class Way:
-    """One choice made otherwise. training: overrides of configs/demo/video.yaml; guidance: scales, nothing trained."""
+    """One choice made otherwise. training: overrides of configs/demo/video.yaml; shards: one of `demo_model.SHARDS`;
+    guidance: scales of the recipe's weights, nothing trained."""
 
     told: str
     training: dict[str, str] = field(default_factory=dict)
+    shards: str = RUNS["video"]
     guidance: dict[str, float] | None = None
 
 
+TEXT_EVERYWHERE = {"temporal.image_prompt": "null", "sampling.guidance.text": "2"}  # the scale that is best for it
 WAYS = {
-    BASE: Way("text to image to video; spatial layers frozen; zero terminal SNR; text 2, image 1"),
+    BASE: Way("text to image to video; spatial layers frozen, and told the first image; captions of the motion alone"),
+    "text_everywhere": Way("the spatial layers hear the prompt, as published; true captions", TEXT_EVERYWHERE, "clips"),
     "naive": Way(
-        "text to video at once, no first image (Emu Video's first ablation)",
-        {"first_image": "false", "temporal.first_frame_attention": "false"},
+        "text to video at once, no first image (Emu Video's first ablation); true captions",
+        {**TEXT_EVERYWHERE, "first_image": "false", "temporal.first_frame_attention": "false"},
+        "clips",
     ),
+    "true_captions": Way("captions that tell what is seen too", shards="clips"),
     "terminal_snr": Way(
         "the schedule ends before all is noise", {"schedule": "{kind: scaled_linear, zero_terminal_snr: false}"}
     ),
     "spatial_trained": Way("spatial layers trained too", {"freeze_spatial": "false"}),
-    "one_scale": Way("one scale for text and image together", guidance={"text": 2.0, "image": 2.0}),
+    "one_scale": Way("one scale for text and image together", guidance={"text": 4.0, "image": 4.0}),
     "unguided": Way("no guidance", guidance={"text": 1.0, "image": 1.0}),
 }
 
@@ -78,7 +84,7 @@ def train(way: str, given: argparse.Namespace) -> Path:
         return run
     values = {
         "model": given.model, "run.dir": str(run), "run.steps": str(given.steps),
-        "engine.decay_steps": str(given.steps), "data.shards": str(given.shards),
+        "engine.decay_steps": str(given.steps), "data.shards": str(given.shards / WAYS[way].shards),
         "data.batch_size": str(given.batch), **WAYS[way].training,
     }  # fmt: skip
     recipe = str(resources.path("configs/demo/video.yaml"))
@@ -101,7 +107,7 @@ def hits(samples: dict[tuple[str, int], dict[str, Any]], split: str, figure: str
 
 
 def rows(judged: dict[str, dict[tuple[str, int], dict[str, Any]]], runs: Path) -> list[str]:
-    """A Markdown table: shares by split, and what differs from `as_published`, paired on the prompts."""
+    """A Markdown table: shares by split, and what differs from the recipe, paired on the prompts."""
     splits = [split for split in SPLITS if any(where == split for where, _ in judged[BASE])]
     heads = [f"{figure}, {SPLITS[split].replace('_', ' ')}, %" for split in splits for figure in FIGURES]
     lines = [
@@ -147,9 +153,9 @@ def main(given: argparse.Namespace, command: str) -> None:
         f"`{command}`",
         "",
         f"The demo's video stage, {given.steps:,} steps of batch {given.batch} of each way from the same image",
-        "stage, on the same clips in the same order; clips from generated first images (of the naive way: from the",
-        "text alone), the same prompts and seeds for all. Shares that the reader finds right, with 95 % intervals;",
-        "differences in points, paired.",
+        "stage, on the same clips in the same order. Judged are clips from generated first images (the naive way:",
+        "from the text alone), the same prompts and seeds for all. Shares that the reader finds right, with 95 %",
+        "intervals; differences in points, paired.",
         "",
         *(f"- **{way.replace('_', ' ')}**: {WAYS[way].told}" for way in names),
         "",
@@ -163,8 +169,8 @@ def main(given: argparse.Namespace, command: str) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="demo", help="whose image stage all ways start from")
-    parser.add_argument("--shards", type=Path, default=Path("runs/demo/shards/clips"))
+    parser.add_argument("--model", default="runs/demo/image_prompt", help="whose image and image_prompt all ways start from")
+    parser.add_argument("--shards", type=Path, default=Path("runs/demo/shards"), help="the folder of `make demo-model`")
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--prompts", type=int, default=100)

@@ -27,16 +27,27 @@ from videodiff import resources
 from videodiff.errors import UserError
 from videodiff.model import Model
 from videodiff.model_folder import export
-from videodiff.parts import DESCRIPTION, STAGES, sha256
+from videodiff.parts import DESCRIPTION, sha256
 from videodiff.training.run_folder import MACHINES
 from videodiff.video_io import Frames, contact_sheet, read_image, save_sheet, write_animation
 
-# Folder of the shards -> what `videodiff data world` is asked for. The image stage sees the first frames of scenes.
+# Folder of the shards -> what `videodiff data world` is asked for. The image stage sees the first frames of scenes;
+# the video stage's captions tell the motion alone, as its first image tells the rest.
+CLIPS = {"num-clips": 8192, "size": 64, "frames": 31, "fps": 16, "seed": 1}
 SHARDS: dict[str, dict[str, int]] = {
-    "clips": {"num-clips": 8192, "size": 64, "frames": 31, "fps": 16, "seed": 1},
+    "clips": CLIPS,
     "images": {"num-clips": 16384, "size": 64, "frames": 1, "fps": 16, "seed": 2},
+    "motions": {**CLIPS, "motion-captions": 4},
 }
-STAGE_SHARDS = {"image": "images"}
+# Run -> its shards, in the order of training: each stands on the one before it.
+RUNS = {
+    "autoencoder": "clips",
+    "text": "clips",
+    "image": "images",
+    "image_prompt": "motions",
+    "video": "motions",
+    "interpolation": "clips",
+}
 # glibc gives freed memory back at once, and large tensors fault their pages in anew: on a CPU that can double a step.
 KEEP_MEMORY = {
     "MALLOC_MMAP_THRESHOLD_": str(8 << 30),
@@ -56,19 +67,20 @@ SHEET, ANIMATION, NEIGHBOURS = "demo.png", "demo.webp", "demo-neighbours.png"
 
 
 def main(out: Path, num_prompts: int, num_held_out: int, install: bool) -> None:
-    """Make the data, train the five stages, export, evaluate, write the card; `install` replaces the bundled model."""
+    """Make the data, train all stages, export, evaluate, write the card; `install` replaces the bundled model."""
     for name, arguments in SHARDS.items():
         options = [part for key, value in arguments.items() for part in (f"--{key}", str(value))]
         call_videodiff("data", "world", "--out", str(out / "shards" / name), *options)
-    for before, stage in zip((None, *STAGES[:-1]), STAGES, strict=True):
-        shards = out / "shards" / STAGE_SHARDS.get(stage, "clips")
-        overrides = [f"run.dir={out / stage}", f"data.shards={shards}"]
-        if before is not None:
-            overrides.append(f"model={out / before}")
-        call_videodiff("train", str(resources.path(f"configs/demo/{stage}.yaml")), *overrides)
+    before: list[str] = []
+    for run, shards in RUNS.items():
+        overrides = [f"run.dir={out / run}", f"data.shards={out / 'shards' / shards}", *before]
+        call_videodiff("train", str(resources.path(f"configs/demo/{run}.yaml")), *overrides)
+        before = [f"model={out / run}"]
     model = out / "model"
     shutil.rmtree(model, ignore_errors=True)
-    export(Model.load(out / STAGES[-1]), model, half=True)
+    trained = Model.load(out / run)
+    road = trained.config.model_copy(update={"image_prompt": None})  # the video stage went on training it as its own
+    export(Model(trained.folder, road), model, half=True)
     judged = out / f"evaluation-{sha256(model / DESCRIPTION)[:12]}"  # goes on for the same weights, begins for others
     counts = ("--num-prompts", str(num_prompts), "--num-held-out", str(num_held_out))
     training = ("--training", str(out / "shards" / "clips"))
@@ -148,16 +160,14 @@ def card(out: Path, model: Path, report: dict[str, Any], counts: Sequence[str]) 
         "| stage | steps | batch | seed | hours | final loss |",
         "|---|---|---|---|---|---|",
     ]
-    for stage in STAGES:
-        records = [
-            json.loads(line) for line in (out / stage / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        ]
+    for run in RUNS:
+        records = [json.loads(line) for line in (out / run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
         last = records[-100:]
         hours = sum(record["seconds"] for record in records) / 3600
-        config = load_stage(out / stage / "config.yaml")  # what the run was given, whatever the recipe says by now
+        config = load_stage(out / run / "config.yaml")  # what the run was given, whatever the recipe says by now
         seed, batch = config.run.seed, config.data.batch_size
         loss = sum(record["loss"] for record in last) / len(last)
-        lines.append(f"| {stage} | {len(records)} | {batch} | {seed} | {hours:.2f} | {loss:.4f} |")
+        lines.append(f"| {run} | {len(records)} | {batch} | {seed} | {hours:.2f} | {loss:.4f} |")
     lines += [
         "",
         "Data: " + "; ".join(f"{name}: `videodiff data world {_shown(a)}`" for name, a in SHARDS.items()) + ".",
@@ -216,8 +226,8 @@ def _shown(arguments: dict[str, int]) -> str:
 
 
 def _machines(out: Path) -> list[str]:
-    """Where the stages were trained, each machine once."""
-    files = [out / stage / MACHINES for stage in STAGES]
+    """Where the runs were trained, each machine once."""
+    files = [out / run / MACHINES for run in RUNS]
     return list(dict.fromkeys(line for path in files for line in path.read_text(encoding="utf-8").splitlines()))
 
 

@@ -47,7 +47,6 @@ def test_there_is_one_for_each_stage() -> None:
     assert {path.stem for path in (ROOT / "configs" / "demo").glob("*.yaml")} == {
         *STAGE_CONFIGS,
         "autoencoder_vq",
-        "video_prompted",
     }
 
 

@@ -12,10 +12,9 @@ import numpy as np
 import pytest
 
 from stages.assemble import load_stage
-from stages.demo_model import NEIGHBOURS, SHARDS, STAGE_SHARDS, card, neighbours
+from stages.demo_model import NEIGHBOURS, RUNS, SHARDS, card, neighbours
 from videodiff import config as configs
 from videodiff.errors import UserError
-from videodiff.parts import STAGES
 from videodiff.resources import path as resource
 from videodiff.training.run_folder import machine, record_machine
 from videodiff.video_io import read_image, write_png
@@ -53,8 +52,8 @@ def test_ctrl_c_lets_the_training_save(tmp_path: Path) -> None:
 
 @pytest.fixture
 def runs(tmp_path: Path) -> Path:
-    """Run folders as five trainings leave them."""
-    for number, stage in enumerate(STAGES, 1):
+    """Run folders as the trainings leave them."""
+    for number, stage in enumerate(RUNS, 1):
         (tmp_path / stage).mkdir()
         records = [{"step": step, "loss": 10.0 * number, "seconds": 36.0} for step in range(1, 201)]
         (tmp_path / stage / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
@@ -91,7 +90,7 @@ def test_the_card_states_recipe_and_figures(runs: Path, toy_model: Path) -> None
     assert "| image | held out pair | 4 | - | 75.0 (30.1-95.4) | - | - | - | - | - |" in text
     assert "reconstruction 35.2" in text
     assert "The image stage loses most." in text
-    assert "| video | 200 | 4 | 70 | 2.00 | 40.0000 |" in text  # 200 steps of 36 s are two hours
+    assert "| video | 200 | 5 | 70 | 2.00 | 50.0000 |" in text  # 200 steps of 36 s are two hours
     assert "lie 0.250 from theirs, unseen real ones 0.125; 1 of 4" in text
     assert text.count(machine()) == 1
     assert "4 frames of 32x32 at 8 fps; 7 frames at 16 fps after interpolation." in text
@@ -107,10 +106,14 @@ def test_the_nearest_pairs_become_one_picture(tmp_path: Path) -> None:
     assert [int((found == grey).all(-1).sum()) for grey in (40, 200)] == [16 * 64, 16 * 64]
 
 
-def test_the_recipe_reads_the_shards_it_makes() -> None:
-    for stage in STAGES:
-        config = load_stage(resource(f"configs/demo/{stage}.yaml"))
-        made = SHARDS[STAGE_SHARDS.get(stage, "clips")]
-        assert config.data.shards == f"runs/demo/shards/{STAGE_SHARDS.get(stage, 'clips')}"
+def test_the_recipe_is_what_is_trained() -> None:
+    """Of each run, its shards and what it stands on."""
+    before = None
+    for run, shards in RUNS.items():
+        config = load_stage(resource(f"configs/demo/{run}.yaml"))
+        made = SHARDS[shards]
+        assert config.data.shards == f"runs/demo/shards/{shards}"
         assert config.data.size == made["size"]
         assert (config.data.frames - 1) / config.data.fps <= (made["frames"] - 1) / made["fps"]  # long enough
+        assert config.model == before
+        before = config.run.dir
