@@ -169,7 +169,7 @@ def main(given: argparse.Namespace, command: str) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="runs/demo/image_prompt", help="whose image and image_prompt all ways start from")
+    parser.add_argument("--model", default="runs/demo/image_prompt", help="what all ways start from")
     parser.add_argument("--shards", type=Path, default=Path("runs/demo/shards"), help="the folder of `make demo-model`")
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--batch", type=int, default=32)

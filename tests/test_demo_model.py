@@ -75,6 +75,16 @@ def test_the_card_states_recipe_and_figures(runs: Path, toy_model: Path) -> None
                 "shares": {},
                 "measures": {"reconstruction_psnr": {"mean": 35.25}},
             },
+            {
+                "row": "video_generated",
+                "split": "held_out",
+                "n": 40,
+                "shares": {},
+                "measures": {},
+                "confusions": {
+                    "motion": {"up": {"up": 18, "still": 2}, "left": {"left": 19, "up": 1}, "down": {}},
+                },
+            },
         ],
         "verdict": "The image stage loses most.",
         "memorized": {
@@ -90,9 +100,12 @@ def test_the_card_states_recipe_and_figures(runs: Path, toy_model: Path) -> None
     assert "| image | held out pair | 4 | - | 75.0 (30.1-95.4) | - | - | - | - | - |" in text
     assert "reconstruction 35.2" in text
     assert "The image stage loses most." in text
-    assert "| video | 200 | 5 | 70 | 2.00 | 50.0000 |" in text  # 200 steps of 36 s are two hours
+    assert "| video | 200 | 5 | 70 | 2.00 | 50.0000 | A |" in text  # 200 steps of 36 s are two hours
     assert "lie 0.250 from theirs, unseen real ones 0.125; 1 of 4" in text
     assert text.count(machine()) == 1
+    assert "- motion up: right in 18 of 20 prompts on held out combinations." in text
+    assert "motion left" not in text  # 95 % is no flaw
+    assert "motion down" not in text
     assert "4 frames of 32x32 at 8 fps; 7 frames at 16 fps after interpolation." in text
 
 
