@@ -46,12 +46,19 @@ class Way:
     told: str
     training: dict[str, str] = field(default_factory=dict)
     shards: str = RUNS["video"]
-    guidance: dict[str, float] | None = None
+    guidance: dict[str, Any] | None = None
 
 
-TEXT_EVERYWHERE = {"temporal.image_prompt": "null", "sampling.guidance.text": "2"}  # the scale that is best for it
+TEXT_EVERYWHERE = {  # guided as is best for it
+    "temporal.image_prompt": "null",
+    "sampling.guidance.text": "2",
+    "sampling.guidance.interval": "null",
+}
 WAYS = {
-    BASE: Way("text to image to video; spatial layers frozen, and told the first image; captions of the motion alone"),
+    BASE: Way(
+        "text to image to video; spatial layers frozen and told the first image; captions of the motion alone; "
+        "text scale 4 in the noisiest eighth"
+    ),
     "text_everywhere": Way("the spatial layers hear the prompt, as published; true captions", TEXT_EVERYWHERE, "clips"),
     "naive": Way(
         "text to video at once, no first image (Emu Video's first ablation); true captions",
@@ -64,6 +71,7 @@ WAYS = {
     ),
     "spatial_trained": Way("spatial layers trained too", {"freeze_spatial": "false"}),
     "one_scale": Way("one scale for text and image together", guidance={"text": 4.0, "image": 4.0}),
+    "guided_throughout": Way("text guidance in every step", guidance={"interval": None}),
     "unguided": Way("no guidance", guidance={"text": 1.0, "image": 1.0}),
 }
 

@@ -7,7 +7,7 @@ how many evaluations of its networks it takes.
 swap: the first image of one prompt with the text of another. Colour and shape should follow the image, the motion the
 text. diversity: where the object starts over many seeds of one prompt, against where the data's does. steps: the share
 of prompts that the reader finds right over the number of evaluations, for DDIM and DPM-Solver++ and for guidance in the
-noisier half alone.
+noisier part alone.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from data_pipeline.world_captions import prompts
 from data_pipeline.world_reader import read, read_image
 from stages.evaluation.questions import stored
 from stages.pipeline import Pipeline, SampleKey, adjusted
+from videodiff.diffusion.schedule import NoiseSchedule
 from videodiff.metrics.intervals import Interval, wilson
 from videodiff.metrics.pictures import clip_psnr
 from videodiff.model import Model
@@ -39,7 +40,11 @@ import matplotlib.pyplot as plt
 
 CASES = ("swap", "diversity", "steps")
 STEPS = (2, 4, 6, 8, 12, 20, 32)
-NOISIER_HALF = (500.0, None)  # of 1000 times
+GUIDED = {
+    "": 1.0,
+    ", guided in the noisier half": 1 / 2,
+    ", guided in the noisiest eighth": 1 / 8,
+}  # share of the times
 BATCH, SEED = 8, 7
 IMAGE_ATTRIBUTES = tuple(name for name in ATTRIBUTES if name != "motion")
 
@@ -51,6 +56,7 @@ class Subject:
         self.road = Pipeline(model, "cuda" if torch.cuda.is_available() else "cpu")
         self.size = model.diffusion("image").size
         self.image, self.video = model.diffusion("image").sampling, model.diffusion("video").sampling
+        self.schedules = {"image": model.diffusion("image").schedule, "video": model.diffusion("video").schedule}
         self.fps, self.frames = model.diffusion("video").fps, model.diffusion("video").frames
 
     def pictures(self, keys: Sequence[SampleKey], sampling: Sampling | None = None) -> Tensor:
@@ -162,13 +168,16 @@ def diversity(subject: Subject, seeds: int, count: int = 4) -> list[str]:
 Curve = dict[int, Interval]  # evaluations of the network -> share of right prompts
 
 
-def ways(sampling: Sampling) -> dict[str, Callable[[int], Sampling]]:
+def ways(sampling: Sampling, schedule: NoiseSchedule) -> dict[str, Callable[[int], Sampling]]:
     """Ways of sampling by name, each a function of the number of steps."""
-    return {
-        "DDIM": lambda steps: adjusted(sampling, "ddim", steps),
-        "DPM-Solver++": lambda steps: adjusted(sampling, "dpm_solver", steps),
-        "DDIM, guided in the noisier half": lambda steps: adjusted(sampling, "ddim", steps, interval=NOISIER_HALF),
-    }
+
+    def way(kind: str, share: float) -> Callable[[int], Sampling]:
+        time = torch.tensor((1 - share) * schedule.num_steps + 0.5)  # a step that ends its share is not in it
+        least = float(torch.exp(-schedule.log_snr(time) / 2))  # sigma / alpha
+        return lambda steps: adjusted(sampling, kind, steps, interval=(least, None))
+
+    ddim = {f"DDIM{told}": way("ddim", share) for told, share in GUIDED.items()}
+    return {**ddim, "DPM-Solver++": way("dpm_solver", 1.0)}
 
 
 def steps(subject: Subject, count: int, budgets: Sequence[int], out: Path | None) -> list[str]:
@@ -176,9 +185,10 @@ def steps(subject: Subject, count: int, budgets: Sequence[int], out: Path | None
     asked = prompts(count, SEED + 3, "train")
     lines = []
     for stage, sampling in (("image", subject.image), ("video", subject.video)):
+        schedule = subject.schedules[stage]
         curves: dict[str, Curve] = {}
-        with bar(True, f"steps, {stage}", count * len(ways(sampling)) * len(budgets)) as advance:
-            for name, way in ways(sampling).items():
+        with bar(True, f"steps, {stage}", count * len(ways(sampling, schedule)) * len(budgets)) as advance:
+            for name, way in ways(sampling, schedule).items():
                 curves[name] = {
                     budget: wilson(_right(subject, stage, asked, way(budget), advance), count) for budget in budgets
                 }
