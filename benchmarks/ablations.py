@@ -67,7 +67,8 @@ WAYS = {
     ),
     "true_captions": Way("captions that tell what is seen too", shards="clips"),
     "terminal_snr": Way(
-        "the schedule ends before all is noise", {"schedule": "{kind: scaled_linear, zero_terminal_snr: false}"}
+        "the schedule ends before all is noise",
+        {"schedule": "{kind: scaled_linear, zero_terminal_snr: false}", "sampling.guidance.interval": "[7.5, null]"},
     ),
     "spatial_trained": Way("spatial layers trained too", {"freeze_spatial": "false"}),
     "one_scale": Way("one scale for text and image together", guidance={"text": 4.0, "image": 4.0}),

@@ -26,6 +26,7 @@ from stages.evaluation.statistics import ROWS
 from stages.pipeline import Pipeline, SampleKey
 from videodiff import resources
 from videodiff.errors import UserError
+from videodiff.metrics.intervals import wilson
 from videodiff.model import Model
 from videodiff.model_folder import export
 from videodiff.parts import DESCRIPTION, sha256
@@ -217,7 +218,7 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def _limits(rows: list[dict[str, Any]]) -> list[str]:
-    """What no prompt gets, and where of the clips from generated first images more than a twentieth come out wrong."""
+    """What no prompt gets, and where more than a twentieth of the clips from generated first images come out wrong."""
     lines = [
         "- Nothing but one object of the built-in world: no second one, no other colour, shape or motion, no rotation,",
         "  no camera. `generate` names the words of a prompt that were not in its training.",
@@ -226,12 +227,14 @@ def _limits(rows: list[dict[str, Any]]) -> list[str]:
     for row in rows:
         if row["row"] != "video_generated":
             continue
+        wrong = []
         for name, counts in row["confusions"].items():
             for value, found in counts.items():
-                asked = sum(found.values())
-                if asked and (right := found.get(value, 0)) < 0.95 * asked:
-                    told = f"{right} of {asked} prompts on {row['split'].replace('_', ' ')} combinations"
-                    lines.append(f"- {name} {value}: right in {told}.")
+                right, asked = found.get(value, 0), sum(found.values())
+                if asked and wilson(right, asked).high < 0.95:
+                    wrong.append(f"{name} {value} ({right} of {asked} right)")
+        if wrong:
+            lines.append(f"- Of {row['split'].replace('_', ' ')} combinations not surely: {', '.join(wrong)}.")
     return lines
 
 
