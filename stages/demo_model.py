@@ -80,9 +80,7 @@ def main(out: Path, num_prompts: int, num_held_out: int, install: bool) -> None:
         before = [f"model={out / run}"]
     model = out / "model"
     shutil.rmtree(model, ignore_errors=True)
-    trained = Model.load(out / run)
-    road = trained.config.model_copy(update={"image_prompt": None})  # the video stage went on training it as its own
-    export(Model(trained.folder, road), model, half=True)
+    export(Model.load(out / run), model, half=True)
     judged = out / f"evaluation-{sha256(model / DESCRIPTION)[:12]}"  # goes on for the same weights, begins for others
     counts = ("--num-prompts", str(num_prompts), "--num-held-out", str(num_held_out))
     training = ("--training", str(out / "shards" / "clips"))

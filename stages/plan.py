@@ -17,9 +17,10 @@ import torch
 from safetensors import safe_open
 
 from stages.assemble import load_stage
-from stages.base import DiffusionStageConfig
+from stages.base import DenoisingStageConfig, DiffusionStageConfig
 from stages.fits import check_size, told_text
 from stages.image import ImageStage
+from stages.image_prompt import ImagePromptStage
 from stages.interpolation import InterpolationStage
 from stages.video import VideoStage
 from videodiff import config as configs
@@ -230,7 +231,7 @@ def _model(name: str | None) -> Model | None:
     return Model(folder, configs.load(ModelConfig, folder / DESCRIPTION))
 
 
-def _network(config: DiffusionStageConfig, path: Path, base: Model | None) -> UNetConfig:
+def _network(config: DenoisingStageConfig, path: Path, base: Model | None) -> UNetConfig:
     """The network of a stage: its own, or that of the stage before, from the model or from the YAML that makes it."""
     if isinstance(config, ImageStage):
         return _told_text(config.network, base)
@@ -243,7 +244,7 @@ def _network(config: DiffusionStageConfig, path: Path, base: Model | None) -> UN
             earlier = load_stage(other)
         except UserError:
             continue
-        if not isinstance(earlier, (ImageStage, VideoStage, InterpolationStage)):
+        if not isinstance(earlier, (ImageStage, ImagePromptStage, VideoStage, InterpolationStage)):
             continue
         beside = isinstance(earlier, ImageStage) and earlier.model == config.model  # both on one imported model
         if earlier.run.dir == config.model or beside:
@@ -277,7 +278,7 @@ def _encoders(base: Model | None) -> float:
     return 4.0 * total
 
 
-def _with_time(config: DiffusionStageConfig, network: UNetConfig) -> UNetConfig:
+def _with_time(config: DenoisingStageConfig, network: UNetConfig) -> UNetConfig:
     if isinstance(config, VideoStage):
         return network.model_copy(update={"temporal": config.temporal, "known_channels": config.first_image})
     return network

@@ -12,6 +12,7 @@ import pytest
 
 from data_pipeline.world import render_clip
 from stages.cli import main
+from stages.demo_model import RUNS
 from stages.runs import reshape
 from tests.test_encode import changed
 from videodiff.errors import UserError
@@ -36,7 +37,8 @@ OWN = {
         " attention_levels: [true, true], head_channels: 8, context_dims: [16], pooled_dim: 16}",
         "sampling.sampler.steps=2",
     ],
-    "video": ["data.frames=4", "sampling.sampler.steps=2"],
+    "image_prompt": ["data.frames=4", "network.width=16"],
+    "video": ["data.frames=4", "temporal.image_prompt.width=16", "sampling.sampler.steps=2"],
     "interpolation": [
         "network={channels: 4, model_channels: 16, channel_mult: [1], num_res_blocks: 1, attention_levels: [true],"
         " head_channels: 8, temporal: {}}",
@@ -74,7 +76,7 @@ def test_from_nothing_to_a_judged_video(
     world = ["--num-clips", "8", "--size", "32", "--frames", "7", "--fps", "16", "--seed", "1"]
     command(["data", "world", "--out", "shards", *world])
     former = None
-    for stage in STAGES:
+    for stage in RUNS:
         overrides = [*EVERY, *OWN[stage], f"run.dir=runs/{stage}", "data.shards=shards"]
         if former is not None:
             overrides.append(f"model=runs/{former}")
