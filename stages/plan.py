@@ -17,7 +17,7 @@ import torch
 from safetensors import safe_open
 
 from stages.assemble import load_stage
-from stages.base import DenoisingStageConfig, DiffusionStageConfig
+from stages.base import DenoisingStageConfig
 from stages.fits import check_size, told_text
 from stages.image import ImageStage
 from stages.image_prompt import ImagePromptStage
