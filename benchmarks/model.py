@@ -40,11 +40,8 @@ import matplotlib.pyplot as plt
 
 CASES = ("swap", "diversity", "steps")
 STEPS = (2, 4, 6, 8, 12, 20, 32)
-GUIDED = {
-    "": 1.0,
-    ", guided in the noisier half": 1 / 2,
-    ", guided in the noisiest eighth": 1 / 8,
-}  # share of the times
+# What is told of a way -> the noisier share of the times in which it is guided.
+GUIDED = {"": 1.0, ", guided in the noisier half": 1 / 2, ", guided in the noisiest eighth": 1 / 8}
 BATCH, SEED = 8, 7
 IMAGE_ATTRIBUTES = tuple(name for name in ATTRIBUTES if name != "motion")
 

@@ -219,7 +219,7 @@ def _limits(rows: list[dict[str, Any]]) -> list[str]:
     """What no prompt gets, and where more than a twentieth of the clips from generated first images come out wrong."""
     lines = [
         "- Nothing but one object of the built-in world: no second one, no other colour, shape or motion, no rotation,",
-        "  no camera. `generate` names the words of a prompt that were not in its training.",
+        "  no camera that moves. `generate` names the words of a prompt that were not in its training.",
         "- No other size or length than those above; `generate` refuses them.",
     ]
     for row in rows:

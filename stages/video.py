@@ -1,7 +1,7 @@
 """Stage video: the image network with temporal layers, told the first image and the text (Emu Video, 2023).
 
-The spatial half is the image stage's, frozen: only the temporal layers and the convolution that brings in the given
-image and its mask are trained.
+The spatial half is the image stage's, frozen: only the temporal layers, the convolution that brings in the given image
+and its mask, and an image prompt, where the spatial layers hear one, are trained.
 """
 
 from __future__ import annotations
