@@ -100,6 +100,9 @@ def encode(
     ] = False,
     flip: Annotated[bool, typer.Option("--flip", help="Mirror every other variant")] = False,
     seed: Annotated[int, typer.Option(help="Another seed, other windows, crops and flips")] = 0,
+    processes: Annotated[
+        int, typer.Option(min=1, help="That share the shards, on one GPU too; each has its --workers")
+    ] = 1,
     workers: Workers = 2,
     deadline_seconds: Deadline = 30.0,
     bad_limit: Annotated[
@@ -117,7 +120,8 @@ def encode(
         shards=shards, batch_size=1, frames=frames, fps=fps, size=size, crop="random" if random_crop else "centre",
         flip=flip, workers=workers, deadline_seconds=deadline_seconds, bad_limit=bad_limit,
     )  # fmt: skip
-    typer.echo(f"wrote {run(config, Model.load(model), out, variants, seed, progress=sys.stdout.isatty())}")
+    done = run(config, Model.load(model), out, variants, seed, progress=sys.stdout.isatty(), processes=processes)
+    typer.echo(f"wrote {done}")
     left_out = BadSamples(out / BAD_SAMPLES, bad_limit, config.bad_floor)
     if left_out.counts:
         typer.echo(f"left out: {left_out.told()}")

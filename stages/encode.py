@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+import multiprocessing
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
@@ -58,12 +61,15 @@ def encoder_digest(model: Model) -> str:
     return digest.hexdigest()
 
 
-def encode(config: DataConfig, model: Model, out: Path, variants: int, seed: int, progress: bool = False) -> Path:
+def encode(
+    config: DataConfig, model: Model, out: Path, variants: int, seed: int, progress: bool = False, processes: int = 1
+) -> Path:
     """Encode the data set that ``config`` names into shards in ``out``, one for each of its own; returns their index.
 
     A sample becomes one of latents and text features in half precision, with its JSON. One that can't be decoded is
     left out, and listed in bad_samples.jsonl there. A run that was interrupted continues when asked again for the same.
-    Raises UserError where a shard can't be read, or when too many samples are bad, or all of them.
+    ``processes`` share the shards; the limit of bad samples holds for each. Raises UserError where a shard can't be
+    read, or when too many samples are bad, or all of them.
     """
     assert isinstance(config.shards, str)
     shards = open_shards(config.shards)
@@ -81,25 +87,92 @@ def encode(config: DataConfig, model: Model, out: Path, variants: int, seed: int
     }
     if started(out, plan):
         return out / INDEX
-    encoder = _Encoder(config, model, variants, seed, sum(len(shard.offsets) for shard in shards))
-    names = [f"encoded-{number:06d}.tar" for number in range(len(shards))]
+    job = _Job(config, Model(model.folder, model.config, model.weights), out, variants, seed)
+    count = sum(len(shard.offsets) for shard in shards)
+    with bar(progress, "encode", count) as advance:
+        if processes == 1:
+            job.run(advance=advance)
+        else:
+            _side_by_side(job, min(processes, len(shards)), shards, advance)
     bad = BadSamples(out / BAD_SAMPLES, config.bad_limit, config.bad_floor)
-    with (
-        bar(progress, "encode", encoder.num_samples) as advance,
-        DecodePool(config.workers, config.deadline_seconds) as pool,
-    ):
-        first = 0
-        for shard, name in zip(shards, names, strict=True):
-            if not (out / name).exists():  # else whole, since it was renamed into place
-                write_shard(out / name, encoder.samples(shard, first, pool, bad), FEATURES)
-            first += len(shard.offsets)
-            advance(len(shard.offsets))
-    if len(bad.recorded) >= encoder.num_samples:
-        raise UserError(f"{config.shards}: none of its {encoder.num_samples} samples can be encoded ({bad.told()})")
-    write_index(out, names, plan)
+    if len(bad.recorded) >= count:
+        raise UserError(f"{config.shards}: none of its {count} samples can be encoded ({bad.told()})")
+    write_index(out, [_name(number) for number in range(len(shards))], plan)
     for leftover in (*out.glob(".encoded-*.tar"), out / PLAN):
         leftover.unlink(missing_ok=True)
     return out / INDEX
+
+
+def _name(number: int) -> str:
+    return f"encoded-{number:06d}.tar"
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What several processes do together: each its own of the shards."""
+
+    config: DataConfig
+    model: Model
+    out: Path
+    variants: int
+    seed: int
+
+    def run(self, number: int = 0, processes: int = 1, advance: Callable[[int], None] = lambda count: None) -> None:
+        """Encode the shards of process ``number`` that are not there yet."""
+        config = self.config
+        assert isinstance(config.shards, str)
+        shards = open_shards(config.shards)
+        encoder = _Encoder(config, self.model, self.variants, self.seed, sum(len(s.offsets) for s in shards))
+        bad = BadSamples(self.out / BAD_SAMPLES, config.bad_limit, config.bad_floor)
+        first = 0
+        with DecodePool(config.workers, config.deadline_seconds) as pool:
+            for place, shard in enumerate(shards):
+                target = self.out / _name(place)
+                if place % processes == number:
+                    if not target.exists():  # else whole, since it was renamed into place
+                        write_shard(target, encoder.samples(shard, first, pool, bad), FEATURES)
+                    advance(len(shard.offsets))
+                first += len(shard.offsets)
+
+
+def _side_by_side(job: _Job, processes: int, shards: list[Shard], advance: Callable[[int], None]) -> None:
+    """Run a job in so many processes; the first that fails ends the others."""
+    context = multiprocessing.get_context("spawn")  # a GPU's state can't be forked
+    problems = context.SimpleQueue()
+    threads = max(1, torch.get_num_threads() // processes)
+    children = [context.Process(target=_share, args=(job, k, processes, threads, problems)) for k in range(processes)]
+    finished: set[int] = set()
+    died: list[int] = []
+    try:
+        for process in children:
+            process.start()
+        while not died and any(process.is_alive() for process in children):
+            connection.wait([process.sentinel for process in children if process.is_alive()], timeout=1)
+            for number, shard in enumerate(shards):
+                if number not in finished and (job.out / _name(number)).exists():
+                    finished.add(number)
+                    advance(len(shard.offsets))
+            died = [process.exitcode for process in children if process.exitcode]
+    finally:
+        for process in children:
+            if process.pid is not None:
+                process.terminate()
+                process.join()
+    if not problems.empty():
+        raise UserError(problems.get())
+    if died:
+        raise UserError(f"{job.out}: a process ended with status {died[0]} before its shards were done; run it again")
+
+
+def _share(job: _Job, number: int, processes: int, threads: int, problems: Any) -> None:
+    torch.set_num_threads(threads)
+    try:
+        job.run(number, processes)
+    except UserError as error:
+        problems.put(str(error))
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:  # the terminal told the parent too
+        raise SystemExit(130) from None
 
 
 class _Encoder:

@@ -140,6 +140,30 @@ def test_encoding_goes_on_after_an_interruption_and_gives_the_same_bytes(
         encode(config(videos[4], 4), model, out, 2, seed=0)
 
 
+def test_several_processes_encode_what_one_does(
+    videos: dict[int, Path], encoded: dict[int, Path], model: Model, tmp_path: Path
+) -> None:
+    ours, theirs = encode(config(videos[4], 4), model, tmp_path / "out", 1, seed=0, processes=2).parent, encoded[4]
+    assert (
+        json.loads((ours / "index.json").read_text())["encoding"]
+        == (json.loads((theirs / "index.json").read_text())["encoding"])
+    )
+    for mine, other in zip(open_shards(str(ours)), open_shards(str(theirs)), strict=True):
+        assert len(mine.offsets) == len(other.offsets)
+        for number in range(len(mine.offsets)):
+            one, two = read_sample(mine, number), read_sample(other, number)
+            assert (one.key, one.captions) == (two.key, two.captions)
+            a, b = unpack(one.video, 1, len(one.captions)), unpack(two.video, 1, len(two.captions))
+            torch.testing.assert_close(a.mean, b.mean, rtol=0, atol=2e-3)  # threads may round otherwise
+            torch.testing.assert_close(a.text[0], b.text[0], rtol=0, atol=2e-3)
+    folder = tmp_path / "bad"
+    for name in ("a.tar", "b.tar"):
+        write_shard(folder / name, [(f"bad {name[0]}", b"junk", {"captions": ["x"]})])
+    write_index(folder, ["a.tar", "b.tar"], {})
+    with pytest.raises(UserError, match=r"1 of 1 clips are bad \(1 undecodable"):
+        encode(config(folder, 4, bad_floor=0), model, tmp_path / "strict", 1, seed=0, processes=2)
+
+
 def test_variants_have_windows_crops_and_flips_of_their_own(model: Model, tmp_path: Path) -> None:
     """Of 6 variants of a wide, moving ramp hardly two are alike, and training meets all of them."""
     ramp = np.broadcast_to(np.linspace(0, 200, 96).astype(np.uint8)[None, None, :, None], (8, 32, 96, 3)).copy()
