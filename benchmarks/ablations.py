@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,27 +22,30 @@ from typing import Any
 
 from rich.console import Console
 
-from stages.demo_model import RUNS, call_videodiff
+from stages.demo_model import RUNS, SHARDS, call_videodiff, render_world
 from stages.evaluation.kept import read_samples
 from stages.evaluation.statistics import SPLITS, right, truth_of
 from videodiff import config as configs
 from videodiff import resources
-from videodiff.metrics.intervals import Comparison, compare, mean_interval, wilson
+from videodiff.metrics.intervals import compare, mean_interval, wilson
 from videodiff.model import Model
 from videodiff.model_folder import export
 from videodiff.parts import DESCRIPTION, ModelConfig
 
 ROW = "video_generated"
 FIGURES = ("motion", "all")
+RECIPE = resources.path("configs/demo/video.yaml")
 BASE = "recipe"
+Samples = dict[tuple[str, int], dict[str, Any]]  # (split, number) -> what the reader found
 
 
 @dataclass(frozen=True)
 class Way:
-    """One choice made otherwise. training: overrides of configs/demo/video.yaml; shards: one of `demo_model.SHARDS`;
-    guidance: scales of the recipe's weights, nothing trained."""
+    """One choice made otherwise than `against` makes it. training: overrides of configs/demo/video.yaml; shards: one of
+    `demo_model.SHARDS`; guidance: scales of the recipe's weights, nothing trained."""
 
     told: str
+    against: str = BASE
     training: dict[str, str] = field(default_factory=dict)
     shards: str = RUNS["video"]
     guidance: dict[str, Any] | None = None
@@ -59,18 +61,24 @@ WAYS = {
         "text to image to video; spatial layers frozen and told the first image; captions of the motion alone; "
         "text scale 4 in the noisiest eighth"
     ),
-    "text_everywhere": Way("the spatial layers hear the prompt, as published; true captions", TEXT_EVERYWHERE, "clips"),
+    "true_captions": Way("captions that tell what is seen too", shards="clips"),
+    "text_everywhere": Way(
+        "the spatial layers hear the prompt, not the image, as published", "true_captions", TEXT_EVERYWHERE, "clips"
+    ),
     "naive": Way(
-        "text to video at once, no first image (Emu Video's first ablation); true captions",
+        "text to video at once, no first image (Emu Video's first ablation)",
+        "text_everywhere",
         {**TEXT_EVERYWHERE, "first_image": "false", "temporal.first_frame_attention": "false"},
         "clips",
     ),
-    "true_captions": Way("captions that tell what is seen too", shards="clips"),
     "terminal_snr": Way(
         "the schedule ends before all is noise",
-        {"schedule": "{kind: scaled_linear, zero_terminal_snr: false}", "sampling.guidance.interval": "[7.5, null]"},
+        training={
+            "schedule": "{kind: scaled_linear, zero_terminal_snr: false}",
+            "sampling.guidance.interval": "[7.5, null]",
+        },
     ),
-    "spatial_trained": Way("spatial layers trained too", {"freeze_spatial": "false"}),
+    "spatial_trained": Way("spatial layers trained too", training={"freeze_spatial": "false"}),
     "one_scale": Way("one scale for text and image together", guidance={"text": 4.0, "image": 4.0}),
     "guided_throughout": Way("text guidance in every step", guidance={"interval": None}),
     "unguided": Way("no guidance", guidance={"text": 1.0, "image": 1.0}),
@@ -91,37 +99,41 @@ def train(way: str, given: argparse.Namespace) -> Path:
             video = told.video.model_copy(update={"sampling": sampling})
             configs.save(told.model_copy(update={"video": video}), run / DESCRIPTION)
         return run
-    values = {
-        "model": given.model, "run.dir": str(run), "run.steps": str(given.steps),
-        "engine.decay_steps": str(given.steps), "data.shards": str(given.shards / WAYS[way].shards),
-        "data.batch_size": str(given.batch), **WAYS[way].training,
-    }  # fmt: skip
-    recipe = str(resources.path("configs/demo/video.yaml"))
-    call_videodiff("train", recipe, *(f"{name}={value}" for name, value in values.items()))
+    call_videodiff("train", str(RECIPE), *overrides(way, given))
     return run
 
 
-def judge(way: str, folder: Path, given: argparse.Namespace) -> dict[tuple[str, int], dict[str, Any]]:
-    """(split, number) -> what the reader found of each prompt."""
+def overrides(way: str, given: argparse.Namespace) -> list[str]:
+    """What a way is trained with, over RECIPE."""
+    values = {
+        "model": given.model, "run.dir": str(given.runs / way), "run.steps": str(given.steps),
+        "engine.decay_steps": str(given.steps), "data.shards": str(given.shards / WAYS[way].shards),
+        "data.batch_size": str(given.batch), **WAYS[way].training,
+    }  # fmt: skip
+    return [f"{name}={value}" for name, value in values.items()]
+
+
+def judge(way: str, folder: Path, given: argparse.Namespace) -> Samples:
+    """What the reader found of each prompt's clip."""
     out = given.runs / f"{way}-evaluation"
     counts = ("--num-prompts", str(given.prompts), "--num-held-out", str(given.held_out))
     call_videodiff("evaluate", str(folder), "--stage", "video", *counts, "--out", str(out))
     return read_samples(out)[1]
 
 
-def hits(samples: dict[tuple[str, int], dict[str, Any]], split: str, figure: str) -> list[float]:
+def hits(samples: Samples, split: str, figure: str) -> list[float]:
     """1 where the figure is right and 0 where it is not, of each prompt in its order."""
     chosen = [sample for (where, _), sample in sorted(samples.items()) if where == split]
     return [float(right(sample["rows"][ROW], truth_of(sample, ROW) or {})[figure]) for sample in chosen]
 
 
-def rows(judged: dict[str, dict[tuple[str, int], dict[str, Any]]], runs: Path) -> list[str]:
-    """A Markdown table: shares by split, and what differs from the recipe, paired on the prompts."""
+def rows(judged: dict[str, Samples], runs: Path) -> list[str]:
+    """A Markdown table: shares by split, and how each way differs from what it is held against."""
     splits = [split for split in SPLITS if any(where == split for where, _ in judged[BASE])]
     heads = [f"{figure}, {SPLITS[split].replace('_', ' ')}, %" for split in splits for figure in FIGURES]
     lines = [
-        "| way | " + " | ".join(heads) + " | first frame, dB | all, seen: difference | verdict | s a step |",
-        "|---" * (len(heads) + 5) + "|",
+        "| way | " + " | ".join(heads) + " | first frame, dB | against | all: points | verdict | s a step |",
+        "|---" * (len(heads) + 6) + "|",
     ]
     for way, samples in judged.items():
         found = [hits(samples, split, figure) for split in splits for figure in FIGURES]
@@ -131,11 +143,18 @@ def rows(judged: dict[str, dict[tuple[str, int], dict[str, Any]]], runs: Path) -
         known = [value for value in near if value is not None]
         told = WAYS[way].training.get("first_image") != "false" and len(known) > 1
         cells.append(f"{mean_interval(known, way).value:.1f}" if told else "-")
-        difference = compare(hits(samples, "train", "all"), hits(judged[BASE], "train", "all"), "ablation", way)
-        cells += ["-", "-"] if way == BASE else [_points(difference), difference.verdict]
+        cells += ["-", "-", "-"] if way == BASE else _differs(way, samples, judged[WAYS[way].against])
         cells.append("-" if WAYS[way].guidance is not None else f"{_seconds_a_step(runs / way):.2f}")
         lines.append(f"| {way.replace('_', ' ')} | {' | '.join(cells)} |")
     return lines
+
+
+def _differs(way: str, samples: Samples, others: Samples) -> list[str]:
+    """What it is held against, and by how many points all splits' prompts together differ, in pairs."""
+    ours, theirs = ([hit for split in SPLITS for hit in hits(each, split, "all")] for each in (samples, others))
+    found = compare(ours, theirs, "ablation", way)
+    points = f"{100 * found.mean:+.1f} ({100 * found.low:+.1f} to {100 * found.high:+.1f})"
+    return [WAYS[way].against.replace("_", " "), points, found.verdict]
 
 
 def _seconds_a_step(run: Path) -> float:
@@ -143,13 +162,14 @@ def _seconds_a_step(run: Path) -> float:
     return median(json.loads(line)["seconds"] for line in lines)
 
 
-def _points(found: Comparison) -> str:
-    return f"{100 * found.mean:+.1f} ({100 * found.low:+.1f} to {100 * found.high:+.1f})"
-
-
 def main(given: argparse.Namespace, command: str) -> None:
     """Train, judge, and write the report."""
-    names: Sequence[str] = [BASE, *(way for way in WAYS if way in given.only and way != BASE)]
+    wanted = {BASE, *given.only}
+    while more := {WAYS[way].against for way in wanted} - wanted:
+        wanted |= more
+    names = [way for way in WAYS if way in wanted]
+    for name in {WAYS[way].shards for way in names}:
+        render_world(given.shards / name, SHARDS[name])
     with ThreadPoolExecutor(given.at_once) as pool:  # each is a process of its own
         trained = [way for way in names if WAYS[way].guidance is None]
         folders = dict(zip(trained, pool.map(lambda way: train(way, given), trained), strict=True))
@@ -164,7 +184,8 @@ def main(given: argparse.Namespace, command: str) -> None:
         f"The demo's video stage, {given.steps:,} steps of batch {given.batch} of each way from the same image",
         "stage, on the same clips in the same order. Judged are clips from generated first images (the naive way:",
         "from the text alone), the same prompts and seeds for all. Shares that the reader finds right, with 95 %",
-        "intervals; differences in points, paired.",
+        "intervals. Each way is held against the one that differs from it in this choice alone: points of difference",
+        "over the prompts of all splits, in pairs.",
         "",
         *(f"- **{way.replace('_', ' ')}**: {WAYS[way].told}" for way in names),
         "",

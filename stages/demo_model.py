@@ -40,6 +40,7 @@ SHARDS: dict[str, dict[str, int]] = {
     "clips": CLIPS,
     "images": {"num-clips": 16384, "size": 64, "frames": 1, "fps": 16, "seed": 2},
     "motions": {**CLIPS, "motion-captions": 4},
+    "large": {"num-clips": 2048, "size": 128, "frames": 4, "fps": 2, "seed": 3},
 }
 # Run -> its shards, in the order of training: each stands on the one before it.
 RUNS = {
@@ -49,6 +50,7 @@ RUNS = {
     "image_prompt": "motions",
     "video": "motions",
     "interpolation": "clips",
+    "upscale": "large",
 }
 # glibc gives freed memory back at once, and large tensors fault their pages in anew: on a CPU that can double a step.
 KEEP_MEMORY = {
@@ -71,8 +73,7 @@ SHEET, ANIMATION, NEIGHBOURS = "demo.png", "demo.webp", "demo-neighbours.png"
 def main(out: Path, num_prompts: int, num_held_out: int, install: bool) -> None:
     """Make the data, train all stages, export, evaluate, write the card; `install` replaces the bundled model."""
     for name, arguments in SHARDS.items():
-        options = [part for key, value in arguments.items() for part in (f"--{key}", str(value))]
-        call_videodiff("data", "world", "--out", str(out / "shards" / name), *options)
+        render_world(out / "shards" / name, arguments)
     before: list[str] = []
     for run, shards in RUNS.items():
         overrides = [f"run.dir={out / run}", f"data.shards={out / 'shards' / shards}", *before]
@@ -88,15 +89,20 @@ def main(out: Path, num_prompts: int, num_held_out: int, install: bool) -> None:
     report = json.loads((judged / "evaluation.json").read_text(encoding="utf-8"))
     (model / "README.md").write_text(card(out, model, report, counts), encoding="utf-8")
     pictures(Model.load(model), out)
-    neighbours(judged, out)
+    made = [SHEET, ANIMATION]
+    if neighbours(judged, out):
+        made.append(NEIGHBOURS)
+    else:
+        print(f"{judged}: no pictures of nearest training clips, see `skipped` in its evaluation.json; none is drawn")
     if install:
-        model = _install(model, out)
-    names = ", ".join(str(out / name) for name in (SHEET, ANIMATION, NEIGHBOURS))
+        model = _install(model, out, made)
+    names = ", ".join(str(out / name) for name in made)
     print(f"the model: {model}; its card: {model / 'README.md'}; its pictures: {names}")
 
 
-def _install(model: Path, out: Path) -> Path:
-    """Put a finished model in the place of the bundled one; at no moment is there half a model."""
+def _install(model: Path, out: Path, drawn: Sequence[str]) -> Path:
+    """Put a finished model in the place of the bundled one, and what was drawn into the documents; at no moment is
+    there half a model."""
     target = resources.path("assets/demo")
     fresh, former = target.with_name("demo.new"), target.with_name("demo.old")
     for folder in (fresh, former):
@@ -107,7 +113,7 @@ def _install(model: Path, out: Path) -> Path:
     fresh.rename(target)
     shutil.rmtree(former, ignore_errors=True)
     if (docs := Path(__file__).resolve().parents[1] / "docs").is_dir():  # a checkout
-        for name in (SHEET, ANIMATION, NEIGHBOURS):
+        for name in drawn:
             shutil.copyfile(out / name, docs / name)
     return target
 
@@ -133,12 +139,13 @@ def pictures(model: Model, folder: Path) -> None:
     write_animation(folder / ANIMATION, np.stack(moments), video.fps * smooth.factor)
 
 
-def neighbours(judged: Path, folder: Path) -> None:
-    """NEIGHBOURS: the generated clips of an evaluation that lie nearest to training clips, each above its neighbour."""
+def neighbours(judged: Path, folder: Path) -> bool:
+    """NEIGHBOURS: the generated clips of an evaluation that lie nearest to training clips, each above its neighbour;
+    False where it has none, as after too few prompts."""
     pairs = [read_image(path) for path in sorted((judged / "neighbours").glob("*.png"))]
-    if not pairs:
-        raise UserError(f"{judged}: no pictures of nearest training clips; see `skipped` in its evaluation.json")
-    save_sheet(folder / NEIGHBOURS, pairs, 1)
+    if pairs:
+        save_sheet(folder / NEIGHBOURS, pairs, 1)
+    return bool(pairs)
 
 
 def _doubled(frame: Frames) -> Frames:
@@ -240,14 +247,22 @@ def _clip(model: Path) -> str:
     opened = Model.load(model)
     video, smooth = opened.diffusion("video"), opened.diffusion("interpolation")
     frames = (video.frames - 1) * smooth.factor + 1
+    part = opened.config.upscale
+    larger = f"; {part.size}x{part.size} with `--upscale`" if part else ""
     return (
         f"{video.frames} frames of {video.size}x{video.size} at {video.fps:g} fps; "
-        f"{frames} frames at {video.fps * smooth.factor:g} fps after interpolation."
+        f"{frames} frames at {video.fps * smooth.factor:g} fps after interpolation{larger}."
     )
 
 
 def _shown(arguments: dict[str, int]) -> str:
     return " ".join(f"--{key} {value}" for key, value in arguments.items())
+
+
+def render_world(out: Path, arguments: dict[str, int]) -> None:
+    """Shards of the built-in world in `out`; those that are there stay."""
+    options = [part for key, value in arguments.items() for part in (f"--{key}", str(value))]
+    call_videodiff("data", "world", "--out", str(out), *options)
 
 
 def call_videodiff(*arguments: str) -> None:
