@@ -21,6 +21,7 @@ import numpy as np
 
 from data_pipeline.world import ATTRIBUTES
 from stages.assemble import load_stage
+from stages.evaluation.measures import MEASURES
 from stages.evaluation.sheets import percent
 from stages.evaluation.statistics import ROWS
 from stages.pipeline import Pipeline, SampleKey
@@ -215,8 +216,10 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
             continue  # what the others are held against
         figures = [percent(row["shares"].get(name)) for name in columns]
         shares = [share + "".join(f" ({limits})" for limits in interval) for share, *interval in figures]
-        psnr = {name.removesuffix("_psnr"): told for name, told in row["measures"].items() if name.endswith("_psnr")}
-        near = "; ".join(f"{name.replace('_', ' ')} {told['mean']:.1f}" for name, told in psnr.items())
+        psnr = {name: told for name, told in row["measures"].items() if MEASURES[name].label.endswith(", dB")}
+        near = "; ".join(
+            f"{name.removesuffix('_psnr').replace('_', ' ')} {told['mean']:.1f}" for name, told in psnr.items()
+        )
         cells = [ROWS[row["row"]], row["split"].replace("_", " "), str(row["n"]), *shares, near or "-"]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
