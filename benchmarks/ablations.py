@@ -5,9 +5,9 @@
                                    [--at-once 1] [--runs runs/ablations] [--out docs/ablations.md]
 
 Every way starts from the same image stage, sees the same clips in the same order for the same number of steps, and is
-judged on the same prompts and seeds as the recipe is, in pairs. What was trained and judged is kept: the same
-command goes on where it was interrupted. `--at-once` trains and judges several ways side by side: a GPU has room for
-more than one of these small networks.
+judged on the same prompts and seeds, in pairs with the way that differs from it in that choice. What was trained and
+judged is kept: the same command goes on where it was interrupted. `--at-once` trains and judges several ways side by
+side: a GPU has room for more than one of these small networks.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import Any
 
 from rich.console import Console
 
+from data_pipeline.index import INDEX
 from stages.demo_model import RUNS, SHARDS, call_videodiff, render_world
 from stages.evaluation.kept import read_samples
 from stages.evaluation.statistics import SPLITS, right, truth_of
@@ -152,7 +153,7 @@ def rows(judged: dict[str, Samples], runs: Path) -> list[str]:
 def _differs(way: str, samples: Samples, others: Samples) -> list[str]:
     """What it is held against, and by how many points all splits' prompts together differ, in pairs."""
     ours, theirs = ([hit for split in SPLITS for hit in hits(each, split, "all")] for each in (samples, others))
-    found = compare(ours, theirs, "ablation", way)
+    found = compare(ours, theirs, "ablation", way, is_share=True)
     points = f"{100 * found.mean:+.1f} ({100 * found.low:+.1f} to {100 * found.high:+.1f})"
     return [WAYS[way].against.replace("_", " "), points, found.verdict]
 
@@ -169,7 +170,8 @@ def main(given: argparse.Namespace, command: str) -> None:
         wanted |= more
     names = [way for way in WAYS if way in wanted]
     for name in {WAYS[way].shards for way in names}:
-        render_world(given.shards / name, SHARDS[name])
+        if not (given.shards / name / INDEX).exists():  # else they may be encoded ones, or others
+            render_world(given.shards / name, SHARDS[name])
     with ThreadPoolExecutor(given.at_once) as pool:  # each is a process of its own
         trained = [way for way in names if WAYS[way].guidance is None]
         folders = dict(zip(trained, pool.map(lambda way: train(way, given), trained), strict=True))
@@ -184,8 +186,8 @@ def main(given: argparse.Namespace, command: str) -> None:
         f"The demo's video stage, {given.steps:,} steps of batch {given.batch} of each way from the same image",
         "stage, on the same clips in the same order. Judged are clips from generated first images (the naive way:",
         "from the text alone), the same prompts and seeds for all. Shares that the reader finds right, with 95 %",
-        "intervals. Each way is held against the one that differs from it in this choice alone: points of difference",
-        "over the prompts of all splits, in pairs.",
+        "intervals. Each way is held against the one that differs from it in this choice, and in the guidance and",
+        "layers that go with it: points of difference over the prompts of all splits, in pairs.",
         "",
         *(f"- **{way.replace('_', ' ')}**: {WAYS[way].told}" for way in names),
         "",

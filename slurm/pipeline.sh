@@ -3,15 +3,15 @@
 #   slurm/pipeline.sh configs/demo -- --nodes=2
 #   slurm/pipeline.sh configs/emu/{image,video_256,video_512,video_512_16,finetune,interpolation}.yaml \
 #     -- --nodes=32 --gpus-per-node=8 --ntasks-per-node=8
-# A folder stands for its autoencoder.yaml, text.yaml, image.yaml, image_prompt.yaml, video.yaml and interpolation.yaml;
-# what else lies in it is named and left out. A stage that fails ends the chain.
+# A folder stands for its autoencoder, text, image, image_prompt, video, interpolation and upscale.yaml, as far as it has
+# them; what else lies in it is named and left out. A stage that fails ends the chain.
 set -euo pipefail
 here=$(dirname "$0")
 configs=()
 while (($#)) && [[ $1 != -- ]]; do
     if [[ -d $1 ]]; then
         folder=${1%/}
-        for stage in autoencoder text image image_prompt video interpolation; do
+        for stage in autoencoder text image image_prompt video interpolation upscale; do
             if [[ -f $folder/$stage.yaml ]]; then configs+=("$folder/$stage.yaml"); fi
         done
         others=()

@@ -101,7 +101,8 @@ def encode(
     flip: Annotated[bool, typer.Option("--flip", help="Mirror every other variant")] = False,
     seed: Annotated[int, typer.Option(help="Another seed, other windows, crops and flips")] = 0,
     processes: Annotated[
-        int, typer.Option(min=1, help="That share the shards, on one GPU too; each has its --workers")
+        int,
+        typer.Option(min=1, help="That share the shards and the GPUs; --workers and --bad-limit are of each"),
     ] = 1,
     workers: Workers = 2,
     deadline_seconds: Deadline = 30.0,

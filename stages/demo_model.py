@@ -114,6 +114,8 @@ def _install(model: Path, out: Path, drawn: Sequence[str]) -> Path:
     fresh.rename(target)
     shutil.rmtree(former, ignore_errors=True)
     if (docs := Path(__file__).resolve().parents[1] / "docs").is_dir():  # a checkout
+        for name in (SHEET, ANIMATION, NEIGHBOURS):  # a former model's would not be true of this one
+            (docs / name).unlink(missing_ok=True)
         for name in drawn:
             shutil.copyfile(out / name, docs / name)
     return target

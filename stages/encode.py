@@ -9,8 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 import multiprocessing
+import os
+import signal
+import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import connection
 from pathlib import Path
 from typing import Any
@@ -33,6 +36,7 @@ from videodiff.model import Model
 from videodiff.training.distributed import device
 
 BAD_SAMPLES = "bad_samples.jsonl"
+PATIENCE = 10.0  # seconds that a process may take to end
 _Encoded = tuple[str, bytes, dict[str, Any]]  # key, bytes of safetensors, JSON
 
 
@@ -87,7 +91,7 @@ def encode(
     }
     if started(out, plan):
         return out / INDEX
-    job = _Job(config, Model(model.folder, model.config, model.weights), out, variants, seed)
+    job = _Job(config, model, out, variants, seed)
     count = sum(len(shard.offsets) for shard in shards)
     with bar(progress, "encode", count) as advance:
         if processes == 1:
@@ -136,9 +140,11 @@ class _Job:
 
 
 def _side_by_side(job: _Job, processes: int, shards: list[Shard], advance: Callable[[int], None]) -> None:
-    """Run a job in so many processes; the first that fails ends the others."""
+    """Run a job in so many processes, on the GPUs in turn; the first that fails ends the others."""
     context = multiprocessing.get_context("spawn")  # a GPU's state can't be forked
     problems = context.SimpleQueue()
+    model = job.model
+    job = replace(job, model=Model(model.folder, model.config, model.weights))  # without the networks that are loaded
     threads = max(1, torch.get_num_threads() // processes)
     children = [context.Process(target=_share, args=(job, k, processes, threads, problems)) for k in range(processes)]
     finished: set[int] = set()
@@ -153,26 +159,50 @@ def _side_by_side(job: _Job, processes: int, shards: list[Shard], advance: Calla
                     finished.add(number)
                     advance(len(shard.offsets))
             died = [process.exitcode for process in children if process.exitcode]
+        died = died or [process.exitcode for process in children if process.exitcode]
     finally:
         for process in children:
             if process.pid is not None:
                 process.terminate()
-                process.join()
+        for process in children:
+            if process.pid is not None:
+                process.join(PATIENCE)
+                process.kill()
     if not problems.empty():
         raise UserError(problems.get())
     if died:
-        raise UserError(f"{job.out}: a process ended with status {died[0]} before its shards were done; run it again")
+        raise UserError(
+            f"{job.out}: one of the {processes} processes ended with status {died[0]} before its shards were done (out "
+            "of memory, where nothing above says more); give the same command again, with fewer --processes"
+        )
 
 
 def _share(job: _Job, number: int, processes: int, threads: int, problems: Any) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal tells the parent too, which ends this one
+    signal.signal(signal.SIGTERM, _end)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    os.environ.setdefault("LOCAL_RANK", str(number % max(1, torch.cuda.device_count())))
     torch.set_num_threads(threads)
     try:
         job.run(number, processes)
     except UserError as error:
         problems.put(str(error))
         raise SystemExit(2) from None
-    except KeyboardInterrupt:  # the terminal told the parent too
-        raise SystemExit(130) from None
+    except torch.OutOfMemoryError:
+        problems.put(f"{job.out}: the GPU's memory is too small for {processes} processes; use fewer --processes")
+        raise SystemExit(2) from None
+
+
+def _end(number: int, frame: object) -> None:
+    raise SystemExit(128 + number)  # so that files begun are cleaned up
+
+
+def _end_with_parent() -> None:
+    """A killed parent writes no index, and who starts it anew must find nobody else at work."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 class _Encoder:

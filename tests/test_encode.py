@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import shutil
 from dataclasses import replace
 from itertools import islice
@@ -26,7 +27,7 @@ from data_pipeline.shards import open_shards, write_index, write_shard, write_wo
 from stages import image, video
 from stages.assemble import train_stage
 from stages.cli import app
-from stages.encode import encode, encoder_digest
+from stages.encode import _Job, encode, encoder_digest
 from videodiff import config as configs
 from videodiff.batch import Encoded, VideoBatch
 from videodiff.errors import UserError
@@ -141,14 +142,25 @@ def test_encoding_goes_on_after_an_interruption_and_gives_the_same_bytes(
 
 
 def test_several_processes_encode_what_one_does(
-    videos: dict[int, Path], encoded: dict[int, Path], model: Model, tmp_path: Path
+    videos: dict[int, Path], encoded: dict[int, Path], model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ours, theirs = encode(config(videos[4], 4), model, tmp_path / "out", 1, seed=0, processes=2).parent, encoded[4]
-    assert (
-        json.loads((ours / "index.json").read_text())["encoding"]
-        == (json.loads((theirs / "index.json").read_text())["encoding"])
-    )
-    for mine, other in zip(open_shards(str(ours)), open_shards(str(theirs)), strict=True):
+    """Others than this one, which here could not; and they go on with what is there already."""
+
+    def refuse(*arguments: object, **more: object) -> None:
+        raise AssertionError("encoded by the parent")
+
+    monkeypatch.setattr(_Job, "run", refuse)
+    out, theirs = tmp_path / "out", encoded[4]
+    shutil.copytree(theirs, out)
+    kept = (out / "encoded-000001.tar").read_bytes()
+    plan = {k: v for k, v in json.loads((out / "index.json").read_text()).items() if k not in ("shards", "version")}
+    (out / ".making.json").write_text(json.dumps(plan))
+    for name in ("index.json", "encoded-000000.tar", "encoded-000002.tar"):
+        (out / name).unlink()
+    encode(config(videos[4], 4), model, out, 1, seed=0, processes=8)  # more than there are shards
+    assert {path.name for path in out.iterdir()} == {path.name for path in theirs.iterdir()}
+    assert (out / "encoded-000001.tar").read_bytes() == kept
+    for mine, other in zip(open_shards(str(out)), open_shards(str(theirs)), strict=True):
         assert len(mine.offsets) == len(other.offsets)
         for number in range(len(mine.offsets)):
             one, two = read_sample(mine, number), read_sample(other, number)
@@ -156,12 +168,17 @@ def test_several_processes_encode_what_one_does(
             a, b = unpack(one.video, 1, len(one.captions)), unpack(two.video, 1, len(two.captions))
             torch.testing.assert_close(a.mean, b.mean, rtol=0, atol=2e-3)  # threads may round otherwise
             torch.testing.assert_close(a.text[0], b.text[0], rtol=0, atol=2e-3)
+
+
+def test_the_first_process_that_fails_ends_the_others_in_one_line(model: Model, tmp_path: Path) -> None:
     folder = tmp_path / "bad"
     for name in ("a.tar", "b.tar"):
         write_shard(folder / name, [(f"bad {name[0]}", b"junk", {"captions": ["x"]})])
     write_index(folder, ["a.tar", "b.tar"], {})
-    with pytest.raises(UserError, match=r"1 of 1 clips are bad \(1 undecodable"):
+    with pytest.raises(UserError, match=r"1 of 1 clips are bad \([12] undecodable"):
         encode(config(folder, 4, bad_floor=0), model, tmp_path / "strict", 1, seed=0, processes=2)
+    assert not (tmp_path / "strict" / "index.json").exists()
+    assert not multiprocessing.active_children()
 
 
 def test_variants_have_windows_crops_and_flips_of_their_own(model: Model, tmp_path: Path) -> None:

@@ -244,11 +244,11 @@ def test_a_chain_names_what_each_job_waits_for(tmp_path: Path) -> None:
 
     found = chain("configs/demo", "--", "--nodes=2")
     assert [line.partition(":")[0] for line in found.stdout.splitlines()] == [
-        "autoencoder", "text", "image", "image_prompt", "video", "interpolation",
+        "autoencoder", "text", "image", "image_prompt", "video", "interpolation", "upscale",
     ]  # fmt: skip
     jobs = (tmp_path / "play.log").read_text().splitlines()
     assert "--dependency" not in jobs[0]
-    assert [f"--dependency=afterok:{n} " in job for n, job in enumerate(jobs[1:])] == [True] * 5
+    assert [f"--dependency=afterok:{n} " in job for n, job in enumerate(jobs[1:])] == [True] * 6
     assert all("--nodes=2" in job for job in jobs)
     order = [f"configs/emu/{name}.yaml" for name in ("image", "video_256", "interpolation")]
     assert [line.partition(":")[0] for line in chain(*order).stdout.splitlines()] == [
