@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import multiprocessing
 import os
 import signal
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.multiprocessing.spawn import ProcessExitedException, start_processes
 
 from data_pipeline.augmentation import Augmentation
 from data_pipeline.bad_samples import BadSamples
@@ -36,7 +36,6 @@ from videodiff.model import Model
 from videodiff.training.distributed import device
 
 BAD_SAMPLES = "bad_samples.jsonl"
-PATIENCE = 10.0  # seconds that a process may take to end
 _Encoded = tuple[str, bytes, dict[str, Any]]  # key, bytes of safetensors, JSON
 
 
@@ -141,68 +140,49 @@ class _Job:
 
 def _side_by_side(job: _Job, processes: int, shards: list[Shard], advance: Callable[[int], None]) -> None:
     """Run a job in so many processes, on the GPUs in turn; the first that fails ends the others."""
-    context = multiprocessing.get_context("spawn")  # a GPU's state can't be forked
-    problems = context.SimpleQueue()
+    problems = multiprocessing.get_context("spawn").SimpleQueue()
     model = job.model
     job = replace(job, model=Model(model.folder, model.config, model.weights))  # without the networks that are loaded
     threads = max(1, torch.get_num_threads() // processes)
-    children = [context.Process(target=_share, args=(job, k, processes, threads, problems)) for k in range(processes)]
-    finished: set[int] = set()
-    died: list[int] = []
+    waiting = dict(enumerate(shards))
+    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # what is told is told below, in one line
+    context = start_processes(_share, (job, processes, threads, problems), processes, join=False)
     try:
-        for process in children:
-            process.start()
-        while not died and any(process.is_alive() for process in children):
-            connection.wait([process.sentinel for process in children if process.is_alive()], timeout=1)
-            for number, shard in enumerate(shards):
-                if number not in finished and (job.out / _name(number)).exists():
-                    finished.add(number)
-                    advance(len(shard.offsets))
-            died = [process.exitcode for process in children if process.exitcode]
-        died = died or [process.exitcode for process in children if process.exitcode]
+        done = False
+        while not done:
+            done = context.join(timeout=1)
+            for number in [number for number in waiting if (job.out / _name(number)).exists()]:
+                advance(len(waiting.pop(number).offsets))
+    except ProcessExitedException as error:
+        told = f"{job.out}: {error}; out of memory, where nothing above says more: try fewer --processes"
+        raise UserError(told if problems.empty() else problems.get()) from None
     finally:
-        for process in children:
-            if process.pid is not None:
-                process.terminate()
-        for process in children:
-            if process.pid is not None:
-                process.join(PATIENCE)
-                process.kill()
-    if not problems.empty():
-        raise UserError(problems.get())
-    if died:
-        raise UserError(
-            f"{job.out}: one of the {processes} processes ended with status {died[0]} before its shards were done (out "
-            "of memory, where nothing above says more); give the same command again, with fewer --processes"
-        )
+        for process in context.processes:
+            process.terminate()
+        for process in context.processes:
+            process.join()
 
 
-def _share(job: _Job, number: int, processes: int, threads: int, problems: Any) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal tells the parent too, which ends this one
-    signal.signal(signal.SIGTERM, _end)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+def _share(number: int, job: _Job, processes: int, threads: int, problems: Any) -> None:
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, _interrupt)
     os.environ.setdefault("LOCAL_RANK", str(number % max(1, torch.cuda.device_count())))
     torch.set_num_threads(threads)
     try:
         job.run(number, processes)
-    except UserError as error:
-        problems.put(str(error))
-        raise SystemExit(2) from None
     except torch.OutOfMemoryError:
         problems.put(f"{job.out}: the GPU's memory is too small for {processes} processes; use fewer --processes")
         raise SystemExit(2) from None
+    except (UserError, OSError) as error:
+        problems.put(str(error))
+        raise SystemExit(2) from None
 
 
-def _end(number: int, frame: object) -> None:
-    raise SystemExit(128 + number)  # so that files begun are cleaned up
-
-
-def _end_with_parent() -> None:
-    """A killed parent writes no index, and who starts it anew must find nobody else at work."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os.kill(os.getpid(), signal.SIGTERM)
+def _interrupt(number: int, frame: object) -> None:
+    """Once: files begun are cleaned up, and a second signal must not stop that."""
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, lambda *_: None)
+    raise KeyboardInterrupt
 
 
 class _Encoder:
