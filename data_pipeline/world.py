@@ -160,14 +160,10 @@ def _balanced_train() -> tuple[tuple[Combination, ...], np.ndarray]:
     return train, np.cumsum(weights / weights.sum())
 
 
-def draw_train(generator: np.random.Generator, motion: str | None = None) -> Combination:
-    """A training combination, of that motion where one is given; over many draws every value of an attribute is equally
-    frequent."""
+def draw_train(generator: np.random.Generator) -> Combination:
+    """A training combination; over many draws every value of an attribute is equally frequent."""
     train, cumulative = _balanced_train()
-    while True:
-        drawn = train[min(int(np.searchsorted(cumulative, generator.random(), side="right")), len(train) - 1)]
-        if motion in (None, drawn.motion):
-            return drawn
+    return train[min(int(np.searchsorted(cumulative, generator.random(), side="right")), len(train) - 1)]
 
 
 def _path(motion: str, progress: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -11,7 +11,7 @@ from typing import Literal
 
 import numpy as np
 
-from data_pipeline.world import ATTRIBUTES, Combination, combinations, draw_train, rng, split
+from data_pipeline.world import ATTRIBUTES, Combination, combinations, rng, split
 from videodiff.errors import UserError
 
 Words = dict[str, tuple[str, ...]]
@@ -150,11 +150,15 @@ def caption(
 
 def training_captions(combination: Combination, generator: np.random.Generator, motion_alone: int = 0) -> list[str]:
     """CAPTIONS_PER_CLIP captions of one clip, each of them in another wording. Of the last `motion_alone` the
-    motion alone is true: all else is of a training combination drawn for the caption, and tells nothing of the clip."""
+    motion alone is true: all else is drawn for the caption, from all combinations, and tells nothing of the clip."""
+
+    def any_look() -> Combination:
+        drawn = {name: values[int(generator.integers(len(values)))] for name, values in ATTRIBUTES.items()}
+        return Combination(**{**drawn, "motion": combination.motion})
 
     def draw(kind: Kind, count: int) -> list[str]:
         chosen = generator.permutation(len(WORDINGS[kind]))[:count]
-        told = (combination if kind == "train" else draw_train(generator, combination.motion) for _ in chosen)
+        told = (combination if kind == "train" else any_look() for _ in chosen)
         return [caption(each, generator, kind, int(number)) for each, number in zip(told, chosen, strict=True)]
 
     return [*draw("train", CAPTIONS_PER_CLIP - motion_alone), *draw("motion", motion_alone)]

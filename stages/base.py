@@ -282,12 +282,9 @@ class DiffusionTask:
         batch = batch.select(slice(8))
         x0 = self.latents(batch, seed=0)
         condition = self.condition(batch, x0, sampling=True)
-        denoiser = self._denoiser(module)
-        sampling: Sampling = self.part["sampling"]
         # Each row's noise and what a random sampler adds at its steps come from one generator, and so are independent.
         generators = [generator(0, "sample", int(number)) for number in batch.numbers]
-        noise = torch.stack([torch.randn(x0.shape[1:], generator=g) for g in generators]).to(x0.device)
-        made = sampling.sampler(sampling.guidance(denoiser, condition), noise, self.schedule, generators)
+        made = self._made(module, condition, x0.shape[1:], generators)
         rows = [self.frames(latents, batch).cpu().numpy() for latents in (made, x0)]
         keep = range(0, x0.shape[2], max(1, x0.shape[2] // 8))
         pictures = [clips[i, k] for i in range(len(batch)) for clips in rows for k in keep]
@@ -297,6 +294,14 @@ class DiffusionTask:
         ]  # fmt: skip
         columns = len(keep) if len(keep) > 1 else 8
         write_png(folder / f"step-{step:08d}.png", contact_sheet(pictures, columns=columns, labels=labels))
+
+    def _made(
+        self, module: Callable[..., Tensor], condition: Condition, shape: Sequence[int], by: Sequence[torch.Generator]
+    ) -> Tensor:
+        """Latents [B,*shape] by the stage's own sampler."""
+        sampling: Sampling = self.part["sampling"]
+        noise = torch.stack([torch.randn(tuple(shape), generator=own) for own in by]).to(device())
+        return sampling.sampler(sampling.guidance(self._denoiser(module), condition), noise, self.schedule, by)
 
     def export(self, state: dict[str, Tensor], folder: Path, file: str) -> None:
         def part(weights: File) -> DiffusionPart:

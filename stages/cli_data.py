@@ -24,7 +24,7 @@ def world(
     seed: Annotated[int, typer.Option(help="Another seed, other clips")] = 0,
     motion_captions: Annotated[
         int,
-        typer.Option(min=0, help="Of how many of a clip's 4 captions the motion alone is true: the look is another's"),
+        typer.Option(min=0, help="Of how many of a clip's 4 captions the motion alone is true: the look is any"),
     ] = 0,
 ) -> None:
     """Render the built-in world of moving shapes into training shards (mp4 + json in tar files)."""

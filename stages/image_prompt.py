@@ -2,15 +2,20 @@
 
 The image network stays frozen. It is told one frame of a clip and makes a later one, in which things have moved: so the
 tokens say what is seen, and where only as far as it can be known. The video stage's spatial layers may hear them.
+For a share of the samples the image stage paints their caption, and what it painted is told and made in the clip's
+place: text puts together what no clip shows, and first images are generated ones when a video is.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from stages import image as image_stage
@@ -20,28 +25,54 @@ from videodiff.errors import UserError
 from videodiff.model import Model
 from videodiff.networks.image_prompt import ImagePrompt, ImagePromptConfig
 from videodiff.networks.prompted import PromptedUNet
+from videodiff.networks.unet import UNet
 from videodiff.parts import ImagePromptPart
+from videodiff.seeding import generator, uniforms
+from videodiff.training.distributed import device
 
 PREFIX = "prompt."  # of the trained parameters of a PromptedUNet
 
 
 class ImagePromptStage(DenoisingStageConfig):
-    """`videodiff train configs/demo/image_prompt.yaml`; `model` names any run or model that holds an image stage."""
+    """`videodiff train configs/demo/image_prompt.yaml`; `model` names any run or model that holds an image stage.
+
+    imagined: the share of the samples that learn from a picture that the image stage makes of their caption.
+    """
 
     stage: Literal["image_prompt"]
     network: ImagePromptConfig = ImagePromptConfig()
+    imagined: float = Field(0.0, ge=0, le=1)
     dropout: Dropout = Dropout(text=0.0, image=0.05, both=0.0)
 
 
 class ImagePromptTask(DiffusionTask):
     """Denoises the last frame of each clip with the image stage's network, told the first one."""
 
+    imagined = 0.0
     _last: tuple[VideoBatch, Tensor] | None = None  # the batch whose latents were asked for, and its first frames
 
     def latents(self, batch: VideoBatch, seed: int) -> Tensor:
         whole = super().latents(batch, seed)
-        self._last = batch, whole[:, :, :1]
-        return whole[:, :, -1:]
+        first, last = whole[:, :, :1], whole[:, :, -1:]
+        chosen = torch.nonzero(uniforms(seed, "imagined", batch.numbers) < self.imagined).flatten()
+        if len(chosen):
+            painted = self._paint(batch, chosen, first.shape[1:], seed)
+            first, last = (frames.index_copy(0, chosen.to(frames.device), painted) for frames in (first, last))
+        self._last = batch, first
+        return last
+
+    @torch.no_grad()
+    def _paint(self, batch: VideoBatch, chosen: Tensor, shape: Sequence[int], seed: int) -> Tensor:
+        """What the image stage makes of the captions of the chosen samples, latents [len(chosen),*shape]."""
+        told = self._told(batch).select(chosen)
+        by = [generator(seed, "imagined picture", int(number)) for number in batch.numbers[chosen]]
+        return self._made(self._painter, told, shape, by)
+
+    @cached_property
+    def _painter(self) -> UNet:
+        """The image network apart from training's, whose parameters ZeRO 3 may have spread over ranks."""
+        dtype = next(self.module.parameters()).dtype
+        return self.base.unet("image").to(device(), dtype).eval().requires_grad_(False)
 
     def condition(self, batch: VideoBatch, latents: Tensor, seed: int = 0, sampling: bool = False) -> Condition:
         assert self._last is not None
@@ -71,7 +102,9 @@ def task(config: ImagePromptStage, base: Model) -> ImagePromptTask:
     frozen = base.unet("image")
     prompt = ImagePrompt(config.network, frozen.config.channels, frozen.config.context_dims, frozen.config.pooled_dim)
     part = {name: getattr(image, name) for name in ("network", "schedule", "prediction", "size", "sampling")}
-    return ImagePromptTask(
+    made = ImagePromptTask(
         "image_prompt", base, PromptedUNet(frozen, prompt), part, image_stage.known_slots,
         lambda name: name.startswith(PREFIX), config,
     )  # fmt: skip
+    made.imagined = config.imagined
+    return made

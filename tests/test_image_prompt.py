@@ -15,9 +15,11 @@ from stages.pipeline import Pipeline, SampleKey
 from stages.video import VideoStage
 from videodiff.batch import Condition
 from videodiff.config import ConfigError
+from videodiff.diffusion.denoiser import Denoiser
 from videodiff.errors import UserError
 from videodiff.model import Model
 from videodiff.networks.image_prompt import ImagePrompt, ImagePromptConfig, prompted
+from videodiff.seeding import generator
 
 NETWORK = {"width": 8, "side": 2}
 STAGE = {"stage": "image_prompt", "network": NETWORK}
@@ -118,6 +120,31 @@ def test_a_video_stage_begins_with_the_models_prompt_and_paints_what_it_says(toy
         for value in (0.0, 3.0)
     ]  # fmt: skip
     assert not torch.equal(*clips)
+
+
+def test_imagined_samples_learn_what_the_image_stage_makes_of_their_caption(toy_model: Path, tmp_path: Path) -> None:
+    """Each by its own number and caption; the others learn from their clips."""
+    batch, base = Clips(3, 8.0).batch(list(range(8))), Model.load(toy_model)
+    _, clips = task_of(toy_model, tmp_path)
+    _, mixed = task_of(toy_model, tmp_path, imagined=0.5)
+    real, made = clips.latents(batch, seed=5), mixed.latents(batch, seed=5)
+    told = mixed.condition(batch, made).known
+    assert told is not None
+    imagined = [not torch.equal(made[i], real[i]) for i in range(8)]
+    assert 0 < sum(imagined) < 8
+    image = base.diffusion("image")
+    denoiser = Denoiser(base.unet("image"), image.schedule, image.prediction)
+    for i in range(8):
+        if not imagined[i]:
+            assert torch.equal(told[i], clips.condition(batch, real).known[i])
+            continue
+        by = [generator(5, "imagined picture", i)]
+        noise = torch.randn(made.shape[1:], generator=by[0])[None]
+        heard = base.text.encode([batch.captions[i]]).condition(torch.full((1,), 8.0))
+        with torch.no_grad():
+            alone = image.sampling.sampler(image.sampling.guidance(denoiser, heard), noise, image.schedule, by)
+        torch.testing.assert_close(made[i], alone[0], atol=1e-4, rtol=1e-4)
+        assert torch.equal(told[i], made[i])
 
 
 def prompted_by(model: Model, condition: Condition) -> Condition:
