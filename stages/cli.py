@@ -55,6 +55,7 @@ class StageChoice(str, Enum):
     interpolation = "interpolation"
     classifier = "classifier"
     control = "control"
+    image_prompt = "image_prompt"
     upscale = "upscale"
     all = "all"
 

@@ -29,6 +29,7 @@ from videodiff.model import Model
 from videodiff.networks.autoencoder import Autoencoder
 from videodiff.networks.classifier import NoisyClassifier
 from videodiff.networks.control import HINTS, ControlledUNet
+from videodiff.networks.prompted import PromptedUNet
 from videodiff.networks.unet import UNet
 from videodiff.parts import ControlPart, DiffusionStage, Sampling, UpscalePart
 from videodiff.seeding import generator
@@ -99,7 +100,7 @@ class Pipeline:
         for stage in self.model.config.stages():
             if stage in ("autoencoder", "classifier"):
                 getattr(self, stage)
-            elif stage in ("text", "control"):
+            elif stage in ("text", "control", "image_prompt"):
                 getattr(self.model, stage)
             else:
                 self.denoiser(stage)  # type: ignore[arg-type]
@@ -147,6 +148,18 @@ class Pipeline:
         condition = replace(self.image_condition([key.prompt for key in keys]), hint=hint)
         generators = [key.generator("image") for key in keys]
         return self._sample("image", condition, 1, generators, sampling, on_step, steering, denoiser)
+
+    def prompted_image(self, keys: Sequence[SampleKey], pictures: Tensor, sampling: Sampling) -> Tensor:
+        """Stage 1 told `pictures` [B,C,1,H,W] in place of the prompts, as the video stage's spatial layers are:
+        [B,C,1,H,W], unguided, since no text is heard."""
+        plain = self.denoiser("image")
+        assert isinstance(plain.network, UNet)
+        network = PromptedUNet(plain.network, self.model.image_prompt.to(self.device))
+        denoiser = Denoiser(network, plain.schedule, plain.prediction, plain.dtype, plain.variance)
+        condition = with_known(self.image_condition([key.prompt for key in keys]), pictures, (0,))
+        generators = [key.generator("image") for key in keys]
+        unguided = adjusted(sampling, text=1.0, image=1.0)
+        return self._sample("image", condition, 1, generators, unguided, None, denoiser=denoiser)
 
     def video(
         self,

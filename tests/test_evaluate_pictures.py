@@ -25,7 +25,7 @@ from videodiff.model import Model
 from videodiff.parts import Sampling
 
 QUIET = Console(quiet=True)
-ROWS = ("control", "control_other", "upscale")
+ROWS = ("control", "control_other", "image_prompt", "upscale")
 BESIDE = replace(PLAN, rows=ROWS, enlarged=2, sampling={**PLAN.sampling, "upscale": Sampling()})
 
 
@@ -40,6 +40,9 @@ class Follower(Oracle):
             clips.append(render(Scene(*given, seen.x, seen.y), 64, 1, 8.0))
         return self.encode(np.stack(clips))
 
+    def prompted_image(self, keys, pictures, sampling) -> torch.Tensor:
+        return pictures
+
     def upscale(self, key, frames, sampling) -> np.ndarray:
         return enlarge(torch.from_numpy(frames), 2, "bicubic").numpy()
 
@@ -49,6 +52,9 @@ class Deaf(Follower):
 
     def controlled_image(self, keys, pictures, scale, sampling) -> torch.Tensor:
         return self.image(keys, sampling)
+
+    def prompted_image(self, keys, pictures, sampling) -> torch.Tensor:
+        return pictures.roll(1, dims=0)
 
     def upscale(self, key, frames, sampling) -> None:
         return None
@@ -73,7 +79,7 @@ def test_a_follower_is_told_from_one_who_is_deaf(tmp_path: Path) -> None:
     for given in ("", "rebuilt_"):  # the oracle's autoencoder loses nothing
         assert near[f"{given}upscaled"] == near[f"{given}bicubic"]
         assert 20 < near[f"{given}bilinear"]["mean"] < near[f"{given}bicubic"]["mean"]
-    assert table(report["rows"]).row_count == len(report["rows"]) == 9
+    assert table(report["rows"]).row_count == len(report["rows"]) == 12
     json.dumps(report, allow_nan=False)
 
     report = judge(Deaf(), tmp_path / "deaf")
@@ -82,6 +88,7 @@ def test_a_follower_is_told_from_one_who_is_deaf(tmp_path: Path) -> None:
     assert other["colour"] == 1
     entry = next(e for e in report["rows"] if e["row"] == "control")
     assert entry["measures"]["controlled"]["mean"] == entry["measures"]["free"]["mean"]
+    assert shares(report, "image_prompt")["all"] == 0  # each shows the picture of another prompt
     assert set(shares(report, "upscale").values()) == {0.0}
     assert next(e for e in report["rows"] if e["row"] == "upscale")["not_finite"] == 3
     assert "upscaled" not in next(e for e in report["rows"] if e["row"] == "upscale")["measures"]
@@ -91,7 +98,7 @@ def test_the_command_judges_what_a_model_has(
     toy_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = with_extras(toy_model, tmp_path / "model")
-    for stage, rows in (("control", ROWS[:2]), ("upscale", ROWS[2:])):
+    for stage, rows in (("control", ROWS[:2]), ("image_prompt", ROWS[2:3]), ("upscale", ROWS[3:])):
         main(Request(str(folder), stage, 1, 3, tmp_path / stage, 0))
         told = json.loads((tmp_path / stage / "evaluation.json").read_text())
         assert tuple(e["row"] for e in told["rows"]) == ("real", *rows)
@@ -99,7 +106,7 @@ def test_the_command_judges_what_a_model_has(
         with pytest.raises(UserError, match=f"holds no {stage} stage"):
             main(Request(str(toy_model), stage, 1, 3, tmp_path / "none", 0))
     plan, skipped = plan_for(Model.load(folder), "all", 0)
-    assert plan.rows[-3:] == ROWS
+    assert plan.rows[-4:] == ROWS
     assert plan.enlarged == 2
     assert skipped == {}
     assert not set(ROWS) & set(plan_for(Model.load(toy_model), "all", 0)[0].rows)

@@ -73,9 +73,8 @@ def test_the_last_frame_is_made_of_the_first_and_the_prompt_trains_alone(toy_mod
     assert model.config.stages() == [*base.config.stages(), "image_prompt"]
     part = model.part("image_prompt")
     assert part.network == ImagePromptConfig(**NETWORK)
-    ImagePrompt(part.network, 4, base.diffusion("image").network.context_dims, base.text.embed_dim).load_state_dict(
-        model.state("image_prompt")
-    )
+    Pipeline(model).load()
+    assert model.image_prompt.state_dict().keys() == model.state("image_prompt").keys()
 
 
 @pytest.mark.parametrize(
@@ -148,11 +147,7 @@ def test_imagined_samples_learn_what_the_image_stage_makes_of_their_caption(toy_
 
 
 def prompted_by(model: Model, condition: Condition) -> Condition:
-    part = model.part("image_prompt")
-    network = model.diffusion("image").network
-    prompt = ImagePrompt(part.network, network.channels, network.context_dims, network.pooled_dim)
-    prompt.load_state_dict(model.state("image_prompt"))
-    return prompted(prompt, condition, torch.float32)
+    return prompted(model.image_prompt, condition, torch.float32)
 
 
 def test_a_video_stage_that_hears_what_is_not_there_is_refused(toy_model: Path, tmp_path: Path) -> None:

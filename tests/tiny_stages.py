@@ -16,8 +16,9 @@ from videodiff.diffusion.samplers import DDIM
 from videodiff.model import Model
 from videodiff.model_folder import write_weights
 from videodiff.networks.control import ControlNet
+from videodiff.networks.image_prompt import ImagePrompt, ImagePromptConfig
 from videodiff.networks.unet import UNet
-from videodiff.parts import DESCRIPTION, ControlPart, Sampling, UpscalePart
+from videodiff.parts import DESCRIPTION, ControlPart, ImagePromptPart, Sampling, UpscalePart
 from videodiff.training.trainer import train
 
 ENGINE = {"precision": "fp32", "learning_rate": 3e-3, "weight_decay": 0.0}
@@ -66,13 +67,17 @@ def trained(config: Any, task: Any, source: Clips) -> Model:
 
 
 def with_extras(model: Path, folder: Path) -> Path:
-    """A copy of a toy model with a control and an upscale stage of random weights: 32x32 become 64x64 pixels."""
+    """A copy of a toy model with control, image prompt and upscale stages of random weights: 32x32 become 64x64."""
     shutil.copytree(model, folder)
     base = Model.load(folder)
     image = base.diffusion("image")
     larger = image.network.model_copy(update={"channels": 48, "known_channels": True})
+    prompt = ImagePromptConfig(width=8, side=2)
     networks: dict[str, torch.nn.Module] = {
         "control": ControlNet.copy_of(base.unet("image"), base.autoencoder.factor),
+        "image_prompt": ImagePrompt(
+            prompt, image.network.channels, image.network.context_dims, image.network.pooled_dim
+        ),
         "upscale": UNet(larger),
     }
     files = {}
@@ -84,6 +89,7 @@ def with_extras(model: Path, folder: Path) -> Path:
             files[name] = write_weights(folder, f"{name}.safetensors", network.state_dict())
     parts = {
         "control": ControlPart(network=image.network, hint="edges", size=image.size, weights=files["control"]),
+        "image_prompt": ImagePromptPart(network=prompt, size=image.size, weights=files["image_prompt"]),
         "upscale": UpscalePart(
             network=larger,
             schedule=image.schedule,

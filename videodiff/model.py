@@ -23,6 +23,7 @@ from videodiff.errors import UserError
 from videodiff.networks.autoencoder import Autoencoder
 from videodiff.networks.classifier import NoisyClassifier
 from videodiff.networks.control import ControlNet
+from videodiff.networks.image_prompt import ImagePrompt
 from videodiff.networks.t5 import T5Tower
 from videodiff.networks.text import PretrainedText, TextConfig, TextTower
 from videodiff.networks.towers import TextTowers
@@ -36,6 +37,7 @@ from videodiff.parts import (
     DiffusionStage,
     File,
     FurtherPart,
+    ImagePromptPart,
     ModelConfig,
     OpenClipPart,
     Part,
@@ -188,6 +190,15 @@ class Model:
         assert isinstance(part, ControlPart)
         network = ControlNet(part.network, self.autoencoder.factor)
         self._fill(network, self.state("control"), "control")
+        return network.requires_grad_(False).eval()
+
+    @cached_property
+    def image_prompt(self) -> ImagePrompt:
+        """Tokens of a picture in place of a text's, for the image stage."""
+        part, image = self.part("image_prompt"), self.diffusion("image").network
+        assert isinstance(part, ImagePromptPart)
+        network = ImagePrompt(part.network, image.channels, image.context_dims, image.pooled_dim)
+        self._fill(network, self.state("image_prompt"), "image_prompt")
         return network.requires_grad_(False).eval()
 
     def denoiser(self, stage: DiffusionStage, dtype: torch.dtype = torch.float32) -> Denoiser:

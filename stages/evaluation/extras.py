@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from stages.evaluation.classifier import GUIDED, LEVELS, classifier_problem, classifier_rows
-from stages.evaluation.pictures import CONTROLLED, control_rows, upscale_rows
+from stages.evaluation.pictures import CONTROLLED, control_rows, prompted_rows, upscale_rows
 from stages.evaluation.questions import Prompt
 from stages.evaluation.road import Measured, Plan, Road
 from videodiff.model import Model
@@ -28,6 +28,7 @@ class Extra:
 EXTRA_STAGES: dict[str, Extra] = {
     "classifier": Extra((*LEVELS, *GUIDED), classifier_rows, classifier_problem),
     "control": Extra(tuple(CONTROLLED), control_rows),
+    "image_prompt": Extra(("image_prompt",), prompted_rows),
     "upscale": Extra(("upscale",), upscale_rows),
 }
 EXTRA_NEEDS = {name: ("autoencoder", "text", "image", name) for name in EXTRA_STAGES}

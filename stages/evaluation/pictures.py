@@ -1,4 +1,5 @@
-"""What stands beside the road, judged: does an image follow the outlines it was given, is a picture enlarged truly.
+"""What stands beside the road, judged: does an image follow the outlines, or show the look, that it was given; is a
+picture enlarged truly.
 
 Rows add to what `road.measure` made of a batch. S frame side in pixels.
 """
@@ -51,6 +52,17 @@ def control_rows(road: Road, plan: Plan, batch: Sequence[Prompt], real: np.ndarr
             _note(made[i], row, seen, finite[i], off, truth=truth)
             strip = np.concatenate([pictures[i], free[i, 0], frames[i, 0]], axis=1)
             made[i].pictures[row] = strip.repeat(2, axis=0).repeat(2, axis=1)  # so that words fit below it
+
+
+def prompted_rows(road: Road, plan: Plan, batch: Sequence[Prompt], real: np.ndarray, made: list[Measured]) -> None:
+    """Images that are told a real picture of what the prompt says, and no text: what is seen must be the same."""
+    pictures = np.stack([render(_scene(prompt, plan), plan.size, 1, plan.fps) for prompt in batch])
+    told = road.prompted_image(_keys(plan, batch), road.encode(pictures), plan.sampling["image"])
+    frames, finite = decoded(road, told)
+    for i, measured in enumerate(made):
+        _note(measured, "image_prompt", read_image(frames[i, 0]), finite[i], {})
+        strip = np.concatenate([pictures[i, 0], frames[i, 0]], axis=1)
+        measured.pictures["image_prompt"] = strip.repeat(2, axis=0).repeat(2, axis=1)  # so that words fit below it
 
 
 def upscale_rows(

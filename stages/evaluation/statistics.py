@@ -39,6 +39,7 @@ ROWS = {
     "guided": "image without text, guided by the classifier",
     "control": "control, the prompt's shape",
     "control_other": "control, another shape",
+    "image_prompt": "image told a real picture",
     "upscale": "upscale, rebuilt pictures",
 }
 # (stage, row before its work, row after it); None stands for real clips, which are right by definition.
