@@ -63,11 +63,11 @@ def test_a_killed_rank_is_named(tmp_path: Path) -> None:
 
 
 def test_a_stopped_rank_ends_the_others_in_time(tmp_path: Path) -> None:
-    config = tiny(tmp_path, run__save_every=1, run__patience=20, signal=int(signal.SIGSTOP), signal_at=LAST)
-    (status, output), (killed, _) = two(config, seconds=5)
+    config = tiny(tmp_path, run__save_every=1, run__patience=40, signal=int(signal.SIGSTOP), signal_at=LAST)
+    (status, output), (killed, _) = two(config, seconds=5)  # patience also holds for the start, slow where all is busy
     assert killed == -signal.SIGKILL  # by this test: nothing else moves a stopped process
     assert status == os.EX_TEMPFAIL
-    assert "step 3: nothing moved for 20 s (run.patience); no sign of life from rank 1 (process " in output, output
+    assert "step 3: nothing moved for 40 s (run.patience); no sign of life from rank 1 (process " in output, output
 
 
 @pytest.mark.parametrize("rank", [0, 1])
