@@ -26,7 +26,8 @@ IMAGE_ATTRIBUTES = tuple(name for name in ATTRIBUTES if name != "motion")
 STRIP = 5  # frames of a clip that its picture shows
 LOW_RATE = ("real", "autoencoder", "video_real", "video_generated")
 SMOOTH = ("real_smooth", "interpolation", "whole")
-ONE_FRAME = {"real", "image"}  # where these are all rows, no more of the real clips is needed than the first frame
+# Where these are all rows beside the real clips', no more of those is needed than the first frame.
+ONE_FRAME = {"image", "control", "control_other", "image_prompt", "upscale"}
 
 
 class Road(Protocol):
@@ -63,7 +64,8 @@ class Plan:
     @property
     def clips(self) -> Clips:
         """The real clips that the rows need, at the smooth rate."""
-        count = 1 if set(self.rows) == ONE_FRAME else (self.frames - 1) * self.factor + 1
+        beside = set(self.rows) - {"real"}
+        count = 1 if beside and beside <= ONE_FRAME else (self.frames - 1) * self.factor + 1
         return Clips(self.size, count, self.fps * self.factor)
 
     @property
