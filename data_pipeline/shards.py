@@ -149,7 +149,7 @@ def write_world_shards(
     plan = {"source": "world", "edition": EDITION, "seed": seed, **numbers}
     if not 0 <= motion_captions <= CAPTIONS_PER_CLIP:
         raise UserError(f"world shards: motion_captions is {motion_captions}, a clip has {CAPTIONS_PER_CLIP} captions")
-    if motion_captions:  # a source of its own, so that shards of earlier versions stay what they are
+    if motion_captions:  # a source of its own, so that plain shards of earlier versions stay what they are
         plan["source"] = f"world with {motion_captions} captions of the motion alone, all else from all combinations"
     if not fps < 1000:
         raise UserError(f"world shards: fps is {fps:g}; an mp4 holds rates below 1000")

@@ -24,7 +24,9 @@ def world(
     seed: Annotated[int, typer.Option(help="Another seed, other clips")] = 0,
     motion_captions: Annotated[
         int,
-        typer.Option(min=0, help="Of how many of a clip's 4 captions the motion alone is true: the look is any"),
+        typer.Option(
+            min=0, help="Of how many of a clip's 4 captions the motion alone is true; the look they tell is drawn"
+        ),
     ] = 0,
 ) -> None:
     """Render the built-in world of moving shapes into training shards (mp4 + json in tar files)."""

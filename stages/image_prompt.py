@@ -2,13 +2,12 @@
 
 The image network stays frozen. It is told one frame of a clip and makes a later one, in which things have moved: so the
 tokens say what is seen, and where only as far as it can be known. The video stage's spatial layers may hear them.
-For a share of the samples the image stage paints their caption, and what it painted is told and made in the clip's
-place: text puts together what no clip shows, and first images are generated ones when a video is.
+For a share of the samples a picture that the image stage makes of their caption is told, and made, in the clip's place:
+text puts together what no clip shows, and first images are generated ones when a video is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -36,7 +35,8 @@ PREFIX = "prompt."  # of the trained parameters of a PromptedUNet
 class ImagePromptStage(DenoisingStageConfig):
     """`videodiff train configs/demo/image_prompt.yaml`; `model` names any run or model that holds an image stage.
 
-    imagined: the share of the samples that learn from a picture that the image stage makes of their caption.
+    imagined: the share of the samples that learn from a picture that the image stage makes of their caption, by its own
+    sampler; with a quarter of them a step takes about three times as long. A second image network is in memory then.
     """
 
     stage: Literal["image_prompt"]
@@ -46,39 +46,36 @@ class ImagePromptStage(DenoisingStageConfig):
 
 
 class ImagePromptTask(DiffusionTask):
-    """Denoises the last frame of each clip with the image stage's network, told the first one."""
+    """Denoises the last frame of each clip with the image stage's network, told the first one. Where samples are
+    imagined, the sheets of `sample` show what they learn from as "real" too."""
 
     imagined = 0.0
-    _last: tuple[VideoBatch, Tensor] | None = None  # the batch whose latents were asked for, and its first frames
+    # The batch whose latents were asked for, what it is told of its texts, and its first frames.
+    _last: tuple[VideoBatch, Condition, Tensor] | None = None
 
     def latents(self, batch: VideoBatch, seed: int) -> Tensor:
-        whole = super().latents(batch, seed)
+        whole, told = super().latents(batch, seed), self._told(batch)
         first, last = whole[:, :, :1], whole[:, :, -1:]
         chosen = torch.nonzero(uniforms(seed, "imagined", batch.numbers) < self.imagined).flatten()
         if len(chosen):
-            painted = self._paint(batch, chosen, first.shape[1:], seed)
-            first, last = (frames.index_copy(0, chosen.to(frames.device), painted) for frames in (first, last))
-        self._last = batch, first
+            by = [generator(seed, "imagined picture", int(number)) for number in batch.numbers[chosen]]
+            with torch.no_grad():
+                made = self._made(self._image_network, told.select(chosen), first.shape[1:], by)
+            first, last = (frames.index_copy(0, chosen.to(frames.device), made) for frames in (first, last))
+        self._last = batch, told, first
         return last
 
-    @torch.no_grad()
-    def _paint(self, batch: VideoBatch, chosen: Tensor, shape: Sequence[int], seed: int) -> Tensor:
-        """What the image stage makes of the captions of the chosen samples, latents [len(chosen),*shape]."""
-        told = self._told(batch).select(chosen)
-        by = [generator(seed, "imagined picture", int(number)) for number in batch.numbers[chosen]]
-        return self._made(self._painter, told, shape, by)
-
     @cached_property
-    def _painter(self) -> UNet:
-        """The image network apart from training's, whose parameters ZeRO 3 may have spread over ranks."""
+    def _image_network(self) -> UNet:
+        """Apart from the one in training, whose parameters ZeRO 3 may have spread over ranks."""
         dtype = next(self.module.parameters()).dtype
         return self.base.unet("image").to(device(), dtype).eval().requires_grad_(False)
 
     def condition(self, batch: VideoBatch, latents: Tensor, seed: int = 0, sampling: bool = False) -> Condition:
         assert self._last is not None
-        assert self._last[0] is batch  # its latents come first
-        first = self._last[1]
-        return replace(self._told(batch), known=first, known_mask=torch.ones_like(first[:, :1]))
+        of, told, first = self._last
+        assert of is batch  # its latents come first
+        return replace(told, known=first, known_mask=torch.ones_like(first[:, :1]))
 
     def export(self, state: dict[str, Tensor], folder: Path, file: str) -> None:
         own = {name.removeprefix(PREFIX): value for name, value in state.items()}

@@ -6,14 +6,14 @@ so another batch size or number of ranks changes its frames by rounding only.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from stages import interpolation as interpolation_stage
 from stages import upscale as upscale_stage
@@ -113,6 +113,12 @@ class Pipeline:
             self._denoisers[stage] = Denoiser(network, part.schedule, part.prediction, variance=part.network.variance)
         return self._denoisers[stage]
 
+    def _image_within(self, wrap: Callable[[UNet], nn.Module]) -> Denoiser:
+        """The image stage's denoiser, its network within another one."""
+        plain = self.denoiser("image")
+        assert isinstance(plain.network, UNet)
+        return Denoiser(wrap(plain.network), plain.schedule, plain.prediction, plain.dtype, plain.variance)
+
     @torch.no_grad()
     def condition(self, prompts: Sequence[str], fps: float) -> Condition:
         """What the networks are told of the prompts."""
@@ -140,10 +146,8 @@ class Pipeline:
         """Stage 1 along the outlines of `pictures`, uint8 [B,S,S,3]: [B,C,1,H,W]. Scale 0 is `image`, bit for bit."""
         part = self.model.part("control")
         assert isinstance(part, ControlPart)
-        plain = self.denoiser("image")
-        assert isinstance(plain.network, UNet)
-        network = ControlledUNet(plain.network, self.model.control.to(self.device), scale)
-        denoiser = Denoiser(network, plain.schedule, plain.prediction, plain.dtype, plain.variance)
+        control = self.model.control.to(self.device)
+        denoiser = self._image_within(lambda network: ControlledUNet(network, control, scale))
         hint = HINTS[part.hint](torch.from_numpy(np.ascontiguousarray(pictures))).to(self.device)
         condition = replace(self.image_condition([key.prompt for key in keys]), hint=hint)
         generators = [key.generator("image") for key in keys]
@@ -152,10 +156,8 @@ class Pipeline:
     def prompted_image(self, keys: Sequence[SampleKey], pictures: Tensor, sampling: Sampling) -> Tensor:
         """Stage 1 told `pictures` [B,C,1,H,W] in place of the prompts, as the video stage's spatial layers are:
         [B,C,1,H,W], unguided, since no text is heard."""
-        plain = self.denoiser("image")
-        assert isinstance(plain.network, UNet)
-        network = PromptedUNet(plain.network, self.model.image_prompt.to(self.device))
-        denoiser = Denoiser(network, plain.schedule, plain.prediction, plain.dtype, plain.variance)
+        prompt = self.model.image_prompt.to(self.device)
+        denoiser = self._image_within(lambda network: PromptedUNet(network, prompt))
         condition = with_known(self.image_condition([key.prompt for key in keys]), pictures, (0,))
         generators = [key.generator("image") for key in keys]
         unguided = adjusted(sampling, text=1.0, image=1.0)

@@ -66,6 +66,18 @@ def judge(road: Oracle, folder: Path) -> dict:
     return report
 
 
+def test_pictures_need_the_first_frames_of_real_clips_alone() -> None:
+    whole = (PLAN.frames - 1) * PLAN.factor + 1
+    assert whole > 1
+    for rows, count in (
+        (("real", *ROWS), 1),
+        (("real", "image"), 1),
+        (("real",), whole),
+        (("real", "video_real"), whole),
+    ):
+        assert replace(BESIDE, rows=rows).clips.count == count, rows
+
+
 def test_a_follower_is_told_from_one_who_is_deaf(tmp_path: Path) -> None:
     report = judge(Follower(), tmp_path / "follower")
     for row in ROWS:

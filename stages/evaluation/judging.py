@@ -36,7 +36,7 @@ from videodiff.errors import UserError
 from videodiff.training import distributed
 from videodiff.video_io import write_png, write_video
 
-FORMAT = 4  # of the samples: figures of another one can't be compared
+FORMAT = 5  # of the samples: figures of another one can't be compared
 LOG_SECONDS = 60.0
 PASSING = ("deadline", "crash")  # what is wrong with a clip's decoder and not with the clip
 

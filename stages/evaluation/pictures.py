@@ -16,7 +16,7 @@ import torch
 from data_pipeline.world import SHAPES, Scene, render, sample_scene
 from data_pipeline.world_reader import FrameReading, read_image
 from stages.evaluation.questions import Prompt
-from stages.evaluation.road import IMAGE_ATTRIBUTES, Measured, Plan, Road, decoded
+from stages.evaluation.road import IMAGE_ATTRIBUTES, Measured, Plan, Road, decoded, strip
 from stages.pipeline import SampleKey
 from stages.upscale import enlarge, shrink
 from videodiff.metrics.pictures import clip_psnr
@@ -50,19 +50,17 @@ def control_rows(road: Road, plan: Plan, batch: Sequence[Prompt], real: np.ndarr
             off["free"] = _distance(read_image(free[i, 0]), scene) if free_finite[i] else None
             truth = {**asdict(batch[i].combination), "shape": scene.shape}
             _note(made[i], row, seen, finite[i], off, truth=truth)
-            strip = np.concatenate([pictures[i], free[i, 0], frames[i, 0]], axis=1)
-            made[i].pictures[row] = strip.repeat(2, axis=0).repeat(2, axis=1)  # so that words fit below it
+            made[i].pictures[row] = strip(np.concatenate([pictures[i], free[i, 0], frames[i, 0]], axis=1)[None])
 
 
 def prompted_rows(road: Road, plan: Plan, batch: Sequence[Prompt], real: np.ndarray, made: list[Measured]) -> None:
-    """Images that are told a real picture of what the prompt says, and no text: what is seen must be the same."""
-    pictures = np.stack([render(_scene(prompt, plan), plan.size, 1, plan.fps) for prompt in batch])
+    """Images that are told the first frame of each real clip, and no text: what is seen must be the same."""
+    pictures = real[:, :1]
     told = road.prompted_image(_keys(plan, batch), road.encode(pictures), plan.sampling["image"])
     frames, finite = decoded(road, told)
     for i, measured in enumerate(made):
         _note(measured, "image_prompt", read_image(frames[i, 0]), finite[i], {})
-        strip = np.concatenate([pictures[i, 0], frames[i, 0]], axis=1)
-        measured.pictures["image_prompt"] = strip.repeat(2, axis=0).repeat(2, axis=1)  # so that words fit below it
+        measured.pictures["image_prompt"] = strip(np.concatenate([pictures[i], frames[i]], axis=2))
 
 
 def upscale_rows(
@@ -84,8 +82,8 @@ def upscale_rows(
             finite = finite and frames is not None
         near = {name: None if clip is blank else clip_psnr(clip, real) for name, clip in made.items()}
         _note(measured, "upscale", read_image(made["rebuilt_upscaled"][0]), finite, near)
-        strip = [made["rebuilt_bilinear"][0], made["rebuilt_upscaled"][0], real[0]]
-        measured.pictures["upscale"] = np.concatenate(strip, axis=1)
+        shown = [made["rebuilt_bilinear"][0], made["rebuilt_upscaled"][0], real[0]]
+        measured.pictures["upscale"] = np.concatenate(shown, axis=1)
 
 
 def _keys(plan: Plan, batch: Sequence[Prompt]) -> list[SampleKey]:

@@ -26,8 +26,7 @@ IMAGE_ATTRIBUTES = tuple(name for name in ATTRIBUTES if name != "motion")
 STRIP = 5  # frames of a clip that its picture shows
 LOW_RATE = ("real", "autoencoder", "video_real", "video_generated")
 SMOOTH = ("real_smooth", "interpolation", "whole")
-# Where these are all rows beside the real clips', no more of those is needed than the first frame.
-ONE_FRAME = {"image", "control", "control_other", "image_prompt", "upscale"}
+MOVING = {*LOW_RATE, *SMOOTH} - {"real"}  # rows of clips
 
 
 class Road(Protocol):
@@ -63,9 +62,9 @@ class Plan:
 
     @property
     def clips(self) -> Clips:
-        """The real clips that the rows need, at the smooth rate."""
-        beside = set(self.rows) - {"real"}
-        count = 1 if beside and beside <= ONE_FRAME else (self.frames - 1) * self.factor + 1
+        """The real clips that the rows need, at the smooth rate; where all rows are of pictures, the first frames."""
+        pictures = set(self.rows) > {"real"} and not MOVING & set(self.rows)  # alone, `real` is of clips
+        count = 1 if pictures else (self.frames - 1) * self.factor + 1
         return Clips(self.size, count, self.fps * self.factor)
 
     @property
