@@ -55,12 +55,13 @@ class Way:
 TEXT_EVERYWHERE = {  # guided as is best for it
     "temporal.image_prompt": "null",
     "sampling.guidance.text": "2",
+    "sampling.guidance.image": "1",
     "sampling.guidance.interval": "null",
 }
 WAYS = {
     BASE: Way(
         "text to image to video; spatial layers frozen and told the first image; captions of the motion alone; "
-        "text scale 4 in the noisiest eighth"
+        "image scale 2, text scale 4 in the noisiest eighth"
     ),
     "true_captions": Way("captions that tell what is seen too", shards="clips"),
     "text_everywhere": Way(
@@ -80,7 +81,8 @@ WAYS = {
         },
     ),
     "spatial_trained": Way("spatial layers trained too", training={"freeze_spatial": "false"}),
-    "one_scale": Way("one scale for text and image together", guidance={"text": 4.0, "image": 4.0}),
+    "one_scale": Way("one scale, 2, for text and image together", guidance={"text": 2.0, "image": 2.0}),
+    "image_unguided": Way("no guidance by the image", guidance={"image": 1.0}),
     "guided_throughout": Way("text guidance in every step", guidance={"interval": None}),
     "unguided": Way("no guidance", guidance={"text": 1.0, "image": 1.0}),
 }

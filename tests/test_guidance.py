@@ -215,20 +215,24 @@ def test_rescaling_is_per_sample_and_asks_only_for_what_it_measures() -> None:
     close(one.x0, whole.x0[1:])
 
 
-def rows_at(interval: tuple[float, float | None], t: int, schedule: NoiseSchedule = ZERO) -> int:
+def rows_at(interval: tuple[float, float | None], t: int, given: Condition, image: float = 1) -> int:
     network = GaussianNetwork()
-    guidance = ClassifierFree(text=5, image=2, interval=interval)
-    guidance(Denoiser(network, schedule, "v"), condition())(X_T, torch.full((B,), t))
+    guidance = ClassifierFree(text=5, image=image, interval=interval)
+    guidance(Denoiser(network, ZERO, "v"), given)(X_T, torch.full((B,), t))
     return sum(network.rows)
 
 
-def test_outside_of_the_interval_only_the_conditional_pass_is_run() -> None:
+@pytest.mark.parametrize("image", [1, 2])
+def test_outside_of_the_interval_the_text_costs_no_pass(image: float) -> None:
     noise = float(ZERO.sigma(torch.tensor(400)) / ZERO.alpha(torch.tensor(400)))
-    assert rows_at((0.9 * noise, 1.1 * noise), 400) == 3 * B
-    assert rows_at((1.1 * noise, None), 400) == B
-    assert rows_at((0.0, 0.9 * noise), 400) == B
-    assert rows_at((0.5, None), 1000) == 3 * B  # zero terminal SNR: infinite noise
-    assert rows_at((0.5, 1e9), 1000) == B
+    within, outside = (2 * B, B) if image == 1 else (3 * B, 2 * B)  # a scale of 1 needs no answer without the image
+    assert rows_at((0.9 * noise, 1.1 * noise), 400, condition(), image) == within
+    assert rows_at((1.1 * noise, None), 400, condition(), image) == outside
+    assert rows_at((0.0, 0.9 * noise), 400, condition(), image) == outside
+    assert rows_at((0.5, None), 1000, condition(), image) == within  # zero terminal SNR: infinite noise
+    assert rows_at((0.5, 1e9), 1000, condition(), image) == outside
+    assert rows_at((0.5, 1e9), 1000, condition(image=False), image) == B  # no known frames: no scale is theirs
+    assert rows_at((0.5, 1e9), 1000, condition(text=False), image) == outside  # nor an interval where there is no text
 
 
 def test_a_loop_with_an_interval_is_guided_within_it() -> None:
@@ -237,16 +241,17 @@ def test_a_loop_with_an_interval_is_guided_within_it() -> None:
     DDIM(steps=steps)(guidance(Denoiser(network, ZERO, "v"), condition()), X_T, ZERO)
     t = torch.tensor(ZERO.times(steps))
     noise = ZERO.sigma(t) / ZERO.alpha(t)
-    assert network.rows == [3 * B if 0.5 < level <= 3.0 else B for level in noise.tolist()]
+    assert network.rows == [3 * B if 0.5 < level <= 3.0 else 2 * B for level in noise.tolist()]
     assert 0 < sum(rows == 3 * B for rows in network.rows) < steps
 
 
-def test_rows_at_different_noise_levels_are_each_treated_as_alone() -> None:
-    guidance = ClassifierFree(text=5, image=2, interval=(0.0, 2.0))  # t = 400 within, t = 1000 outside
+@pytest.mark.parametrize("image", [0, 1, 2])
+def test_rows_at_different_noise_levels_are_each_treated_as_alone(image: float) -> None:
+    guidance = ClassifierFree(text=5, image=image, interval=(0.0, 2.0))  # t = 400 within, t = 1000 outside
     mixed = guidance(Denoiser(smooth, PLAIN, "v"), condition())(X_T, T)
-    close(mixed.x0[:1], both(smooth, ClassifierFree(text=1, image=1)).x0[:1])
-    close(mixed.x0[1:], both(smooth, ClassifierFree(text=5, image=2)).x0[1:])
-    close(mixed.eps[1:], both(smooth, ClassifierFree(text=5, image=2)).eps[1:])
+    close(mixed.x0[:1], both(smooth, ClassifierFree(text=image, image=image)).x0[:1])
+    close(mixed.x0[1:], both(smooth, ClassifierFree(text=5, image=image)).x0[1:])
+    close(mixed.eps[1:], both(smooth, ClassifierFree(text=5, image=image)).eps[1:])
 
 
 @pytest.mark.parametrize("t", [100, 900])

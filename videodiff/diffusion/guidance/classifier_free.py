@@ -21,8 +21,9 @@ class ClassifierFree(Config):
 
     rescale: phi of Lin et al. 2305.08891, eq. 15-16: the share by which the network's output (eps, x0 or v) is brought
     back to the standard deviation, over all of a sample, that it has with the full condition. 0.7 is the paper's.
-    interval: [low, high] in sigma / alpha: guidance only at noise levels with low < sigma / alpha <= high
-    (Kynkaanniemi et al. 2404.07724), the full condition alone elsewhere, which costs one pass; high null: no upper end.
+    interval: [low, high] in sigma / alpha: the text is guided only at noise levels with low < sigma / alpha <= high
+    (Kynkaanniemi et al. 2404.07724); high null: no upper end. Elsewhere w_p = w_i, or 1 without known frames: a scale of
+    1 costs one pass there, another two.
     """
 
     text: float = Field(7.5, ge=0)
@@ -66,7 +67,8 @@ class ClassifierFree(Config):
         guided = self._everywhere(denoiser, condition)
         if self.interval is None:
             return guided
-        plain, (low, high) = denoiser.bind(condition), self.interval
+        outside = self.model_copy(update={"text": self.image if condition.has_image else 1.0})
+        plain, (low, high) = outside._everywhere(denoiser, condition), self.interval
 
         def within(x_t: Tensor, t: Tensor) -> Estimate:
             noise = denoiser.schedule.snr(t) ** -0.5  # infinite at zero terminal SNR
