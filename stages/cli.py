@@ -123,7 +123,8 @@ def generate(
     ] = None,
     guidance_rescale: Annotated[float | None, typer.Option(help="0 to 1: tames the contrast of high scales")] = None,
     guidance_interval: Annotated[
-        tuple[float, float] | None, typer.Option(help="Guide by the text only where LOW < sigma/alpha <= HIGH; HIGH may be inf")
+        tuple[float, float] | None,
+        typer.Option(help="Guide by the text only where LOW < sigma/alpha <= HIGH; HIGH may be inf"),
     ] = None,
     classifier: Annotated[
         str | None, typer.Option(help="A model whose classifier guides the first image to a class")

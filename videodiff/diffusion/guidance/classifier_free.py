@@ -22,8 +22,8 @@ class ClassifierFree(Config):
     rescale: phi of Lin et al. 2305.08891, eq. 15-16: the share by which the network's output (eps, x0 or v) is brought
     back to the standard deviation, over all of a sample, that it has with the full condition. 0.7 is the paper's.
     interval: [low, high] in sigma / alpha: the text is guided only at noise levels with low < sigma / alpha <= high
-    (Kynkaanniemi et al. 2404.07724); high null: no upper end. Elsewhere w_p = w_i, or 1 without known frames: a scale of
-    1 costs one pass there, another two.
+    (Kynkaanniemi et al. 2404.07724); high null: no upper end. Elsewhere w_p = w_i, or 1 without known frames: a scale
+    of 1 costs one pass there, another two.
     """
 
     text: float = Field(7.5, ge=0)
