@@ -172,8 +172,10 @@ def test_rescale_and_interval_are_obeyed_written_down_and_repeated(generate: Gen
     everywhere = generate("everywhere", "--guidance-interval", 0, "inf", still=False)
     assert everywhere["stages"]["image"]["guidance"]["interval"] == [0, None]
     assert same(everywhere, plain)
-    nowhere = generate("nowhere", "--guidance-interval", 0, 1e-9, still=False)
-    assert same(nowhere, generate("off", "--text-guidance", 1, "--image-guidance", 1, still=False))
+    off = generate("off", "--text-guidance", 1, "--image-guidance", 1, still=False)
+    nowhere = "--guidance-interval", 0, 1e-9
+    assert same(generate("nowhere", *nowhere, "--image-guidance", 1, still=False), off)
+    assert not same(generate("image", *nowhere, "--image-guidance", 3, still=False), off)  # that of the image stays
     for name, told in (("rescaled", rescaled), ("within", within)):
         assert run("generate", "--from", tmp_path / f"{name}.json") == 0
         assert same(sidecar(tmp_path / f"{name}-again.json"), told)
