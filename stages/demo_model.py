@@ -191,8 +191,8 @@ def card(out: Path, model: Path, report: dict[str, Any], counts: Sequence[str]) 
         "Share of prompts that the reader finds right, in percent, with 95 % intervals. Caption wordings and seeds are",
         "unseen in training. Held-out pairs: all combinations with one of six pairs of attributes (such as red with",
         "triangle) that no training clip shows; held out: a tenth of the other combinations, unseen in training too.",
-        "(The video stage's captions name other looks than the clips', drawn from all combinations, and a quarter of the",
-        "image prompt's samples are what the image stage makes of such captions.)",
+        "(The video stage's captions name other looks than the clips', drawn from all combinations, and a quarter of",
+        "the image prompt's samples are what the image stage makes of such captions.)",
         "",
         *table(report["rows"]),
     ]
