@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +29,7 @@ from stages.evaluation.kept import read_samples
 from stages.evaluation.statistics import SPLITS, right, truth_of
 from videodiff import config as configs
 from videodiff import resources
+from videodiff.errors import UserError
 from videodiff.metrics.intervals import compare, mean_interval, wilson
 from videodiff.model import Model
 from videodiff.model_folder import export
@@ -94,13 +96,16 @@ def train(way: str, given: argparse.Namespace) -> Path:
     guidance = WAYS[way].guidance
     if guidance is not None:
         if not run.exists():
-            export(Model.load(given.runs / BASE), run)
-            told = configs.load(ModelConfig, run / DESCRIPTION)
+            draft = run.with_name(f".{way}")  # in its place only when whole
+            shutil.rmtree(draft, ignore_errors=True)
+            export(Model.load(given.runs / BASE), draft)
+            told = configs.load(ModelConfig, draft / DESCRIPTION)
             assert told.video is not None
             scales = told.video.sampling.guidance.model_copy(update=guidance)
             sampling = told.video.sampling.model_copy(update={"guidance": scales})
             video = told.video.model_copy(update={"sampling": sampling})
-            configs.save(told.model_copy(update={"video": video}), run / DESCRIPTION)
+            configs.save(told.model_copy(update={"video": video}), draft / DESCRIPTION)
+            draft.rename(run)
         return run
     call_videodiff("train", str(RECIPE), *overrides(way, given))
     return run
@@ -167,6 +172,8 @@ def _seconds_a_step(run: Path) -> float:
 
 def main(given: argparse.Namespace, command: str) -> None:
     """Train, judge, and write the report."""
+    if given.out is not None:
+        given.out.parent.mkdir(parents=True, exist_ok=True)
     wanted = {BASE, *given.only}
     while more := {WAYS[way].against for way in wanted} - wanted:
         wanted |= more
@@ -216,4 +223,7 @@ if __name__ == "__main__":
     options = parser.parse_args()
     told = {name: value if isinstance(value, list) else [value] for name, value in vars(options).items()}
     said = [f"--{name.replace('_', '-')} {' '.join(map(str, told[name]))}" for name in told if name != "out"]
-    main(options, f"python -m benchmarks.ablations {' '.join(said)}")
+    try:
+        main(options, f"python -m benchmarks.ablations {' '.join(said)}")
+    except UserError as error:
+        raise SystemExit(f"error: {error}") from None

@@ -30,6 +30,7 @@ from data_pipeline.world_reader import read, read_image
 from stages.evaluation.questions import stored
 from stages.pipeline import Pipeline, SampleKey, adjusted
 from videodiff.diffusion.schedule import NoiseSchedule
+from videodiff.errors import UserError
 from videodiff.metrics.intervals import Interval, wilson
 from videodiff.metrics.pictures import clip_psnr
 from videodiff.model import Model
@@ -86,7 +87,7 @@ def pairs(count: int) -> list[tuple[Combination, Combination, str]]:
     """(shown, told, the told one's prompt): two seen combinations that differ in colour, shape and motion, the look of
     one with the motion of the other being a seen one too."""
     told = prompts(count, SEED, "train")
-    others = [combination for combination, _ in prompts(4 * count, SEED + 1, "train")]
+    others = [combination for combination, _ in prompts(max(4 * count, 64), SEED + 1, "train")]
     found = []
     for number, (combination, text) in enumerate(told):
         order = rng("swap", number).permutation(len(others))
@@ -134,7 +135,7 @@ def swap(subject: Subject, count: int) -> list[str]:
 # --- diversity --------------------------------------------------------------------------------------------------------
 
 
-def diversity(subject: Subject, seeds: int, count: int = 4) -> list[str]:
+def diversity(subject: Subject, seeds: int, count: int = 12) -> list[str]:
     """Rows: the deviation of where the object lies in first images, of the model and of the data, for some prompts."""
     rows = [
         "| prompt | clips | deviation across, model / data | down, model / data | share of the data's |",
@@ -252,6 +253,8 @@ def percent(interval: Interval) -> str:
 def main(name: str, cases: Sequence[str], count: int, seeds: int, budgets: Sequence[int], out: Path | None) -> None:
     """Run the cases, print the report, and write it to `out`, its pictures beside it."""
     subject = Subject(Model.load(name))
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
     command = f"python -m benchmarks.model --model {name} --cases {' '.join(cases)} --prompts {count} --seeds {seeds}"
     if "steps" in cases:
         command = " ".join([command, "--steps", *map(str, budgets)])
@@ -279,4 +282,7 @@ if __name__ == "__main__":
     parser.add_argument("--steps", nargs="+", type=int, default=STEPS, help="of the curves")
     parser.add_argument("--out", type=Path, help="Markdown file to write")
     given = parser.parse_args()
-    main(given.model, given.cases, given.prompts, given.seeds, given.steps, given.out)
+    try:
+        main(given.model, given.cases, given.prompts, given.seeds, given.steps, given.out)
+    except UserError as error:
+        raise SystemExit(f"error: {error}") from None

@@ -11,6 +11,7 @@ import json
 import tarfile
 import zlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,20 +81,22 @@ def read_texts(shard: Shard, number: int, content: Sequence[str] = _CONTENT) -> 
 
 
 def all_captions(location: str) -> Iterator[str]:
-    """Every caption of the shards at ``location`` (see `open_shards`), in their order. Videos are skipped, not read."""
-    for shard in open_shards(location):
-        for number in range(len(shard.offsets)):
-            yield from read_texts(shard, number).captions
+    """Every caption of the shards at ``location`` (see `open_shards`), in their order. Videos are skipped, not read,
+    and so are bad samples, which the loader counts and names."""
+    for _, sample in _good_texts(location):
+        yield from sample.captions
 
 
 def all_labels(location: str, field: str) -> set[str]:
-    """Every value that the samples of the shards at ``location`` have in a field of their JSON, see `label_of`."""
-    found = set()
+    """Every value that the good samples of the shards at ``location`` have in a field of their JSON, see `label_of`."""
+    return {label_of(shard, sample.key, sample.meta, field) for shard, sample in _good_texts(location)}
+
+
+def _good_texts(location: str) -> Iterator[tuple[Shard, RawSample]]:
     for shard in open_shards(location):
         for number in range(len(shard.offsets)):
-            sample = read_texts(shard, number)
-            found.add(label_of(shard, sample.key, sample.meta, field))
-    return found
+            with suppress(SampleError):
+                yield shard, read_texts(shard, number)
 
 
 def label_of(shard: Shard, key: str, meta: dict[str, Any], field: str) -> str:

@@ -147,7 +147,7 @@ def _vocabulary(config: TextStage) -> tuple[Path, Path]:
     folder = Path(config.run.dir)
     vocabulary, words = folder / VOCABULARY, folder / WORDS
     problem = None
-    if distributed.rank() == 0 and not (folder / "checkpoints").is_dir():  # a run that has weights keeps its words
+    if distributed.rank() == 0 and not Checkpoints(folder / CHECKPOINTS, 1).exist():  # else it keeps its words
         try:
             folder.mkdir(parents=True, exist_ok=True)
             build_vocabulary(

@@ -121,14 +121,14 @@ class ClassifierTask:
 
         losses = classifier_loss(overheard, x0, labels.to(x0.device), self.schedule, seed, batch.numbers)
         ((found, time),) = heard
-        return LossOutput(per_sample=losses, metrics=self._metrics(found == labels, time, batch.weight > 0))
+        return LossOutput(per_sample=losses, tallies=self._tallies(found == labels, time, batch.weight > 0))
 
-    def _metrics(self, hits: Tensor, time: Tensor, usable: Tensor) -> dict[str, Tensor]:
-        """Share of clips told right, of all and of each third of the noise levels; NaN where a batch has none."""
+    def _tallies(self, hits: Tensor, time: Tensor, usable: Tensor) -> dict[str, Tensor]:
+        """How many clips are told right, and of how many, of all and of each third of the noise levels."""
         third = (time * len(THIRDS) / self.schedule.num_steps).long()
         chosen = {"accuracy": usable}
         chosen |= {f"accuracy_{name}": usable & (third == index) for index, name in enumerate(THIRDS)}
-        return {name: hits[rows].double().mean() for name, rows in chosen.items()}
+        return {name: torch.stack([hits[rows].sum(), rows.sum()]).double() for name, rows in chosen.items()}
 
     def sample(self, module: nn.Module, batch: VideoBatch, folder: Path, step: int) -> None:
         """Nothing to look at: the accuracies in metrics.jsonl say how the classifier does."""

@@ -18,7 +18,9 @@ from videodiff.model_folder import place, write_weights
 from videodiff.networks.t5 import ENCODER, T5Tower, encoder_state
 from videodiff.networks.text import PretrainedText, TextConfig, TextTower
 from videodiff.parts import DESCRIPTION, File, FurtherPart, ModelConfig, OpenClipPart, T5Part, sha256
+from videodiff.training.checkpoint import Checkpoints
 from videodiff.training.distributed import raise_from_first, rank
+from videodiff.training.run_folder import CHECKPOINTS
 
 
 class OpenClipTower(PretrainedText):
@@ -66,7 +68,7 @@ def place_in_run(towers: Sequence[FurtherTower], folder: Path) -> tuple[FurtherP
     parts: tuple[FurtherPart, ...] = ()
     if rank() == 0 and towers:
         try:
-            if any(folder.glob(f"checkpoints/*/{DESCRIPTION}")):
+            if Checkpoints(folder / CHECKPOINTS, 1).exist():
                 text = configs.load(ModelConfig, find(folder) / DESCRIPTION).text
                 parts = text.further if text is not None else ()
             else:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -28,7 +27,7 @@ from videodiff import config as configs
 from videodiff.errors import UserError
 from videodiff.model import Model
 from videodiff.parts import DiffusionStage, Sampling
-from videodiff.training.distributed import device
+from videodiff.training.distributed import device, launched_as
 from videodiff.video_io import Frames, read_image, symptoms, write_json, write_png, write_video
 
 # What only a video has.
@@ -50,7 +49,7 @@ def main(
     """
     console = Console(stderr=True, soft_wrap=True, highlight=False)
     requests = read_requests(prompt, out, prompts, sidecar, options)
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    rank, world = launched_as() or (0, 1)
     models = {name: Model.load(name) for name in dict.fromkeys(n for r in requests for n in r.options.models())}
     for request in requests:
         check(request, models)

@@ -87,7 +87,7 @@ def guides_for(options: Options, prompts: Sequence[str], pipelines: Mapping[str,
             told["classifier_guidance"] = ClassifierGuidance(scale=options.classifier_scale)
     if options.weak_model is not None:
         told["weak"] = pipelines[options.weak_model]
-        told["weak_stages"] = weaker_stages(pipelines[options.model].model, told["weak"].model)
+        told["weak_stages"] = weaker_stages(pipelines[options.model].model, told["weak"].model, _made(options))
         if options.weak_scale is not None:
             told["autoguidance"] = Autoguidance(scale=options.weak_scale)
     if options.noise is not None:
@@ -111,8 +111,14 @@ def check_guides(options: Options, models: Mapping[str, Model]) -> None:
         check_classifier(models[options.classifier], model)
         class_asked_for(classifier_part(models[options.classifier]), options.prompt, options.class_name)
     if options.weak_model is not None:
-        made = [stage for stage in STEERED if not _left_out(stage, options)]
-        if not set(made) & set(weaker_stages(model, models[options.weak_model])):
+        made = _made(options)
+        steered = weaker_stages(model, models[options.weak_model], made)
+        if options.control is not None and "image" in steered:
+            raise UserError(
+                f"--weak-model {options.weak_model}: its image stage does not follow --control's picture, so that "
+                "would be amplified and not what it can't do; leave one out"
+            )
+        if not steered:
             raise UserError(
                 f"--weak-model {options.weak_model}: of {' and '.join(made)} it has the model's own weights, so "
                 "there is nothing to amplify; name an earlier checkpoint or a smaller one"
@@ -184,21 +190,26 @@ def _classes(part: ClassifierPart) -> str:
 
 
 @lru_cache(maxsize=8)
-def weaker_stages(model: Model, weak: Model) -> tuple[DiffusionStage, ...]:
-    """The steered stages that both have, with other weights; UserError where the weaker one's do not fit."""
+def weaker_stages(model: Model, weak: Model, made: tuple[DiffusionStage, ...] = STEERED) -> tuple[DiffusionStage, ...]:
+    """Of the stages that are made those that both have, with other weights; UserError where the weaker one's do not
+    fit."""
     shared: list[DiffusionStage] = []
+    others = False
     for stage in STEERED:
         if getattr(model.config, stage) is None or getattr(weak.config, stage) is None:
             continue
         one, other = model.diffusion(stage), weak.diffusion(stage)
-        for name in ("schedule", "size", "frames"):
+        # The video stage's spatial half is the image stage's: where that differs, so does the video stage.
+        others = others or one.weights.sha256 != other.weights.sha256
+        if stage not in made:
+            continue
+        for name in ("schedule", "size", "frames", "first_image"):
             if getattr(one, name) != getattr(other, name):
                 raise UserError(
                     f"--weak-model {weak.folder}: the {name} of its {stage} stage is not that of {model.folder}; "
                     "name an earlier checkpoint of it, or a smaller model trained as it was"
                 )
-        # The video stage's spatial half is the image stage's: where that differs, so does the video stage.
-        if one.weights.sha256 != other.weights.sha256 or shared:
+        if others:
             shared.append(stage)
     _check_latents(f"--weak-model {weak.folder}", weak, model)
     return tuple(shared)
@@ -258,6 +269,11 @@ def _check_noise(options: Options, path: str, model: Model) -> None:
                 f"{path}: the noise of the {stage} stage is {list(noise[stage].shape)}, that of {model.folder} is "
                 f"{wanted}; invert with this model"
             )
+
+
+def _made(options: Options) -> tuple[DiffusionStage, ...]:
+    """The steered stages that the options ask for."""
+    return tuple(stage for stage in STEERED if not _left_out(stage, options))
 
 
 def _left_out(stage: str, options: Options) -> bool:

@@ -54,8 +54,8 @@ class ImagePromptTask(DiffusionTask):
     _last: tuple[VideoBatch, Condition, Tensor] | None = None
 
     def latents(self, batch: VideoBatch, seed: int) -> Tensor:
-        whole, told = super().latents(batch, seed), self._told(batch)
-        first, last = whole[:, :, :1], whole[:, :, -1:]
+        both, told = super().latents(_ends(batch), seed), self._told(batch)
+        first, last = both[:, :, :1], both[:, :, 1:]
         chosen = torch.nonzero(uniforms(seed, "imagined", batch.numbers) < self.imagined).flatten()
         if len(chosen):
             by = [generator(seed, "imagined picture", int(number)) for number in batch.numbers[chosen]]
@@ -85,6 +85,14 @@ class ImagePromptTask(DiffusionTask):
             self.stage, self.base, folder, file, own,
             lambda weights: ImagePromptPart(network=network, size=size, weights=weights),
         )  # fmt: skip
+
+
+def _ends(batch: VideoBatch) -> VideoBatch:
+    """The batch with the first and the last frame of each clip alone: nothing else is encoded."""
+    if batch.encoded is None:
+        return replace(batch, frames=batch.frames[:, [0, -1]])
+    mean, std = (latents[:, :, [0, -1]] for latents in (batch.encoded.mean, batch.encoded.std))
+    return replace(batch, encoded=replace(batch.encoded, mean=mean, std=std))
 
 
 def task(config: ImagePromptStage, base: Model) -> ImagePromptTask:

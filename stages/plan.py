@@ -84,9 +84,8 @@ def plan(path: Path, overrides: Sequence[str], gpus: int) -> Plan:
     with torch.device("meta"):
         network = UNet(network_config)
     network.checkpointing = config.activation_checkpointing
-    trains_all = isinstance(config, ImageStage) or (isinstance(config, VideoStage) and not config.freeze_spatial)
     for name, parameter in network.named_parameters():
-        parameter.requires_grad_(trains_all or is_temporal(name))
+        parameter.requires_grad_(_trains_all(config) or is_temporal(name))
     parameters = sum(p.numel() for p in network.parameters())
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
     factor = FACTOR if base is None or base.config.autoencoder is None else base.config.autoencoder.network.factor
@@ -231,10 +230,19 @@ def _model(name: str | None) -> Model | None:
     return Model(folder, configs.load(ModelConfig, folder / DESCRIPTION))
 
 
+def _trains_all(config: DenoisingStageConfig) -> bool:
+    """Whether the spatial layers are trained too."""
+    if isinstance(config, VideoStage):
+        return not config.freeze_spatial
+    return isinstance(config, ImageStage) or (isinstance(config, InterpolationStage) and config.network is not None)
+
+
 def _network(config: DenoisingStageConfig, path: Path, base: Model | None) -> UNetConfig:
     """The network of a stage: its own, or that of the stage before, from the model or from the YAML that makes it."""
     if isinstance(config, ImageStage):
         return _told_text(config.network, base)
+    if isinstance(config, InterpolationStage) and config.network is not None:
+        return _told_text(config.network, base).model_copy(update={"known_channels": True})
     if base is not None:
         before = base.config.video if isinstance(config, InterpolationStage) else base.config.image
         if before is not None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from videodiff.errors import UserError
+from videodiff.model import numbered
 from videodiff.model_folder import new_folder
 from videodiff.training.checkpoint import MANIFEST, fault, seal
 from videodiff.training.engine_config import FOLDER
@@ -97,7 +98,7 @@ def _check_frozen(checkpoint: Path) -> None:
 
 
 def _checkpoints(run: Path) -> list[Path]:
-    found = sorted((run / CHECKPOINTS).glob("step-*[0-9]"))
+    found = list(numbered(run / CHECKPOINTS).values())
     if not found:
         raise UserError(f"{run}: no checkpoint lies in {run / CHECKPOINTS}; name a run's folder")
     return found

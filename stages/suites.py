@@ -18,6 +18,7 @@ from typing import Any
 from stages.generate import main as generate
 from stages.requests import slug
 from videodiff.errors import UserError
+from videodiff.training.distributed import launched_as
 from videodiff.video_io import atomic_path, write_json
 
 SAMPLES = 5  # VBench's number of videos of a prompt ...
@@ -55,7 +56,7 @@ def main(suite: str, source: Path, out: Path, model: str, seed: int, batch_size:
         generate(None, made, lines, None, {"model": model, "seed": seed}, batch_size)
     except UserError as error:  # what was made goes to its place all the same
         problem = error
-    if int(os.environ.get("RANK", "0")) > 0:
+    if (launched_as() or (0, 1))[0] > 0:
         if problem is not None:
             raise problem
         return

@@ -42,6 +42,15 @@ def test_the_newest_is_found_and_old_ones_go(checkpoints: Checkpoints) -> None:
     assert json.loads((newest / "state.json").read_text()) == {"text": "30"}
 
 
+def test_copies_beside_them_are_no_checkpoints(checkpoints: Checkpoints) -> None:
+    for step in (9, 10):
+        checkpoints.write(step, fill(str(step)), 1000)
+    for name in ("step-00000010-r4", "step-00000011.x.tmp", "step-"):
+        shutil.copytree(checkpoints.folder / "step-00000010", checkpoints.folder / name)
+    assert checkpoints.last_step() == 10
+    assert checkpoints.newest() == checkpoints.folder / "step-00000010"
+
+
 def cut(folder: Path) -> None:
     path = folder / "engine" / "rank0.pt"
     path.write_bytes(path.read_bytes()[:-1])

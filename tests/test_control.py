@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from test_generate import altered
 from tiny_stages import Clips, stage_config, trained, with_extras
 
 from data_pipeline.world import Scene, render
@@ -253,6 +254,16 @@ def test_a_mistake_is_one_line(
     assert len(errors.splitlines()) == 1
     assert problem in errors
     assert np.array_equal(read_image("out.png"), picture())
+
+
+def test_a_weaker_model_that_hears_no_control_is_refused(
+    generate: Callable[..., str], model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Led away from it, an image would follow the outlines more and its own faults no less."""
+    weak = altered(model, tmp_path / "weak", "image", lambda state: state["conv_out.spatial.bias"].add_(1))
+    given = ("generate", PROMPT, "--model", model, "-o", "out.png", "--image-only", "--control", "left.png")
+    assert run(*given, "--weak-model", weak) == 2
+    assert "does not follow --control's picture" in capsys.readouterr().err
 
 
 def test_a_model_without_a_control_is_refused(

@@ -308,7 +308,7 @@ def test_slurm_tasks_that_know_nothing_of_one_another_are_refused() -> None:
 @pytest.mark.parametrize(
     ("variables", "words"),
     [
-        ({"RANK": "1"}, "RANK=1 but WORLD_SIZE is not set, each rank would train alone"),
+        ({"RANK": "1"}, "RANK=1 but WORLD_SIZE is not set, each rank would work alone"),
         ({"WORLD_SIZE": "2", "RANK": "1"}, "WORLD_SIZE is set but LOCAL_RANK, MASTER_ADDR, MASTER_PORT is not"),
         ({"WORLD_SIZE": "two"}, "WORLD_SIZE='two' is no number in 1.."),
         ({"RANK": ""}, "RANK='' is no number in 0..1"),  # as where SLURM_PROCID is not set

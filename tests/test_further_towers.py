@@ -65,6 +65,9 @@ def test_from_two_towers_to_a_picture(
     source = Path(shutil.copytree(folder, tmp_path / "t5"))
     text = [*given, *SMALL, f"run.dir={tmp_path}/text", f"model={toy_model}", "data.frames=4", "data.fps=8"]
     text.append(further(source, context_length=30))
+    draft = tmp_path / "text" / "checkpoints" / "step-00000001.killed.tmp"  # of a start that was killed as it saved
+    draft.mkdir(parents=True)
+    (draft / DESCRIPTION).write_text("torn")
     train_stage(TEXT, [*text, "run.steps=1"])
     shutil.rmtree(source)  # a run that has a checkpoint has the tower too
     train_stage(TEXT, [*text, "run.steps=2"])

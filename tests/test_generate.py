@@ -186,6 +186,7 @@ def test_batches_and_ranks_change_rounding_only(
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank in range(2):
         monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
         shared = made("ranks")
         assert len(shared) == 4 * (rank + 1)
     for one, two, three in zip(single, batched, shared, strict=True):

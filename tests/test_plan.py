@@ -21,6 +21,7 @@ from stages.cli import main
 from stages.plan import SIZE, communication, host, plan, states
 from videodiff.batch import Condition
 from videodiff.errors import UserError
+from videodiff.model import Model
 from videodiff.networks.unet import TemporalConfig, UNet, UNetConfig, is_temporal
 from videodiff.networks.work import count
 from videodiff.training import distributed
@@ -277,6 +278,12 @@ def test_a_stage_on_an_image_prompt_has_the_image_stages_network(
     video = plan(ROOT / "configs/demo/video.yaml", [], 1)
     image = plan(ROOT / "configs/demo/image.yaml", [], 1)
     assert video.parameters - video.trained == image.parameters
+
+
+def test_an_interpolation_with_a_network_of_its_own_trains_all_of_it() -> None:
+    made = plan(ROOT / "configs/demo/interpolation.yaml", ["model=demo"], 1)
+    network = Model.load("demo").unet("interpolation")
+    assert made.parameters == made.trained == sum(parameter.numel() for parameter in network.parameters())
 
 
 def test_what_can_not_be_planned(tmp_path: Path) -> None:

@@ -350,21 +350,21 @@ def _bytes_read() -> int:
     return int(Path("/proc/self/io").read_text().split()[1])
 
 
-@pytest.mark.parametrize(
-    ("members", "words"),
-    [([("1.mp4", b"v")], "has no caption"), ([("1.json", b'{"caption": "one"}')], "has no video")],
-)
-def test_half_samples_give_no_captions(tmp_path: Path, members: list[tuple[str, bytes]], words: str) -> None:
-    foreign(tmp_path / "a.tar", members)
-    with pytest.raises(UserError, match=words):
-        list(all_captions(str(tmp_path)))
-
-
-def test_torn_shards_give_no_captions(copied: Path) -> None:
+def test_bad_samples_give_no_captions_and_the_others_theirs(copied: Path, tmp_path: Path) -> None:
+    """One bad sample among many must not keep a text stage from beginning; the loader counts and names it."""
+    folder = tmp_path / "half"
+    folder.mkdir()
+    foreign(
+        folder / "a.tar",
+        [("1.mp4", b"v"), ("2.json", b'{"caption": "no video"}'), ("3.mp4", b"v"), ("3.json", b'{"caption": "three"}')],
+    )
+    assert list(all_captions(str(folder))) == ["three"]
+    whole = list(all_captions(str(copied)))
     shard = copied / "world-000001.tar"
     shard.write_bytes(bytes(shard.stat().st_size))
-    with pytest.raises(UserError, match=r"world-000001\.tar: torn at byte 0"):
-        list(all_captions(str(copied)))
+    rest = list(all_captions(str(copied)))
+    assert 0 < len(rest) < len(whole)
+    assert set(rest) <= set(whole)
 
 
 def test_the_order_stays_whatever_happens_between_two_lines() -> None:

@@ -205,7 +205,7 @@ def test_videos_are_prepared_in_an_array_and_merged(cluster: Cluster) -> None:
     array = cluster.submit(
         "data.sbatch", str(videos), "--out", str(out), *PREPARED, options=("--array=1-2", "--cpus-per-task=1", log)
     )
-    merge = f"bash -c '. slurm/env.sh; once videodiff data merge {out}'"  # --wrap is run by sh, which may be another shell
+    merge = f"bash -c '. slurm/env.sh; once videodiff data merge {out}'"  # --wrap is run by sh, perhaps not bash
     command = [
         "sbatch",
         "--parsable",

@@ -53,7 +53,8 @@ def test_videos_lie_where_they_are_looked_for(toy_model: Path, tmp_path: Path, c
 
 def test_every_rank_tells_its_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = written(tmp_path / "info.json", [{"prompt_en": "a red circle", "dimension": ["color"]}])
-    monkeypatch.setenv("RANK", "1")
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match="no such folder"):
         main("vbench", source, tmp_path / "out", str(tmp_path / "no-model"), 0, 4, 1)
 

@@ -11,6 +11,7 @@ import os
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
+from typing import Literal
 
 import torch
 from safetensors import SafetensorError
@@ -218,6 +219,12 @@ class Model:
         network.load_state_dict(state)
 
 
+def numbered(checkpoints: Path, kind: Literal["step", "average"] = "step") -> dict[int, Path]:
+    """The finished folders of a run's `checkpoints/` by their steps, in order; drafts and copies are none of them."""
+    found = {path.name.removeprefix(f"{kind}-"): path for path in checkpoints.glob(f"{kind}-*")}
+    return {int(step): found[step] for step in sorted(filter(str.isdecimal, found), key=int)}
+
+
 def find(name: str | os.PathLike[str]) -> Path:
     """The folder that `name` means: "demo", a model, a run or a checkpoint; UserError when it is none of them."""
     if str(name) == "demo":
@@ -230,7 +237,7 @@ def find(name: str | os.PathLike[str]) -> Path:
         raise UserError(f"{folder}: no such folder; name a model folder, a run, a checkpoint or 'demo'")
     if (folder / DESCRIPTION).is_file():
         return folder
-    checkpoints = sorted((folder / "checkpoints").glob(f"step-*[0-9]/{DESCRIPTION}"))
-    if checkpoints:
-        return checkpoints[-1].parent
+    whole = [path for path in numbered(folder / "checkpoints").values() if (path / DESCRIPTION).is_file()]
+    if whole:
+        return whole[-1]
     raise UserError(f"{folder}: neither a model (no {DESCRIPTION}) nor a run with a finished checkpoint")

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from stages.evaluation.kept import differences, protocol_of, without_model
 from videodiff.errors import UserError
-from videodiff.model import find
+from videodiff.model import find, numbered
 from videodiff.parts import DESCRIPTION, Weights
 from videodiff.training import distributed, status
 from videodiff.training.run_folder import CHECKPOINTS
@@ -223,12 +223,9 @@ def _is_average(subject: Subject) -> bool:
 def _found(run: Path, choice: Choice, kinds: tuple[Weights, ...]) -> list[Subject]:
     """Of each step the checkpoint, or where that is gone the model of averaged weights that was kept of it."""
     chosen = []
-    steps: dict[int, Path] = {}
-    for pattern in ("average-*[0-9]", "step-*[0-9]"):
-        for folder in sorted((run / CHECKPOINTS).glob(f"{pattern}/{DESCRIPTION}")):
-            steps[_step(folder.parent) or 0] = folder.parent
+    steps = numbered(run / CHECKPOINTS, "average") | numbered(run / CHECKPOINTS)
     for step, folder in sorted(steps.items()):
-        if step % choice.every == 0:
+        if step % choice.every == 0 and (folder / DESCRIPTION).is_file():
             here = kinds if folder.name.startswith("step-") else tuple(kind for kind in kinds if kind == "ema")
             chosen += [Subject(folder, kind, f"step-{step:08d}-{kind}", step) for kind in here]
     return chosen

@@ -46,7 +46,8 @@ def time_losses(
             told[i][f"loss_{place}"] = error
     if stage == "image":
         draws = [generator(seed, "bound", prompt.split, prompt.number) for prompt in batch]
-        times = [int(t) for t in part.schedule.times(BOUND_STEPS, "trailing") if t >= 1]
+        steps = min(BOUND_STEPS, part.schedule.num_steps)
+        times = [int(t) for t in part.schedule.times(steps, "trailing") if t >= 1]
         bound = variational_bound(denoiser.bind(condition), x0, part.schedule, draws, times=times)
         for i, value in enumerate(bound.nats_per_latent_dimension().tolist()):
             told[i]["bound"] = value

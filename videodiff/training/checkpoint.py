@@ -18,7 +18,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from videodiff.errors import LostError, UserError, disk_error
-from videodiff.model import Model
+from videodiff.model import Model, numbered
 from videodiff.model_folder import export
 from videodiff.training.distributed import barrier, from_first, raise_from_first, rank, world
 
@@ -93,10 +93,10 @@ class Checkpoints:
 
     def last_step(self) -> int:
         """The step of the newest one, sound or not; 0 when there is none. Not collective."""
-        return max((int(path.name[5:]) for path in self._found()), default=0)
+        return max(numbered(self.folder), default=0)
 
     def _found(self) -> list[Path]:
-        return sorted(self.folder.glob("step-*[0-9]"))
+        return list(numbered(self.folder).values())
 
     def _choose(self) -> tuple[str | None, str | UserError | None]:
         found = self._found()[::-1]

@@ -7,7 +7,7 @@ The same command works alone and under a launcher that sets RANK, WORLD_SIZE, LO
 import atexit
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -16,13 +16,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from videodiff.errors import LostError, UserError
-from videodiff.training.rendezvous import JOIN_SECONDS, meet
+from videodiff.training.rendezvous import JOIN_SECONDS, meet, place_and_number
 
 Value = TypeVar("Value")
 
 # The others wait in a collective while rank 0 draws sample grids or hashes a checkpoint.
 PATIENCE = timedelta(hours=1)
-LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+LAUNCHER_VARIABLES = (*RANK_VARIABLES, "MASTER_ADDR", "MASTER_PORT")
 
 
 def start(join_seconds: float = JOIN_SECONDS) -> None:
@@ -33,23 +34,7 @@ def start(join_seconds: float = JOIN_SECONDS) -> None:
     """
     if dist.is_initialized():
         return
-    missing = [name for name in LAUNCHER_VARIABLES if name not in os.environ]
-    alone = "WORLD_SIZE" not in os.environ
-    if missing and not alone:
-        raise UserError(
-            f"environment: WORLD_SIZE is set but {', '.join(missing)} is not; start with torchrun, or unset WORLD_SIZE"
-        )
-    if alone and os.environ.get("RANK"):
-        raise UserError(
-            f"environment: RANK={os.environ['RANK']} but WORLD_SIZE is not set, each rank would train alone; export "
-            f"{', '.join(LAUNCHER_VARIABLES)} in every process, or unset RANK"
-        )
-    tasks = os.environ.get("SLURM_NTASKS", "1")
-    if alone and "SLURM_PROCID" in os.environ and tasks != "1":
-        raise UserError(
-            f"environment: Slurm started {tasks} tasks (SLURM_NTASKS) but WORLD_SIZE is not set, each would train "
-            f"alone; use slurm/train.sbatch, or export {', '.join(LAUNCHER_VARIABLES)} in every task"
-        )
+    alone = launched_as(LAUNCHER_VARIABLES) is None
     if torch.cuda.is_available():
         torch.cuda.set_device(device())
     backend = "nccl" if torch.cuda.is_available() else "gloo"
@@ -60,6 +45,31 @@ def start(join_seconds: float = JOIN_SECONDS) -> None:
         store, own, count = meet(join_seconds)
         store.set_timeout(PATIENCE)
         dist.init_process_group(backend, store=store, rank=own, world_size=count, timeout=PATIENCE)
+
+
+def launched_as(needed: Sequence[str] = RANK_VARIABLES) -> tuple[int, int] | None:
+    """(rank, world) by the environment, of which `needed` must be there; None without a launcher. Joins nothing.
+
+    Raises UserError, as `start` does.
+    """
+    missing = [name for name in needed if name not in os.environ]
+    alone = "WORLD_SIZE" not in os.environ
+    if missing and not alone:
+        raise UserError(
+            f"environment: WORLD_SIZE is set but {', '.join(missing)} is not; start with torchrun, or unset WORLD_SIZE"
+        )
+    if alone and os.environ.get("RANK"):
+        raise UserError(
+            f"environment: RANK={os.environ['RANK']} but WORLD_SIZE is not set, each rank would work alone; export "
+            f"{', '.join(needed)} in every process, or unset RANK"
+        )
+    tasks = os.environ.get("SLURM_NTASKS", "1")
+    if alone and "SLURM_PROCID" in os.environ and tasks != "1":
+        raise UserError(
+            f"environment: Slurm started {tasks} tasks (SLURM_NTASKS) but WORLD_SIZE is not set, each would work "
+            f"alone; use slurm/train.sbatch, or export {', '.join(needed)} in every task"
+        )
+    return None if alone else place_and_number()
 
 
 def cleanup() -> None:
