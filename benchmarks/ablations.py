@@ -202,6 +202,8 @@ def main(given: argparse.Namespace, command: str) -> None:
         "",
         *rows(judged, given.runs),
     ]
+    if given.at_once > 1:
+        lines += ["", f"Seconds a step are those of {given.at_once} trainings side by side."]
     text = "\n".join(lines) + "\n"
     Console().print(text, markup=False, soft_wrap=True)
     if given.out is not None:
