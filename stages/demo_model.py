@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from data_pipeline.data_config import DataConfig
 from data_pipeline.world import ATTRIBUTES
 from stages.assemble import load_stage
 from stages.evaluation.measures import MEASURES
@@ -53,6 +54,7 @@ RUNS = {
     "interpolation": "clips",
     "upscale": "large",
 }
+ENCODED = ("image", "image_prompt", "video")  # runs that decode nothing: latents and text features are made once
 # glibc gives freed memory back at once, and large tensors fault their pages in anew: on a CPU that can double a step.
 KEEP_MEMORY = {
     "MALLOC_MMAP_THRESHOLD_": str(8 << 30),
@@ -77,8 +79,9 @@ def main(out: Path, num_prompts: int, num_held_out: int, install: bool) -> None:
         render_world(out / "shards" / name, arguments)
     before: list[str] = []
     for run, shards in RUNS.items():
-        overrides = [f"run.dir={out / run}", f"data.shards={out / 'shards' / shards}", *before]
-        call_videodiff("train", str(resources.path(f"configs/demo/{run}.yaml")), *overrides)
+        recipe = resources.path(f"configs/demo/{run}.yaml")
+        data = encoded(out, shards, load_stage(recipe).data) if run in ENCODED else out / "shards" / shards
+        call_videodiff("train", str(recipe), f"run.dir={out / run}", f"data.shards={data}", *before)
         before = [f"model={out / run}"]
     model = out / "model"
     shutil.rmtree(model, ignore_errors=True)
@@ -184,7 +187,8 @@ def card(out: Path, model: Path, report: dict[str, Any], counts: Sequence[str]) 
     lines += [
         "",
         "Machines: " + "; ".join(f"{letter}: {ran}" for ran, letter in machines.items()) + ".",
-        "Data: " + "; ".join(f"{name}: `videodiff data world {_shown(a)}`" for name, a in SHARDS.items()) + ".",
+        "Data: " + "; ".join(f"{name}: `videodiff data world {_shown(a)}`" for name, a in SHARDS.items()) + ". "
+        f"{', '.join(ENCODED)} read latents and text features that `videodiff data encode` made of them.",
         "",
         f"## Figures: `videodiff evaluate demo {' '.join(counts)} --seed {SEED}`",
         "",
@@ -270,6 +274,15 @@ def render_world(out: Path, arguments: dict[str, int]) -> None:
     """Shards of the built-in world in `out`; those that are there stay."""
     options = [part for key, value in arguments.items() for part in (f"--{key}", str(value))]
     call_videodiff("data", "world", "--out", str(out), *options)
+
+
+def encoded(out: Path, shards: str, data: DataConfig) -> Path:
+    """The shards' latents and text features, as a stage with these clips reads them; what is there stays."""
+    target = out / "encoded" / shards
+    clips = ("--frames", str(data.frames), "--fps", f"{data.fps:g}", "--size", str(data.size))
+    model = ("--model", str(out / "text"), "--out", str(target))
+    call_videodiff("data", "encode", str(out / "shards" / shards), *model, *clips, "--processes", "2")
+    return target
 
 
 def call_videodiff(*arguments: str) -> None:
