@@ -223,9 +223,12 @@ def _is_average(subject: Subject) -> bool:
 def _found(run: Path, choice: Choice, kinds: tuple[Weights, ...]) -> list[Subject]:
     """Of each step the checkpoint, or where that is gone the model of averaged weights that was kept of it."""
     chosen = []
-    steps = numbered(run / CHECKPOINTS, "average") | numbered(run / CHECKPOINTS)
+    steps: dict[int, Path] = {}
+    for kind in ("average", "step"):
+        found = numbered(run / CHECKPOINTS, kind).items()
+        steps |= {step: folder for step, folder in found if (folder / DESCRIPTION).is_file()}
     for step, folder in sorted(steps.items()):
-        if step % choice.every == 0 and (folder / DESCRIPTION).is_file():
+        if step % choice.every == 0:
             here = kinds if folder.name.startswith("step-") else tuple(kind for kind in kinds if kind == "ema")
             chosen += [Subject(folder, kind, f"step-{step:08d}-{kind}", step) for kind in here]
     return chosen
