@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,8 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data_pipeline.data_config import DataConfig
+from data_pipeline.shards import open_shards, write_world_shards
 from stages.assemble import load_stage
-from stages.demo_model import NEIGHBOURS, RUNS, SHARDS, card, neighbours
+from stages.demo_model import NEIGHBOURS, RUNS, SHARDS, card, encoded, neighbours
 from videodiff import config as configs
 from videodiff.resources import path as resource
 from videodiff.training.run_folder import machine, record_machine
@@ -106,6 +109,20 @@ def test_the_card_states_recipe_and_figures(runs: Path, toy_model: Path) -> None
     assert "motion left" not in text  # one of 20 may be chance
     assert "motion down" not in text
     assert "4 frames of 32x32 at 8 fps; 7 frames at 16 fps after interpolation." in text
+
+
+def test_latents_are_made_once_as_a_stage_reads_them(toy_model: Path, tmp_path: Path) -> None:
+    write_world_shards(tmp_path / "shards" / "motions", 4, size=32, frames=4, fps=8, seed=1)
+    shutil.copytree(toy_model, tmp_path / "text")
+    data = DataConfig(shards="motions", batch_size=2, frames=4, fps=8, size=32)
+    made = encoded(tmp_path, "motions", data)
+    (shard,) = open_shards(str(made))
+    assert len(shard.offsets) == 4
+    assert shard.encoding is not None
+    assert (shard.encoding.frames, shard.encoding.fps, shard.encoding.size) == (4, 8, 32)
+    before = {path.name: path.stat().st_mtime_ns for path in made.iterdir()}
+    assert encoded(tmp_path, "motions", data) == made
+    assert {path.name: path.stat().st_mtime_ns for path in made.iterdir()} == before
 
 
 def test_the_nearest_pairs_become_one_picture(tmp_path: Path) -> None:
