@@ -49,7 +49,7 @@ def main(
     """
     console = Console(stderr=True, soft_wrap=True, highlight=False)
     requests = read_requests(prompt, out, prompts, sidecar, options)
-    rank, world = launched_as() or (0, 1)
+    rank, world = launched_as()
     models = {name: Model.load(name) for name in dict.fromkeys(n for r in requests for n in r.options.models())}
     for request in requests:
         check(request, models)

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from videodiff.errors import LostError, UserError
-from videodiff.training.rendezvous import JOIN_SECONDS, meet, place_and_number
+from videodiff.training.rendezvous import JOIN_SECONDS, meet, rank_and_world
 
 Value = TypeVar("Value")
 
@@ -34,7 +34,8 @@ def start(join_seconds: float = JOIN_SECONDS) -> None:
     """
     if dist.is_initialized():
         return
-    alone = launched_as(LAUNCHER_VARIABLES) is None
+    launched_as(LAUNCHER_VARIABLES)  # refuses what can't be
+    alone = "WORLD_SIZE" not in os.environ
     if torch.cuda.is_available():
         torch.cuda.set_device(device())
     backend = "nccl" if torch.cuda.is_available() else "gloo"
@@ -47,8 +48,8 @@ def start(join_seconds: float = JOIN_SECONDS) -> None:
         dist.init_process_group(backend, store=store, rank=own, world_size=count, timeout=PATIENCE)
 
 
-def launched_as(needed: Sequence[str] = RANK_VARIABLES) -> tuple[int, int] | None:
-    """(rank, world) by the environment, of which `needed` must be there; None without a launcher. Joins nothing.
+def launched_as(needed: Sequence[str] = RANK_VARIABLES) -> tuple[int, int]:
+    """(rank, world) by the environment, of which `needed` must be there; (0, 1) without a launcher. Joins nothing.
 
     Raises UserError, as `start` does.
     """
@@ -69,7 +70,7 @@ def launched_as(needed: Sequence[str] = RANK_VARIABLES) -> tuple[int, int] | Non
             f"environment: Slurm started {tasks} tasks (SLURM_NTASKS) but WORLD_SIZE is not set, each would work "
             f"alone; use slurm/train.sbatch, or export {', '.join(needed)} in every task"
         )
-    return None if alone else place_and_number()
+    return (0, 1) if alone else rank_and_world()
 
 
 def cleanup() -> None:

@@ -22,7 +22,7 @@ def meet(seconds: float = JOIN_SECONDS) -> tuple[dist.Store, int, int]:
     Raises UserError for variables that can't be, LostError on every rank that is there when one does not come in
     `seconds`.
     """
-    rank, world = place_and_number()
+    rank, world = rank_and_world()
     address, port = os.environ["MASTER_ADDR"], _number("MASTER_PORT", 1, 2**16 - 1)
     served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun has one of its own there
     patience = timedelta(seconds=seconds)
@@ -41,7 +41,7 @@ def meet(seconds: float = JOIN_SECONDS) -> tuple[dist.Store, int, int]:
     return store, rank, world
 
 
-def place_and_number() -> tuple[int, int]:
+def rank_and_world() -> tuple[int, int]:
     """(rank, world) by the environment; UserError for what can't be."""
     world = _number("WORLD_SIZE", 1, 2**31)
     return _number("RANK", 0, world - 1), world
