@@ -11,9 +11,11 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from data_pipeline import world, world_two
 from data_pipeline.index import INDEX, PLAN, VERSION, Shape, Shard, fingerprint, open_shards, read_index, scan_shard
 from data_pipeline.progress import bar
 from data_pipeline.samples import (
@@ -28,7 +30,7 @@ from data_pipeline.samples import (
     shapes_of,
 )
 from data_pipeline.tars import write_tar
-from data_pipeline.world import EDITION
+from data_pipeline.world import EDITION, RenderedClip
 from data_pipeline.world_captions import CAPTIONS_PER_CLIP
 from videodiff.errors import UserError
 from videodiff.video_io import encode_video, write_json
@@ -39,6 +41,7 @@ __all__ = [
     "write_index", "write_shard", "write_world_shards",
 ]  # fmt: skip
 
+Renderer = Callable[[int, int, int, int, float], RenderedClip]  # of seed, number, size, frames, fps
 _Sample = tuple[str, bytes, dict[str, Any]]  # key, bytes of an mp4, JSON
 
 
@@ -130,12 +133,14 @@ def write_world_shards(
     fps: float,
     seed: int,
     motion_captions: int = 0,
+    objects: int = 1,
     samples_per_shard: int = 256,
     workers: int | None = None,
     progress: bool = False,
 ) -> Path:
     """Render ``num_clips`` clips of the built-in world (``frames`` of ``size`` x ``size`` pixels at ``fps``) into
-    shards in ``out``. Of ``motion_captions`` of each clip's captions the motion alone is true.
+    shards in ``out``, each with one object or two. Of ``motion_captions`` of each clip's captions the motion alone is
+    true.
 
     The same arguments give the same bytes, whatever ``workers`` (threads, one per core by default). A run that was
     interrupted continues when asked again for the same; a folder that holds anything else is refused. Returns the path
@@ -151,6 +156,10 @@ def write_world_shards(
         raise UserError(f"world shards: motion_captions is {motion_captions}, a clip has {CAPTIONS_PER_CLIP} captions")
     if motion_captions:  # a source of its own, so that plain shards of earlier versions stay what they are
         plan["source"] = f"world with {motion_captions} captions of the motion alone, all else from all combinations"
+    if objects == 2:
+        if motion_captions:
+            raise UserError("world shards: captions of the motion alone can't tell two objects apart; leave one out")
+        plan["source"] = "world of two objects"
     if not fps < 1000:
         raise UserError(f"world shards: fps is {fps:g}; an mp4 holds rates below 1000")
     if size < 16:
@@ -162,6 +171,9 @@ def write_world_shards(
         return out / INDEX
     names = [f"world-{number:06d}.tar" for number in range(-(-num_clips // samples_per_shard))]
     firsts = range(0, num_clips, samples_per_shard)
+    renderer: Renderer = partial(world.render_clip, motion_captions=motion_captions)
+    if objects == 2:
+        renderer = world_two.render_clip
     workers = workers or os.cpu_count() or 1
     # Threads suffice: nearly all the time is spent in ffmpeg processes and inside numpy.
     pool = ThreadPoolExecutor(workers)
@@ -172,7 +184,7 @@ def write_world_shards(
                 if (out / name).exists():  # whole, since it was renamed into place
                     advance(len(part))
                     continue
-                samples = _world_samples(part, plan, motion_captions, pool, ahead=2 * workers)
+                samples = _world_samples(part, plan, renderer, pool, ahead=2 * workers)
                 write_shard(out / name, _counted(samples, advance))
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
@@ -189,13 +201,12 @@ def _counted(samples: Iterable[_Sample], advance: Callable[[int], None]) -> Iter
 
 
 def _world_samples(
-    numbers: Iterable[int], plan: dict[str, Any], motion_captions: int, pool: ThreadPoolExecutor, ahead: int
+    numbers: Iterable[int], plan: dict[str, Any], renderer: Renderer, pool: ThreadPoolExecutor, ahead: int
 ) -> Iterator[_Sample]:
     """Render and encode clips in ``pool``, give them back in order; never more than ``ahead`` wait at once."""
-    from data_pipeline import world
 
     def make(number: int) -> _Sample:
-        clip = world.render_clip(plan["seed"], number, plan["size"], plan["frames"], plan["fps"], motion_captions)
+        clip = renderer(plan["seed"], number, plan["size"], plan["frames"], plan["fps"])
         return (
             clip.key,
             encode_video(clip.frames, plan["fps"]),

@@ -9,7 +9,7 @@ T frames, S frame side in pixels.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from itertools import product
@@ -105,6 +105,20 @@ class Scene(Combination):
 
 
 @dataclass(frozen=True)
+class Moving:
+    """One object: its diameter and centre in the first frame, in fractions of the frame side, and how far it goes, as a
+    multiple of its motion's whole way."""
+
+    colour: str
+    shape: str
+    motion: str
+    diameter: float
+    x: float
+    y: float
+    travel: float = 1.0
+
+
+@dataclass(frozen=True)
 class RenderedClip:
     """A training clip: frames uint8 [T,S,S,3], captions in different wordings, meta with the truth."""
 
@@ -166,8 +180,8 @@ def draw_train(generator: np.random.Generator) -> Combination:
     return train[min(int(np.searchsorted(cumulative, generator.random(), side="right")), len(train) - 1)]
 
 
-def _path(motion: str, progress: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Offsets dx, dy from the start, and scale at `progress` 0..1, each of its shape."""
+def path(motion: str, progress: np.ndarray, travel: float = 1.0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Offsets dx, dy from the start, `travel` times as far, and scale at `progress` 0..1, each of its shape."""
     zero = np.zeros_like(progress)
     dx, dy, scale = zero, zero, zero + 1
     if motion in ("left", "right"):
@@ -181,17 +195,25 @@ def _path(motion: str, progress: np.ndarray) -> tuple[np.ndarray, np.ndarray, np
     elif motion == "circling":
         turn = 2 * np.pi * progress
         dx, dy = ORBIT_RADIUS * np.sin(turn), ORBIT_RADIUS * (1 - np.cos(turn))
-    return dx, dy, scale
+    return travel * dx, travel * dy, scale
 
 
 def sample_scene(combination: Combination, *key: int | str) -> Scene:
     """A scene of `combination` whose start is uniform among those from which the object never leaves the frame."""
     generator = rng("scene", *key)
-    dx, dy, scale = _path(combination.motion, np.linspace(0, 1, 33))  # 33 points hit the orbit's extremes
-    left, right, up, down = (SIZES[combination.size] * scale * r for r in REACH[combination.shape])
-    x = generator.uniform(MARGIN - (dx - left).min(), 1 - MARGIN - (dx + right).max())
-    y = generator.uniform(MARGIN - (dy - up).min(), 1 - MARGIN - (dy + down).max())
+    across, down = room(combination.shape, combination.motion, SIZES[combination.size])
+    x, y = generator.uniform(*across), generator.uniform(*down)
     return Scene(**asdict(combination), x=float(x), y=float(y))
+
+
+def room(shape: str, motion: str, diameter: float, travel: float = 1.0) -> tuple[tuple[float, float], ...]:
+    """The least and the greatest x, and y, from which an object never leaves the frame."""
+    dx, dy, scale = path(motion, np.linspace(0, 1, 33), travel)  # 33 points hit the orbit's extremes
+    left, right, up, down = (diameter * scale * r for r in REACH[shape])
+    return (
+        (MARGIN - (dx - left).min(), 1 - MARGIN - (dx + right).max()),
+        (MARGIN - (dy - up).min(), 1 - MARGIN - (dy + down).max()),
+    )
 
 
 def shape_distance(shape: str, x: np.ndarray, y: np.ndarray, diameter: np.ndarray | float) -> np.ndarray:
@@ -226,8 +248,14 @@ def render_background(background: str, size: int) -> np.ndarray:
 
 
 def render(scene: Scene, size: int, num_frames: int, fps: float) -> np.ndarray:
-    """Frames uint8 [T,S,S,3] of a scene. Clips shorter than FULL_MOTION_SECONDS show the beginning of the motion,
-    longer ones a slower motion: so it never leaves the frame."""
+    """Frames uint8 [T,S,S,3] of a scene."""
+    moving = Moving(scene.colour, scene.shape, scene.motion, SIZES[scene.size], scene.x, scene.y)
+    return draw([moving], scene.background, size, num_frames, fps)
+
+
+def draw(objects: Sequence[Moving], background: str, size: int, num_frames: int, fps: float) -> np.ndarray:
+    """Frames uint8 [T,S,S,3] of objects on a background, later ones in front. Clips shorter than FULL_MOTION_SECONDS
+    show the beginning of the motion, longer ones a slower motion: so it never leaves the frame."""
     if size < 16 or num_frames < 1 or not fps > 0:
         raise UserError(
             f"cannot render size={size}, num_frames={num_frames}, fps={fps}: "
@@ -235,15 +263,16 @@ def render(scene: Scene, size: int, num_frames: int, fps: float) -> np.ndarray:
         )
     seconds = np.arange(num_frames) / fps
     progress = seconds / max(FULL_MOTION_SECONDS, float(seconds[-1]))
-    dx, dy, scale = (a.astype(np.float32)[:, None, None] for a in _path(scene.motion, progress))
     centre = (np.arange(size, dtype=np.float32) + 0.5) / size
-    x = centre[None, None, :] - (np.float32(scene.x) + dx)
-    y = centre[None, :, None] - (np.float32(scene.y) + dy)
-    distance = shape_distance(scene.shape, x, y, np.float32(SIZES[scene.size]) * scale)
-    cover = np.clip(0.5 - distance * size, 0, 1)[..., None]
-    ground = 255 * render_background(scene.background, size)[None, :, :, None]
-    colour = np.array(COLOURS[scene.colour], np.float32)
-    return (ground + cover * (colour - ground) + 0.5).astype(np.uint8)
+    picture = 255 * render_background(background, size)[None, :, :, None]
+    for each in objects:
+        dx, dy, scale = (a.astype(np.float32)[:, None, None] for a in path(each.motion, progress, each.travel))
+        x = centre[None, None, :] - (np.float32(each.x) + dx)
+        y = centre[None, :, None] - (np.float32(each.y) + dy)
+        distance = shape_distance(each.shape, x, y, np.float32(each.diameter) * scale)
+        cover = np.clip(0.5 - distance * size, 0, 1)[..., None]
+        picture = picture + cover * (np.array(COLOURS[each.colour], np.float32) - picture)
+    return (picture + 0.5).astype(np.uint8)
 
 
 def render_clip(

@@ -133,18 +133,25 @@ def caption(
     sentences = WORDINGS[wordings]
     sentence = sentences[int(generator.integers(len(sentences))) if wording is None else wording]
 
-    def draw(phrases: tuple[str, ...]) -> str:
-        plain = generator.random() < 0.5
-        return phrases[0 if plain else int(generator.integers(len(phrases)))]
-
     text = sentence.format(
-        size=draw(SIZE_WORDS[combination.size]),
-        colour=draw(COLOUR_WORDS[combination.colour]),
-        shape=draw(SHAPE_WORDS[combination.shape]),
-        ground=draw(GROUND_WORDS[combination.background]),
-        doing=draw(DOING_WORDS[combination.motion]),
-        does=draw(DOES_WORDS[combination.motion]),
+        size=draw_phrase(SIZE_WORDS[combination.size], generator),
+        colour=draw_phrase(COLOUR_WORDS[combination.colour], generator),
+        shape=draw_phrase(SHAPE_WORDS[combination.shape], generator),
+        ground=draw_phrase(GROUND_WORDS[combination.background], generator),
+        doing=draw_phrase(DOING_WORDS[combination.motion], generator),
+        does=draw_phrase(DOES_WORDS[combination.motion], generator),
     )
+    return with_articles(text)
+
+
+def draw_phrase(phrases: tuple[str, ...], generator: np.random.Generator) -> str:
+    """The plain one in half of all cases, and one of all in the others."""
+    plain = generator.random() < 0.5
+    return phrases[0 if plain else int(generator.integers(len(phrases)))]
+
+
+def with_articles(text: str) -> str:
+    """Says "an" in place of "a" where the next word asks for it."""
     return re.sub(r"\ba (?=[aeiou])", "an ", text)
 
 

@@ -104,24 +104,24 @@ def _templates() -> _Templates:
     return _Templates(table, (table**2).sum(1), np.array(shapes), np.array(angles), area)
 
 
-_HUES = np.array([360 * colorsys.rgb_to_hsv(*(v / 255 for v in rgb))[0] for rgb in COLOURS.values()])
+HUES = np.array([360 * colorsys.rgb_to_hsv(*(v / 255 for v in rgb))[0] for rgb in COLOURS.values()])
 
 
 def _colour(rgb: np.ndarray) -> Attribute:
     """The nearest named hue to a mean colour (floats in 0..1), surer the nearer it is."""
     hue = 360 * colorsys.rgb_to_hsv(*(float(v) for v in rgb))[0]
-    away = np.abs((hue - _HUES + 180) % 360 - 180)
+    away = np.abs((hue - HUES + 180) % 360 - 180)
     best = int(away.argmin())
     confidence = 1 - away[best] / HUE_LIMIT
     return Attribute(tuple(COLOURS)[best], float(confidence)) if confidence > 0 else Attribute()
 
 
-def _background(frame: np.ndarray, free: np.ndarray) -> Attribute:
+def read_background(frame: np.ndarray, free: np.ndarray) -> Attribute:
     """The background nearest to the free pixels of a frame [3,S,S]; None if these are coloured or none is near."""
     if free.mean() < 0.03:
         return Attribute()
     pixels = frame[:, free]
-    if float(_chroma(pixels).mean()) > 0.12:
+    if float(chroma_of(pixels).mean()) > 0.12:
         return Attribute()
     grey = (pixels[0] + pixels[1] + pixels[2]) / 3
     away = np.array([np.sqrt(np.mean((grey - _ground(name, frame.shape[1])[free]) ** 2)) for name in BACKGROUNDS])
@@ -135,7 +135,7 @@ def _ground(name: str, size: int) -> np.ndarray:
     return render_background(name, size)
 
 
-def _spread(mask: np.ndarray, pixels: int) -> np.ndarray:
+def spread(mask: np.ndarray, pixels: int) -> np.ndarray:
     """A mask [S,S] made wider by `pixels` on each side (a square window, through running sums)."""
     sums = mask.astype(np.int32)
     for axis in (0, 1):
@@ -147,7 +147,7 @@ def _spread(mask: np.ndarray, pixels: int) -> np.ndarray:
     return sums > 0
 
 
-def _chroma(frame: np.ndarray) -> np.ndarray:
+def chroma_of(frame: np.ndarray) -> np.ndarray:
     """Greatest minus least channel of [3,...]; 0 for a grey."""
     r, g, b = frame
     return np.maximum(np.maximum(r, g), b) - np.minimum(np.minimum(r, g), b)
@@ -155,7 +155,7 @@ def _chroma(frame: np.ndarray) -> np.ndarray:
 
 def _cover(frame: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
     """(cover [S,S] in 0..1, mean colour) of the object in a frame [3,S,S], or None where there is no coloured one."""
-    chroma = _chroma(frame)
+    chroma = chroma_of(frame)
     levels = np.bincount((255 * chroma + 0.5).astype(np.uint8).ravel(), minlength=256)
     # The smallest object covers 4 % of the frame: the 99th percentile lies well inside it.
     reference = int(np.searchsorted(np.cumsum(levels), 0.99 * chroma.size)) / 255
@@ -168,7 +168,7 @@ def _cover(frame: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
     direction = rgb - rgb.mean()
     weight = direction / (direction @ direction)  # it has no grey in it
     cover = weight[0] * frame[0] + weight[1] * frame[1] + weight[2] * frame[2]
-    near = _spread(cover > 0.4, 3 + frame.shape[1] // 16)  # leaves out the noise of pixels far from the object
+    near = spread(cover > 0.4, 3 + frame.shape[1] // 16)  # leaves out the noise of pixels far from the object
     return np.clip(cover, 0, 1) * ((cover > 0.1) & near), rgb
 
 
@@ -203,25 +203,59 @@ def _size(diameter: float) -> Attribute:
     return Attribute(name, confidence) if confidence > 0 else Attribute()
 
 
-def _read_frame(pixels: np.ndarray) -> FrameReading:
-    frame = np.ascontiguousarray(pixels.transpose(2, 0, 1)).astype(np.float32) / 255
-    size = len(pixels)
-    none, nan = Attribute(), float("nan")
+@dataclass(frozen=True)
+class ObjectReading:
+    """The coloured object of a picture: its place in fractions of the side, diameter and angle (degrees) nan without a
+    clear shape, and how much of each pixel it covers [S,S]."""
+
+    colour: Attribute
+    shape: Attribute
+    x: float
+    y: float
+    diameter: float
+    angle: float
+    cover: np.ndarray
+
+    @property
+    def ground(self) -> np.ndarray:
+        """The pixels [S,S] that it leaves free, with some distance."""
+        return ~spread(self.cover > 0.15, max(2, len(self.cover) // 32))
+
+
+def as_planes(pixels: np.ndarray) -> np.ndarray:
+    """A picture uint8 [S,S,3] as floats in 0..1, [3,S,S]."""
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1)).astype(np.float32) / 255
+
+
+def read_object(frame: np.ndarray) -> ObjectReading | None:
+    """What is coloured in a frame [3,S,S] of floats in 0..1, taken as one object; None where nothing is. Without a
+    place where it is too small or too large for an object."""
     found = _cover(frame)
     if found is None:
-        return FrameReading(none, none, none, _background(frame, np.ones((size, size), bool)), nan, nan, nan, nan)
+        return None
     cover, rgb = found
-    background = _background(frame, ~_spread(cover > 0.15, max(2, size // 32)))
+    size, none, nan = len(cover), Attribute(), float("nan")
     area = float(cover.sum())
     if not LEAST_AREA < area / size**2 < MOST_AREA:
-        return FrameReading(none, none, none, background, nan, nan, nan, nan)
+        return ObjectReading(none, none, nan, nan, nan, nan, cover)
     centre = np.arange(size, dtype=np.float32) + 0.5
     x, y = float(cover.sum(0) @ centre) / area, float(cover.sum(1) @ centre) / area
     shape, angle = _shape(_patch(cover, x, y, area**0.5))
-    if shape.value is None:
-        return FrameReading(_colour(rgb), none, none, background, x / size, y / size, nan, nan)
-    diameter = float(np.sqrt(area / _templates().area[shape.value])) / size
-    return FrameReading(_colour(rgb), shape, _size(diameter), background, x / size, y / size, diameter, angle)
+    diameter = nan if shape.value is None else float(np.sqrt(area / _templates().area[shape.value])) / size
+    return ObjectReading(_colour(rgb), shape, x / size, y / size, diameter, angle, cover)
+
+
+def _read_frame(pixels: np.ndarray) -> FrameReading:
+    frame = as_planes(pixels)
+    none, nan = Attribute(), float("nan")
+    found = read_object(frame)
+    if found is None:
+        background = read_background(frame, np.ones(frame.shape[1:], bool))
+        return FrameReading(none, none, none, background, nan, nan, nan, nan)
+    size = _size(found.diameter) if found.shape.value is not None else none
+    background = read_background(frame, found.ground)
+    where = (found.x, found.y, found.diameter, found.angle)
+    return FrameReading(found.colour, found.shape, size, background, *where)
 
 
 def read_image(frame: np.ndarray) -> FrameReading:
@@ -238,7 +272,7 @@ def per_frame(frames: np.ndarray) -> list[FrameReading]:
     return [_read_frame(frame) for frame in frames]
 
 
-def _vote(attributes: list[Attribute]) -> Attribute:
+def vote(attributes: list[Attribute]) -> Attribute:
     """The value with the greatest total confidence; its confidence is the mean over all frames."""
     totals: dict[str, float] = {}
     for attribute in attributes:
@@ -253,7 +287,7 @@ def _vote(attributes: list[Attribute]) -> Attribute:
 def read(frames: np.ndarray) -> Reading:
     """Reads a video, uint8 [T,S,S,3], about 8 to 31 frames of 64 pixels or more. Size is that of the first frame."""
     each = per_frame(frames)
-    colour, shape, background = (_vote([getattr(f, n) for f in each]) for n in ("colour", "shape", "background"))
+    colour, shape, background = (vote([getattr(f, n) for f in each]) for n in ("colour", "shape", "background"))
     consistent = all(
         f.colour.value == colour.value is not None
         and f.shape.value == shape.value is not None

@@ -228,6 +228,7 @@ def evaluate(
     sentences: Annotated[
         Path | None, typer.Option(help="UCF-101: JSON of class: sentence [default: bare class names]")
     ] = None,
+    objects: Annotated[int, typer.Option(min=1, max=2, help="Of the built-in world's clips and prompts")] = 1,
     size: Annotated[
         int | None, typer.Option(min=1, help="Of the clips, for a model of autoencoder and text alone [default: 64]")
     ] = None,
@@ -263,7 +264,7 @@ def evaluate(
 
     given = {
         "data": data, "checkpoints": checkpoints, "weights": weights.value, "watch": watch, "judges": judges,
-        "training": training, "batch_size": batch_size, "sentences": sentences, "size": size,
+        "training": training, "batch_size": batch_size, "sentences": sentences, "size": size, "objects": objects,
     }  # fmt: skip
     run(Request(model, stage.value, num_prompts, seed, out, num_held_out, classifier_scale, **given))
 

@@ -22,6 +22,7 @@ def world(
     frames: Annotated[int, typer.Option(min=1, help="Frames per clip")] = 31,
     fps: Annotated[float, typer.Option(min=0.1, help="Frames per second")] = 16.0,
     seed: Annotated[int, typer.Option(help="Another seed, other clips")] = 0,
+    objects: Annotated[int, typer.Option(min=1, max=2, help="Of each clip; two, each moving its own way")] = 1,
     motion_captions: Annotated[
         int,
         typer.Option(
@@ -33,7 +34,7 @@ def world(
     from data_pipeline.shards import write_world_shards
 
     index = write_world_shards(
-        out, num_clips, size, frames, fps, seed, motion_captions=motion_captions, progress=sys.stdout.isatty()
+        out, num_clips, size, frames, fps, seed, motion_captions, objects, progress=sys.stdout.isatty()
     )
     typer.echo(f"wrote {index}")
 

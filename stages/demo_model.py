@@ -20,11 +20,11 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.data_config import DataConfig
-from data_pipeline.world import ATTRIBUTES
 from stages.assemble import load_stage
 from stages.evaluation.measures import MEASURES
 from stages.evaluation.sheets import percent
 from stages.evaluation.statistics import ROWS
+from stages.evaluation.worlds import columns
 from stages.pipeline import Pipeline, SampleKey
 from videodiff import resources
 from videodiff.errors import UserError
@@ -217,12 +217,12 @@ def card(out: Path, model: Path, report: dict[str, Any], counts: Sequence[str]) 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
     """The evaluation's rows as a Markdown table."""
-    columns = [*ATTRIBUTES, "all"]
-    lines = [f"| row | prompts | N | {' | '.join(columns)} | PSNR, dB |", "|---" * (len(columns) + 4) + "|"]
+    attributes = columns(rows)
+    lines = [f"| row | prompts | N | {' | '.join(attributes)} | PSNR, dB |", "|---" * (len(attributes) + 4) + "|"]
     for row in rows:
         if row["row"].startswith("real"):
             continue  # what the others are held against
-        figures = [percent(row["shares"].get(name)) for name in columns]
+        figures = [percent(row["shares"].get(name)) for name in attributes]
         shares = [share + "".join(f" ({limits})" for limits in interval) for share, *interval in figures]
         psnr = {name: told for name, told in row["measures"].items() if MEASURES[name].label.endswith(", dB")}
         near = "; ".join(

@@ -13,7 +13,8 @@ import torch
 from data_pipeline.world import ATTRIBUTES
 from data_pipeline.world_reader import read_image
 from stages.evaluation.questions import Prompt
-from stages.evaluation.road import IMAGE_ATTRIBUTES, Measured, Plan, Road, decoded, strip
+from stages.evaluation.road import Measured, Plan, Road, decoded, strip
+from stages.evaluation.worlds import IMAGE_ATTRIBUTES
 from stages.guides import Guides, check_classifier, classifier_part
 from stages.pipeline import Pipeline, SampleKey, adjusted
 from videodiff.diffusion.guidance import ClassifierGuidance, class_logits

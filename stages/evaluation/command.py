@@ -15,6 +15,7 @@ from typing import Any
 
 from rich.console import Console
 
+from data_pipeline.world import Combination
 from stages.evaluation.checkpoints import Choice, Chosen, Index, Subject, follow, placed, subjects
 from stages.evaluation.classifier import classifier_scale_for
 from stages.evaluation.extras import EXTRA_NEEDS, EXTRA_STAGES
@@ -73,6 +74,7 @@ class Request:
     batch_size: int = 8
     sentences: Path | None = None
     size: int | None = None
+    objects: int = 1
 
 
 def main(request: Request) -> None:
@@ -158,6 +160,8 @@ def _questions(request: Request) -> Questions:
             raise UserError(
                 "--num-held-out is of the built-in world, --data has no held-out combinations; leave it out"
             )
+        if request.objects != 1:
+            raise UserError("--objects is of the built-in world, --data says itself what it shows; leave it out")
         if request.data.startswith(PREFIX):
             folder = Path(request.data.removeprefix(PREFIX))
             return UCF101Questions(folder, request.num_prompts, request.seed, request.sentences)
@@ -166,7 +170,7 @@ def _questions(request: Request) -> Questions:
     if request.data is not None:
         return ShardQuestions(request.data, request.num_prompts, request.seed)
     held_out = request.num_prompts if request.num_held_out is None else request.num_held_out
-    return WorldQuestions(request.num_prompts, held_out, request.seed)
+    return WorldQuestions(request.num_prompts, held_out, request.seed, request.objects)
 
 
 @dataclass(frozen=True)
@@ -286,8 +290,8 @@ def _show(subject: Subject, report: dict[str, Any], skipped: dict[str, str]) -> 
 
 
 def of_the_world(questions: Questions) -> bool:
-    """Whether the built-in world knows what every prompt says."""
-    return all(prompt.combination is not None for prompt in questions.prompts)
+    """Whether every prompt is of the built-in world with one object."""
+    return all(isinstance(prompt.combination, Combination) for prompt in questions.prompts)
 
 
 def plan_for(
@@ -295,8 +299,9 @@ def plan_for(
 ) -> tuple[Plan, dict[str, str]]:
     """What can be judged of a model, and which stages are left out for which reason.
 
-    of_world: the prompts are of the built-in world, which what stands beside the road needs. size: of the clips, for a
-    model that has no stage which fixes it. UserError when a stage named outright, or every stage, is missing.
+    of_world: the prompts are of the built-in world with one object, which what stands beside the road needs. size: of
+    the clips, for a model that has no stage which fixes it. UserError when a stage named outright, or every stage, is
+    missing.
     """
     has = model.config.stages()
     skipped: dict[str, str] = {}
@@ -343,7 +348,11 @@ def _problem(model: Model, name: str, asked: str, has: Sequence[str], of_world: 
     if missing:
         problem = f"the model has no stage {', '.join(missing)}"
     elif extra is not None:
-        problem = extra.problem(model) if of_world else "it is judged on the built-in world alone; leave out --data"
+        problem = (
+            extra.problem(model)
+            if of_world
+            else "it is judged on one object of the built-in world; leave out --data and --objects"
+        )
         if problem is not None and asked != "all":
             raise UserError(problem)
     return problem

@@ -16,7 +16,8 @@ import torch
 from data_pipeline.world import SHAPES, Scene, render, sample_scene
 from data_pipeline.world_reader import FrameReading, read_image
 from stages.evaluation.questions import Prompt
-from stages.evaluation.road import IMAGE_ATTRIBUTES, Measured, Plan, Road, decoded, strip
+from stages.evaluation.road import Measured, Plan, Road, decoded, strip
+from stages.evaluation.worlds import IMAGE_ATTRIBUTES
 from stages.pipeline import SampleKey
 from stages.upscale import enlarge, shrink
 from videodiff.metrics.pictures import clip_psnr

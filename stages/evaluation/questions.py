@@ -19,9 +19,10 @@ import numpy as np
 from data_pipeline.decoders import ClipError
 from data_pipeline.decoding import DecodePool
 from data_pipeline.index import fingerprint, open_shards
-from data_pipeline.samples import RawSample, SampleError, read_texts, try_sample
-from data_pipeline.world import ATTRIBUTES, EDITION, Combination, combinations, render, rng, sample_scene, split
-from data_pipeline.world_captions import prompts
+from data_pipeline.samples import SampleError, read_texts, try_sample
+from data_pipeline.world import EDITION, Combination, rng
+from data_pipeline.world_two import TwoCombination
+from stages.evaluation.worlds import SPLITS, planned, rendered, told_in
 from videodiff.errors import UserError
 from videodiff.video_io import encode_video, read_video
 
@@ -37,7 +38,7 @@ class Prompt:
     split: Split
     number: int
     turn: int
-    combination: Combination | None
+    combination: Combination | TwoCombination | None
     text: str
     place: int = -1
 
@@ -94,25 +95,27 @@ class Questions(Protocol):
 class WorldQuestions:
     """Prompts on seen and on held-out combinations of the built-in world; no clip of it is among the training data."""
 
-    def __init__(self, num: int, num_held_out: int, seed: int) -> None:
-        """`num` prompts on seen combinations, `num_held_out` on each held-out split, or one for each it has."""
-        self.num, self.num_held_out, self.seed = num, num_held_out, seed
-        self.prompts = planned_prompts(num, num_held_out, seed)
+    def __init__(self, num: int, num_held_out: int, seed: int, objects: int = 1) -> None:
+        """`num` prompts on seen combinations, `num_held_out` on each held-out split, or one for each it has; of the
+        world with so many objects."""
+        self.num, self.num_held_out, self.seed, self.objects = num, num_held_out, seed, objects
+        self.prompts = planned_prompts(num, num_held_out, seed, objects)
         self.problems: list[str] = []
 
     def identity(self) -> dict[str, Any]:
         asked = [[prompt.text, asdict(prompt.combination)] for prompt in self.prompts if prompt.combination is not None]
         told = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+        world = "built-in world" if self.objects == 1 else "built-in world of two objects"
         return {
-            "data": f"built-in world, edition {EDITION}", "prompts": told, "num_prompts": self.num,
+            "data": f"{world}, edition {EDITION}", "prompts": told, "num_prompts": self.num,
             "num_held_out": self.num_held_out,
         }  # fmt: skip
 
     def clip(self, prompt: Prompt, clips: Clips) -> np.ndarray:
         """Rendered, and as the training data are."""
         assert prompt.combination is not None
-        scene = sample_scene(prompt.combination, "evaluation", self.seed, prompt.split, prompt.number)
-        return stored(render(scene, clips.size, clips.count, clips.fps), clips.fps)
+        key = ("evaluation", self.seed, prompt.split, prompt.number)
+        return stored(rendered(prompt.combination, clips.size, clips.count, clips.fps, *key), clips.fps)
 
     def close(self) -> None:
         """Nothing is open."""
@@ -167,7 +170,7 @@ class ShardQuestions:
                 continue
             text = sample.captions[0]
             turns[text] = turns.get(text, -1) + 1
-            found.append(Prompt("data", len(found), turns[text], _combination(sample), text, place))
+            found.append(Prompt("data", len(found), turns[text], told_in(sample.meta.get("scene")), text, place))
         return found
 
     def identity(self) -> dict[str, Any]:
@@ -184,22 +187,12 @@ class ShardQuestions:
         self._decoder.close()
 
 
-def planned_prompts(num: int, num_held_out: int, seed: int) -> list[Prompt]:
+def planned_prompts(num: int, num_held_out: int, seed: int, objects: int = 1) -> list[Prompt]:
     """`num` prompts on seen combinations, `num_held_out` on each held-out split, or one for each combination it has."""
-    found: list[Prompt] = []
-    which: Literal["train", "held_out", "held_out_pair"]
-    for which in ("train", "held_out", "held_out_pair"):
-        members = sum(split(c) == which for c in combinations())
-        count = num if which == "train" else min(num_held_out, members)
-        for number, (combination, text) in enumerate(prompts(count, seed, which) if count else ()):
-            found.append(Prompt(which, number, number // members, combination, text))
-    return found
-
-
-def _combination(sample: RawSample) -> Combination | None:
-    """What the built-in world wrote into a sample's JSON; None for other samples."""
-    scene = sample.meta.get("scene")
-    try:
-        return Combination(**{name: scene[name] for name in ATTRIBUTES}) if isinstance(scene, dict) else None
-    except (KeyError, UserError):
-        return None
+    return [
+        Prompt(which, number, turn, combination, text)
+        for which in SPLITS
+        for number, (turn, combination, text) in enumerate(
+            planned(objects, which, num if which == "train" else num_held_out, seed)
+        )
+    ]

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.world import ATTRIBUTES
 from stages.evaluation.checkpoints import INDEX
 from stages.evaluation.figures import FIGURES
 from stages.evaluation.kept import read_samples
@@ -17,6 +16,7 @@ from stages.evaluation.paired import Line, verdict_in_words
 from stages.evaluation.sheets import clip_path, figure_in_words, in_words, percent, picture_path
 from stages.evaluation.statistics import CHIEF, ROWS, STEPS, sick_in_words
 from stages.evaluation.weakest import cost_in_words, weak_rows
+from stages.evaluation.worlds import EVERY_ATTRIBUTE, columns
 from videodiff.errors import UserError
 from videodiff.pages import data_url, write_page
 
@@ -46,6 +46,7 @@ def write_report(out: Path) -> Path:
     step = -(-len(found) // (MOST_COLUMNS - 1))
     shown = found if len(found) <= MOST_COLUMNS else [*found[:-1:step], newest]
     told = newest.told
+    attributes = columns(entry for judged in found for entry in judged.told["rows"])
     write_page(
         path,
         PAGE,
@@ -55,11 +56,11 @@ def write_report(out: Path) -> Path:
         sick=sick_in_words(told["rows"]),
         costs=[_cost(split, lines) for split, lines in told.get("first_images", {}).items() if lines],
         curves=_curves(found) if len(found) > 1 else [],
-        tables=[(judged.name or "this model", _table(judged.told)) for judged in found[::-1]],
+        tables=[(judged.name or "this model", _table(judged.told, attributes)) for judged in found[::-1]],
         columns=[judged.name for judged in shown],
         videos=_videos(out, [judged.name for judged in shown]),
         confusions=_confusions(told["rows"]),
-        attributes=[*ATTRIBUTES, "all"],
+        attributes=attributes,
         memorized=told["memorized"],
         neighbours=[data_url(p, "image/png") for p in sorted((out / newest.name / "neighbours").glob("*.png"))],
         protocol=json.dumps(told["protocol"], indent=1),
@@ -117,7 +118,7 @@ def _cost(split: str, lines: Sequence[Line]) -> dict[str, Any]:
 Point = tuple[Judged, tuple[float, ...]]
 
 
-def _table(told: Entry) -> list[dict[str, Any]]:
+def _table(told: Entry, attributes: Sequence[str]) -> list[dict[str, Any]]:
     """Of every row its shares, measures and figures in words."""
     lines = []
     for entry in told["rows"]:
@@ -128,7 +129,7 @@ def _table(told: Entry) -> list[dict[str, Any]]:
                 "stage": ROWS[entry["row"]],
                 "prompts": entry["split"].replace("_", " "),
                 "n": entry["n"],
-                "shares": [percent(entry["shares"].get(name)) for name in (*ATTRIBUTES, "all")],
+                "shares": [percent(entry["shares"].get(name)) for name in attributes],
                 "measures": [in_words(name, value) for name, value in entry["measures"].items()],
                 "figures": [figure_in_words(figure) for figure in figures],
                 "not_finite": entry["not_finite"],
@@ -208,7 +209,7 @@ def _confusions(rows: Sequence[Entry]) -> list[dict[str, Any]]:
         if entry["split"] not in CHIEF or entry["row"].startswith("real"):
             continue
         for attribute, counts in entry["confusions"].items():
-            seen = [*ATTRIBUTES[attribute], "none"]
+            seen = [*EVERY_ATTRIBUTE[attribute], "none"]
             lines = []
             for asked, told in counts.items():
                 total = sum(told.values()) or 1

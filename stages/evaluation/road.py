@@ -14,15 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_pipeline.world import ATTRIBUTES
-from data_pipeline.world_reader import read, read_image
 from stages.evaluation.measures import CHANNELS, Gauge
 from stages.evaluation.questions import Clips, Prompt
+from stages.evaluation.worlds import seen_in
 from stages.pipeline import SampleKey
 from videodiff.parts import Sampling
 from videodiff.video_io import symptoms
 
-IMAGE_ATTRIBUTES = tuple(name for name in ATTRIBUTES if name != "motion")
 STRIP = 5  # frames of a clip that its picture shows
 LOW_RATE = ("real", "autoencoder", "video_real", "video_generated")
 SMOOTH = ("real_smooth", "interpolation", "whole")
@@ -180,15 +178,10 @@ def _video(road: Road, plan: Plan, clip: Tensor, first: Tensor, gauge: Gauge) ->
 def _reading(prompt: Prompt, clip: np.ndarray, finite: bool) -> tuple[dict[str, str | None], bool]:
     """What the reader sees in frames uint8 [T,S,S,3] of the built-in world, and whether it is the same in each of them;
     what is not finite shows nothing. Of other data nothing is read."""
-    seen: dict[str, str | None] = {}
-    consistent = finite
-    if prompt.combination is not None and len(clip) == 1:
-        picture = read_image(clip[0])
-        seen = {name: getattr(picture, name).value for name in IMAGE_ATTRIBUTES}
-    elif prompt.combination is not None:
-        reading = read(clip)
-        seen, consistent = reading.values(), finite and bool(reading.consistent)
-    return (seen if finite else dict.fromkeys(seen)), consistent
+    if prompt.combination is None:
+        return {}, finite
+    seen, consistent = seen_in(prompt.combination, clip)
+    return (seen if finite else dict.fromkeys(seen)), finite and consistent
 
 
 def within(smooth: Tensor, count: int) -> Tensor:

@@ -10,11 +10,11 @@ import numpy as np
 from rich.markup import escape
 from rich.table import Table
 
-from data_pipeline.world import ATTRIBUTES
 from stages.evaluation.figures import FIGURES, Figure
 from stages.evaluation.measures import MEASURES, labelled
 from stages.evaluation.questions import Prompt
 from stages.evaluation.statistics import CHIEF, ROWS, SPLITS, right, truth_of
+from stages.evaluation.worlds import columns
 from videodiff.video_io import read_image, save_sheet
 
 # Prompts of each split that are shown.
@@ -29,10 +29,11 @@ TOLD_FIGURES = ("frechet", "text_to_image_r1", "inception_clips")
 def table(entries: Sequence[dict[str, Any]]) -> Table:
     """Shares read right in percent, each with its 95 % interval below it."""
     drawn = Table(title="Read right, % (95 % interval below)", show_lines=True)
-    for column in ("stage", "prompts", "N", *ATTRIBUTES, "all"):
-        drawn.add_column(column, justify="left" if column in ("stage", "prompts") else "right")
+    attributes = columns(entries)
+    for column in ("stage", "prompts", "N", *attributes):
+        drawn.add_column(column.replace("_", " "), justify="left" if column in ("stage", "prompts") else "right")
     for entry in entries:
-        shares = ["\n".join(percent(entry["shares"].get(name))) for name in (*ATTRIBUTES, "all")]
+        shares = ["\n".join(percent(entry["shares"].get(name))) for name in attributes]
         drawn.add_row(ROWS[entry["row"]], entry["split"].replace("_", " "), str(entry["n"]), *shares)
     return drawn
 

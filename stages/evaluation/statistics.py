@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.world import ATTRIBUTES
 from stages.evaluation.measures import MEASURES
+from stages.evaluation.worlds import EVERY_ATTRIBUTE
 from videodiff.metrics import intervals
 
 MEAN, DEVIATION = "latent_mean", "latent_deviation"  # how measures of the latents begin
@@ -122,11 +122,11 @@ def _entry(
 ) -> dict[str, Any]:
     known = [(result, truth) for result, truth in chosen if truth is not None]
     verdicts = [right(result, truth) for result, truth in known]
-    attributes = [name for name in ATTRIBUTES if verdicts and name in verdicts[0]]
+    attributes = [name for name in EVERY_ATTRIBUTE if verdicts and name in verdicts[0]]
     confusions = {
         name: {
             value: dict(sorted(Counter(str(r["read"][name] or "none") for r, t in known if t[name] == value).items()))
-            for value in ATTRIBUTES[name]
+            for value in EVERY_ATTRIBUTE[name]
         }
         for name in attributes
     }
