@@ -11,6 +11,7 @@
 # make bench-metrics our metrics of feature sets against torchmetrics; writes docs/metrics-speed.md
 # make bench-data   measure the loader against bare decoders and plain webdataset; writes docs/data-speed.md
 # make bench-ablations the recipe's choices, each made otherwise, after runs/demo; writes docs/ablations.md
+# make bench-two    train and judge a model of two objects (hours of a CPU); writes docs/two-objects.md
 # make bench-model  what the bundled model has learned, and how many steps it takes; writes docs/demo-model.md
 # make demo-model   train the bundled model again by its recorded recipe (hours on a CPU; run it again to go on);
 #                   INSTALL=1 puts the result in the place of the bundled one
@@ -26,7 +27,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # torch goes first and by its exact version: an unpinned one may bring gigabytes of CUDA packages that a CPU can't use.
 TORCH := $(shell sed -n 's/^\(torch==[^; ]*\).*/\1/p' constraints.txt)
 
-.PHONY: demo install demo-model bench-digits bench-network bench-train bench-data bench-metrics bench-model bench-ablations test test-slow test-crash test-slurm lint clean
+.PHONY: demo install demo-model bench-digits bench-network bench-train bench-data bench-metrics bench-model bench-ablations bench-two test test-slow test-crash test-slurm lint clean
 
 demo: $(VENV)/.demo
 	@mkdir -p outputs
@@ -52,6 +53,9 @@ bench-model: $(VENV)/.all
 
 bench-ablations: $(VENV)/.all
 	$(BIN)/python -m benchmarks.ablations --out docs/ablations.md
+
+bench-two: $(VENV)/.all
+	$(BIN)/python -m benchmarks.two_objects --out docs/two-objects.md
 
 bench-data: $(VENV)/.bench
 	$(BIN)/python -m benchmarks.data --out docs/data-speed.md

@@ -11,7 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from string import ascii_uppercase
@@ -75,17 +75,10 @@ SHEET, ANIMATION, NEIGHBOURS = "demo.png", "demo.webp", "demo-neighbours.png"
 
 def main(out: Path, num_prompts: int, num_held_out: int, install: bool) -> None:
     """Make the data, train all stages, export, evaluate, write the card; `install` replaces the bundled model."""
-    for name, arguments in SHARDS.items():
-        render_world(out / "shards" / name, arguments)
-    before: list[str] = []
-    for run, shards in RUNS.items():
-        recipe = resources.path(f"configs/demo/{run}.yaml")
-        data = encoded(out, shards, load_stage(recipe).data) if run in ENCODED else out / "shards" / shards
-        call_videodiff("train", str(recipe), f"run.dir={out / run}", f"data.shards={data}", *before)
-        before = [f"model={out / run}"]
+    last = train_all(out, "configs/demo", SHARDS, RUNS)
     model = out / "model"
     shutil.rmtree(model, ignore_errors=True)
-    export(Model.load(out / run), model, half=True)
+    export(Model.load(last), model, half=True)
     judged = out / f"evaluation-{sha256(model / DESCRIPTION)[:12]}"  # goes on for the same weights, begins for others
     counts = ("--num-prompts", str(num_prompts), "--num-held-out", str(num_held_out))
     training = ("--training", str(out / "shards" / "clips"))
@@ -102,6 +95,20 @@ def main(out: Path, num_prompts: int, num_held_out: int, install: bool) -> None:
         model = _install(model, out, made)
     names = ", ".join(str(out / name) for name in made)
     print(f"the model: {model}; its card: {model / 'README.md'}; its pictures: {names}")
+
+
+def train_all(out: Path, recipes: str, shards: Mapping[str, Mapping[str, int]], runs: Mapping[str, str]) -> Path:
+    """Render the shards and train the runs, each on the one before it, into folders of `out`; what is there stays, or
+    goes on. recipes: the folder of the runs' YAMLs. Returns the last run."""
+    for name, arguments in shards.items():
+        render_world(out / "shards" / name, arguments)
+    before: list[str] = []
+    for run, seen in runs.items():
+        recipe = resources.path(f"{recipes}/{run}.yaml")
+        data = encoded(out, seen, load_stage(recipe).data) if run in ENCODED else out / "shards" / seen
+        call_videodiff("train", str(recipe), f"run.dir={out / run}", f"data.shards={data}", *before)
+        before = [f"model={out / run}"]
+    return out / run
 
 
 def _install(model: Path, out: Path, drawn: Sequence[str]) -> Path:
@@ -170,25 +177,7 @@ def card(out: Path, model: Path, report: dict[str, Any], counts: Sequence[str]) 
         "",
         f"Files: {megabytes:.1f} MB in float16. {_clip(model)}",
         "",
-        "| run | steps | batch | seed | hours | final loss | machine |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    machines: dict[str, str] = {}  # what ran it -> its letter
-    for run in RUNS:
-        ran = "; ".join((out / run / MACHINES).read_text(encoding="utf-8").splitlines())
-        letter = machines.setdefault(ran, ascii_uppercase[len(machines)])
-        records = [json.loads(line) for line in (out / run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-        last = records[-100:]
-        hours = sum(record["seconds"] for record in records) / 3600
-        config = load_stage(out / run / "config.yaml")  # what the run was given, whatever the recipe says by now
-        seed, batch = config.run.seed, config.data.batch_size
-        loss = sum(record["loss"] for record in last) / len(last)
-        lines.append(f"| {run} | {len(records)} | {batch} | {seed} | {hours:.2f} | {loss:.4f} | {letter} |")
-    lines += [
-        "",
-        "Machines: " + "; ".join(f"{letter}: {ran}" for ran, letter in machines.items()) + ".",
-        "Data: " + "; ".join(f"{name}: `videodiff data world {_shown(a)}`" for name, a in SHARDS.items()) + ". "
-        f"{', '.join(ENCODED)} read latents and text features that `videodiff data encode` made of them.",
+        *machines_and_runs(out, SHARDS, RUNS),
         "",
         f"## Figures: `videodiff evaluate demo {' '.join(counts)} --seed {SEED}`",
         "",
@@ -213,6 +202,33 @@ def card(out: Path, model: Path, report: dict[str, Any], counts: Sequence[str]) 
         ]
     lines += ["", "## What it can't do", "", *_limits(report["rows"])]
     return "\n".join(lines) + "\n"
+
+
+def machines_and_runs(out: Path, shards: Mapping[str, Mapping[str, int]], runs: Mapping[str, str]) -> list[str]:
+    """What was trained for how long on which machine and data, as Markdown."""
+    lines = [
+        "| run | steps | batch | seed | hours | final loss | machine |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    machines: dict[str, str] = {}  # what ran it -> its letter
+    for run in runs:
+        ran = "; ".join((out / run / MACHINES).read_text(encoding="utf-8").splitlines())
+        letter = machines.setdefault(ran, ascii_uppercase[len(machines)])
+        records = [json.loads(line) for line in (out / run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        last = records[-100:]
+        hours = sum(record["seconds"] for record in records) / 3600
+        config = load_stage(out / run / "config.yaml")  # what the run was given, whatever the recipe says by now
+        seed, batch = config.run.seed, config.data.batch_size
+        loss = sum(record["loss"] for record in last) / len(last)
+        lines.append(f"| {run} | {len(records)} | {batch} | {seed} | {hours:.2f} | {loss:.4f} | {letter} |")
+    told = "; ".join(f"{name}: `videodiff data world {_shown(a)}`" for name, a in shards.items())
+    return [
+        *lines,
+        "",
+        "Machines: " + "; ".join(f"{letter}: {ran}" for ran, letter in machines.items()) + ".",
+        f"Data: {told}. {', '.join(run for run in runs if run in ENCODED)} read latents and text features that "
+        "`videodiff data encode` made of them.",
+    ]
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
@@ -266,11 +282,11 @@ def _clip(model: Path) -> str:
     )
 
 
-def _shown(arguments: dict[str, int]) -> str:
+def _shown(arguments: Mapping[str, int]) -> str:
     return " ".join(f"--{key} {value}" for key, value in arguments.items())
 
 
-def render_world(out: Path, arguments: dict[str, int]) -> None:
+def render_world(out: Path, arguments: Mapping[str, int]) -> None:
     """Shards of the built-in world in `out`; those that are there stay."""
     options = [part for key, value in arguments.items() for part in (f"--{key}", str(value))]
     call_videodiff("data", "world", "--out", str(out), *options)

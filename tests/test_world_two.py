@@ -21,6 +21,7 @@ from data_pipeline.world_captions import COLOUR_WORDS, SHAPE_WORDS
 from data_pipeline.world_two import RELATIONS, TWO_ATTRIBUTES, TwoCombination, split
 from data_pipeline.world_two_captions import TEST_WORDINGS, TRAIN_WORDINGS, caption, prompts
 from data_pipeline.world_two_reader import read_two
+from stages.cli import main
 from stages.evaluation.judging import Job, evaluate
 from stages.evaluation.measures import Gauge
 from stages.evaluation.questions import ShardQuestions, WorldQuestions, stored
@@ -247,3 +248,22 @@ def test_evaluation_of_two_objects(tmp_path: Path) -> None:
         assert found == {**dict.fromkeys(found, 1.0), "other_motion": right, "all": right}
         json.dumps(report, allow_nan=False)
     assert WorldQuestions(3, 3, 5).identity() != questions.identity()
+
+
+def test_the_commands_know_two_objects(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def call(words: str, *more: object) -> int | str | None:
+        with pytest.raises(SystemExit) as end:
+            main([*words.split(), *map(str, more)])
+        return end.value.code
+
+    shards, out = tmp_path / "two", tmp_path / "out"
+    assert call("data world --objects 2 --num-clips 3 --frames 4 --fps 8 --out", shards) == 0
+    assert call("evaluate demo --stage autoencoder --objects 2 --num-prompts 1 --num-held-out 1 --out", out) == 0
+    report = json.loads((out / "evaluation.json").read_text())
+    assert {*report["rows"][0]["shares"]} == {*TWO_ATTRIBUTES, "all"}
+    assert "other_shape" in (out / "report.html").read_text()
+    capsys.readouterr()
+    assert call("evaluate demo --objects 2 --out", tmp_path / "no", "--data", shards) == 2
+    assert "--objects" in capsys.readouterr().err
+    assert call("evaluate demo --objects 2 --stage upscale --out", tmp_path / "no") == 2
+    assert "one object" in capsys.readouterr().err
