@@ -132,6 +132,7 @@ def write_world_shards(
     frames: int,
     fps: float,
     seed: int,
+    *,
     motion_captions: int = 0,
     objects: int = 1,
     samples_per_shard: int = 256,
@@ -156,6 +157,8 @@ def write_world_shards(
         raise UserError(f"world shards: motion_captions is {motion_captions}, a clip has {CAPTIONS_PER_CLIP} captions")
     if motion_captions:  # a source of its own, so that plain shards of earlier versions stay what they are
         plan["source"] = f"world with {motion_captions} captions of the motion alone, all else from all combinations"
+    if objects not in (1, 2):
+        raise UserError(f"world shards: objects is {objects}; a clip shows 1 or 2")
     if objects == 2:
         if motion_captions:
             raise UserError("world shards: captions of the motion alone can't tell two objects apart; leave one out")

@@ -264,7 +264,8 @@ def draw(objects: Sequence[Moving], background: str, size: int, num_frames: int,
     seconds = np.arange(num_frames) / fps
     progress = seconds / max(FULL_MOTION_SECONDS, float(seconds[-1]))
     centre = (np.arange(size, dtype=np.float32) + 0.5) / size
-    picture = 255 * render_background(background, size)[None, :, :, None]
+    ground = 255 * render_background(background, size)[None, :, :, None]
+    picture = np.broadcast_to(ground, (num_frames, size, size, 3))
     for each in objects:
         dx, dy, scale = (a.astype(np.float32)[:, None, None] for a in path(each.motion, progress, each.travel))
         x = centre[None, None, :] - (np.float32(each.x) + dx)

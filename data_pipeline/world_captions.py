@@ -58,6 +58,12 @@ DOES_WORDS: Words = {
     "diagonal": ("moves diagonally", "slides diagonally", "goes up to the right", "drifts diagonally upwards"),
     "circling": ("circles", "moves in a circle", "goes round in a circle", "orbits"),
 }
+RELATION_WORDS: Words = {  # of two objects
+    "left of": ("left of", "to the left of", "on the left of"),
+    "right of": ("right of", "to the right of", "on the right of"),
+    "above": ("above", "higher than"),
+    "below": ("below", "under", "lower than"),
+}
 
 TRAIN_WORDINGS = (
     "a {size} {colour} {shape} {doing} on a {ground}",
@@ -195,6 +201,7 @@ def _phrases() -> list[tuple[str, str, str]]:
         ("background", GROUND_WORDS),
         ("motion", DOING_WORDS),
         ("motion", DOES_WORDS),
+        ("relation", RELATION_WORDS),
     )
     rows = [(p, attribute, v) for attribute, table in tables for v, phrases in table.items() for p in phrases]
     rows += [(p, a, v) for (a, v), phrases in MORE_PHRASES.items() for p in phrases]
@@ -220,13 +227,22 @@ MORE_PHRASES: dict[tuple[str, str], tuple[str, ...]] = {
 _PHRASES = [(re.compile(rf"\b{phrase}\b"), attribute, value) for phrase, attribute, value in _phrases()]
 
 
+def _named(text: str) -> list[tuple[int, str, str]]:
+    """(place, attribute, value) of all that `text` names, in its order."""
+    rest = " ".join(re.findall(r"[a-z]+", text.lower()))
+    found: list[tuple[int, str, str]] = []
+    for pattern, attribute, value in _PHRASES:
+        found += [(match.start(), attribute, value) for match in pattern.finditer(rest)]
+        rest = pattern.sub(lambda match: "_" * len(match.group()), rest)  # read once; places stay
+    return sorted(found)
+
+
 def parse(text: str) -> dict[str, str]:
     """The attributes that `text` names, a subset of ATTRIBUTES; of two values of one attribute, the first named."""
-    rest = " ".join(re.findall(r"[a-z]+", text.lower()))
-    found: dict[str, tuple[int, str]] = {}
-    for pattern, attribute, value in _PHRASES:
-        for match in pattern.finditer(rest):
-            if attribute not in found or match.start() < found[attribute][0]:
-                found[attribute] = (match.start(), value)
-        rest = pattern.sub(lambda match: "_" * len(match.group()), rest)  # read once; places stay
-    return {name: found[name][1] for name in ATTRIBUTES if name in found}
+    found = {attribute: value for _, attribute, value in reversed(_named(text))}
+    return {name: found[name] for name in ATTRIBUTES if name in found}
+
+
+def asks_for_motion(text: str) -> bool:
+    """Whether `text` says of any object that it moves; where one lies from another ("left of") is no motion."""
+    return any(attribute == "motion" and value != "still" for _, attribute, value in _named(text))

@@ -265,11 +265,16 @@ def read_image(frame: np.ndarray) -> FrameReading:
 
 def per_frame(frames: np.ndarray) -> list[FrameReading]:
     """Reads each frame of uint8 [T,S,S,3] by itself."""
+    check_frames(frames)
+    return [_read_frame(frame) for frame in frames]
+
+
+def check_frames(frames: np.ndarray) -> None:
+    """UserError unless these are uint8 [T,S,S,3]."""
     if frames.ndim != 4 or frames.dtype != np.uint8 or frames.shape[1] != frames.shape[2] or frames.shape[3] != 3:
         raise UserError(
             f"the reader cannot read an array {frames.dtype} {list(frames.shape)}: give uint8 [frames, side, side, 3]"
         )
-    return [_read_frame(frame) for frame in frames]
 
 
 def vote(attributes: list[Attribute]) -> Attribute:

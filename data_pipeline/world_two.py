@@ -1,4 +1,4 @@
-"""The built-in world with two objects, each moving its own way: "a red circle left of a blue square".
+"""The built-in world with two objects, each moving its own way: "a red circle left of a green square".
 
 A second set, beside that of one object (world.py), for what one object can't tell: whether a model gives each object
 its own colour, shape and motion, and puts them where the prompt says.
@@ -32,7 +32,8 @@ RELATIONS = {"left of": "right of", "right of": "left of", "above": "below", "be
 MOTIONS = ("still", "left", "right", "up", "down", "growing")  # the others leave no room for a second object
 DIAMETER = 18 / 64  # of both in the first frame
 TRAVEL = 0.4  # of a motion's way with one object
-GAP = 3 / 64  # between the objects' boxes, in every frame
+GAP = 3 / 64  # between the objects' boxes, at MOMENTS moments of their way
+MOMENTS = 17
 SLANT = 1.5  # the way from one to the other along the relation, over the way across it: at least
 CANDIDATES, ATTEMPTS = 4096, 256  # two triangles that grow side by side have room in one of 20,000
 
@@ -149,7 +150,7 @@ def _apart(objects: tuple[tuple[str, str], ...], starts: np.ndarray) -> np.ndarr
     """Whether the boxes of two objects with these starts [2,2,N] stay GAP apart: [N]."""
     boxes = []
     for (shape, motion), (x, y) in zip(objects, starts, strict=True):
-        dx, dy, scale = (a[:, None] for a in path(motion, np.linspace(0, 1, 17), TRAVEL))
+        dx, dy, scale = (a[:, None] for a in path(motion, np.linspace(0, 1, MOMENTS), TRAVEL))
         left, right, up, down = (DIAMETER * scale * r for r in REACH[shape])
         boxes.append((x + dx - left, x + dx + right, y + dy - up, y + dy + down))  # each [17,N]
     (left, right, top, bottom), (other_left, other_right, other_top, other_bottom) = boxes

@@ -17,20 +17,14 @@ from data_pipeline.world_captions import (
     DOES_WORDS,
     DOING_WORDS,
     GROUND_WORDS,
+    RELATION_WORDS,
     SHAPE_WORDS,
-    Words,
     draw_phrase,
     with_articles,
 )
 from data_pipeline.world_two import TwoCombination, draw_of
 from videodiff.errors import UserError
 
-RELATION_WORDS: Words = {
-    "left of": ("left of", "to the left of", "on the left of"),
-    "right of": ("right of", "to the right of", "on the right of"),
-    "above": ("above", "higher than"),
-    "below": ("below", "under", "lower than"),
-}
 TRAIN_WORDINGS = (
     "a {colour} {shape} {doing}, {relation} a {other_colour} {other_shape} {other_doing}, on a {ground}",
     "a {colour} {shape} {relation} a {other_colour} {other_shape} on a {ground}, the {colour} one {doing}, the "

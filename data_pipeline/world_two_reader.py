@@ -23,6 +23,7 @@ from data_pipeline.world_reader import (
     Attribute,
     ObjectReading,
     as_planes,
+    check_frames,
     chroma_of,
     read_background,
     read_object,
@@ -47,15 +48,21 @@ class TwoReading:
     consistent: bool
 
     def values(self, asked: TwoCombination) -> dict[str, str | None]:
-        """Attribute name -> value, in the order of TWO_ATTRIBUTES. The object whose colour agrees with the first one
-        asked for is the first."""
+        """Attribute name -> value, in the order of TWO_ATTRIBUTES. Which object is the first is told by the colours
+        asked for; where these don't tell, by all else."""
         one, other = self.objects
-        relation = self.relation
-        kept = (one["colour"] == asked.colour) + (other["colour"] == asked.other_colour)
-        turned = (other["colour"] == asked.colour) + (one["colour"] == asked.other_colour)
-        if turned > kept:
-            one, other = other, one
-            relation = None if relation is None else RELATIONS[relation]
+        turned = None if self.relation is None else RELATIONS[self.relation]
+        ways = [self._named(one, self.relation, other), self._named(other, turned, one)]
+
+        def found(way: dict[str, str | None]) -> tuple[int, int]:
+            right = [name for name, value in way.items() if value == getattr(asked, name)]
+            return sum(name.endswith("colour") for name in right), len(right)
+
+        return max(ways, key=found)
+
+    def _named(
+        self, one: dict[str, str | None], relation: str | None, other: dict[str, str | None]
+    ) -> dict[str, str | None]:
         others = {f"other_{name}": value for name, value in other.items()}
         return {**one, "relation": relation, **others, "background": self.background}
 
@@ -102,7 +109,9 @@ def _relation(one: ObjectReading, other: ObjectReading) -> str | None:
 
 
 def read_two(frames: np.ndarray) -> TwoReading:
-    """Reads a video or a picture, uint8 [T,S,S,3] with T >= 1; motion is read from 4 frames on."""
+    """Reads a video or a picture, uint8 [T,S,S,3]; motion from 4 frames on, of which those of a second or more show one
+    plainly: in less, objects that move by so little seem to stand still."""
+    check_frames(frames)
     planes = [as_planes(frame) for frame in frames]
     seen = [_objects(frame) for frame in planes]
     grounds = []
@@ -115,7 +124,8 @@ def read_two(frames: np.ndarray) -> TwoReading:
     # A frame with other colours shows other objects.
     same = [p if p is not None and (p[0].colour.value, p[1].colour.value) == colours else None for p in seen]
     objects = []
-    consistent = all(pair is not None for pair in same) and all(g.value == background.value for g in grounds)
+    consistent = background.value is not None and all(ground.value == background.value for ground in grounds)
+    consistent = consistent and all(pair is not None for pair in same)
     for place in (0, 1):
         track = [None if pair is None else pair[place] for pair in same]
         shape = vote([Attribute() if each is None else each.shape for each in track]).value

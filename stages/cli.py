@@ -228,7 +228,9 @@ def evaluate(
     sentences: Annotated[
         Path | None, typer.Option(help="UCF-101: JSON of class: sentence [default: bare class names]")
     ] = None,
-    objects: Annotated[int, typer.Option(min=1, max=2, help="Of the built-in world's clips and prompts")] = 1,
+    objects: Annotated[
+        int, typer.Option(min=1, max=2, help="In the built-in world's prompts; 2 for a model of configs/two")
+    ] = 1,
     size: Annotated[
         int | None, typer.Option(min=1, help="Of the clips, for a model of autoencoder and text alone [default: 64]")
     ] = None,

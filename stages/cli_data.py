@@ -34,7 +34,15 @@ def world(
     from data_pipeline.shards import write_world_shards
 
     index = write_world_shards(
-        out, num_clips, size, frames, fps, seed, motion_captions, objects, progress=sys.stdout.isatty()
+        out,
+        num_clips,
+        size,
+        frames,
+        fps,
+        seed,
+        motion_captions=motion_captions,
+        objects=objects,
+        progress=sys.stdout.isatty(),
     )
     typer.echo(f"wrote {index}")
 

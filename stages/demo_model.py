@@ -24,7 +24,7 @@ from stages.assemble import load_stage
 from stages.evaluation.measures import MEASURES
 from stages.evaluation.sheets import percent
 from stages.evaluation.statistics import ROWS
-from stages.evaluation.worlds import columns
+from stages.evaluation.worlds import attribute_label, columns
 from stages.pipeline import Pipeline, SampleKey
 from videodiff import resources
 from videodiff.errors import UserError
@@ -234,7 +234,8 @@ def machines_and_runs(out: Path, shards: Mapping[str, Mapping[str, int]], runs: 
 def table(rows: list[dict[str, Any]]) -> list[str]:
     """The evaluation's rows as a Markdown table."""
     attributes = columns(rows)
-    lines = [f"| row | prompts | N | {' | '.join(attributes)} | PSNR, dB |", "|---" * (len(attributes) + 4) + "|"]
+    named = " | ".join(map(attribute_label, attributes))
+    lines = [f"| row | prompts | N | {named} | PSNR, dB |", "|---" * (len(attributes) + 4) + "|"]
     for row in rows:
         if row["row"].startswith("real"):
             continue  # what the others are held against

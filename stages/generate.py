@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from data_pipeline.world_captions import parse
+from data_pipeline.world_captions import asks_for_motion
 from stages.guides import check_guides, guides_for
 from stages.pipeline import Pipeline, SampleKey, adjusted
 from stages.requests import SIDECAR_FORMAT, Options, Request, model_hash, read_requests
@@ -284,7 +284,7 @@ def _about_words(model: Model, prompt: str) -> list[str]:
 
 
 def _asks_for_motion(request: Request) -> bool:
-    return not request.options.image_only and parse(request.options.prompt).get("motion", "still") != "still"
+    return not request.options.image_only and asks_for_motion(request.options.prompt)
 
 
 def _picture(path: str, size: int) -> Frames:

@@ -27,6 +27,7 @@ from videodiff.parts import EXTRAS, STAGES
 ROOT = Path(__file__).resolve().parents[1]
 DATA = sorted((ROOT / "configs" / "data").glob("*.yaml"))  # of `videodiff data prepare`
 FILES = sorted((ROOT / "configs" / "demo").glob("*.yaml"))
+TWO = sorted((ROOT / "configs" / "two").glob("*.yaml"))  # stands on the bundled model
 LARGE = sorted(path for folder in ("emu", "sd") for path in (ROOT / "configs" / folder).glob("*.yaml"))
 
 
@@ -55,7 +56,7 @@ def test_each_run_of_the_demo_has_a_folder_and_a_seed_of_its_own() -> None:
     assert len({run.dir for run in runs}) == len({run.seed for run in runs}) == len(runs)
 
 
-@pytest.mark.parametrize("path", FILES, ids=name)
+@pytest.mark.parametrize("path", [*FILES, *TWO], ids=name)
 def test_a_yaml_loads_and_survives_being_saved(path: Path, tmp_path: Path) -> None:
     config = load_stage(path)
     assert f"{path.stem}_".startswith(f"{config.stage}_")  # type: ignore[attr-defined]
@@ -83,6 +84,15 @@ def test_a_recipe_for_clusters_loads_and_stands_on_what_is_there(path: Path, tmp
         assert config.schedule.zero_terminal_snr == (isinstance(config, VideoStage) and config.prediction == "v")
     if isinstance(config, InterpolationStage):  # Emu Video: 8 frames become 37
         assert known_slots(config.data.frames, config.factor, config.offset) == tuple(range(4, 33, 4))
+
+
+def test_the_recipe_of_two_objects_stands_on_the_bundled_model() -> None:
+    before = "demo"
+    for stage in ("autoencoder", "text", "image", "video"):
+        config = load_stage(ROOT / "configs" / "two" / f"{stage}.yaml")
+        assert config.model == before
+        before = config.run.dir
+    assert load_stage(ROOT / "configs" / "two" / "image.yaml").init_from == "demo"
 
 
 @pytest.mark.parametrize("path", DATA, ids=name)

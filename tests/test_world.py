@@ -12,7 +12,15 @@ import pytest
 
 from data_pipeline import world
 from data_pipeline.world import ATTRIBUTES, Combination, combinations, rng, split
-from data_pipeline.world_captions import SHORT_WORDINGS, TEST_WORDINGS, TRAIN_WORDINGS, caption, parse, prompts
+from data_pipeline.world_captions import (
+    SHORT_WORDINGS,
+    TEST_WORDINGS,
+    TRAIN_WORDINGS,
+    asks_for_motion,
+    caption,
+    parse,
+    prompts,
+)
 from data_pipeline.world_reader import read, read_image
 from videodiff.errors import UserError
 from videodiff.video_io import encode_video, read_video
@@ -204,6 +212,18 @@ def test_parse_reads_what_people_write() -> None:
     }  # fmt: skip
     assert parse("a square moving in a circle") == {"shape": "square", "motion": "circling"}
     assert parse("a dog") == {}
+
+
+def test_a_place_is_no_motion() -> None:
+    asked = {
+        "a red circle left of a blue square, both standing still": False,
+        "a red circle standing still, left of a blue square moving up": True,
+        "a red circle to the right of a blue square": False,
+        "a red circle moving to the left": True,
+        "a circle sliding to the left of the frame": True,
+        "a still circle": False,
+    }
+    assert {text: asks_for_motion(text) for text in asked} == asked
 
 
 # -- reader ------------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -30,7 +31,7 @@ from stages.evaluation.worlds import rendered
 from tests.test_evaluate import IDENTITY, SAMPLING, Oracle, shares
 from videodiff.errors import UserError
 
-PAIR = TwoCombination("red", "circle", "left", "left of", "blue", "square", "up", "white")
+PAIR = TwoCombination("red", "circle", "left", "left of", "green", "square", "up", "white")
 SPLITS = ("train", "held_out", "held_out_pair")
 
 
@@ -142,8 +143,8 @@ def test_prompts_name_both_objects_in_their_order(which: str) -> None:
 
 def test_training_captions_tell_the_scene_from_either_side() -> None:
     both = {caption(each, rng("side", i), "train", 14) for i in range(200) for each in (PAIR, PAIR.turned())}
-    assert {"a red circle left of a blue square, white background"} <= both
-    assert {"a blue square right of a red circle, white background"} <= both
+    assert {"a red circle left of a green square, white background"} <= both
+    assert {"a green square right of a red circle, white background"} <= both
     told = {text for i in range(40) for text in world_two.render_clip(1, i, 16, 1, 8).captions}
     assert any("left of" in text for text in told)
     assert any("right of" in text for text in told)
@@ -175,11 +176,11 @@ def test_reader_is_right_on_many_decoded_videos() -> None:
 @pytest.mark.parametrize(
     ("change", "wrong"),
     [
-        ({"colour": "blue", "other_colour": "red"}, {"shape", "other_shape", "motion", "other_motion", "relation"}),
+        ({"colour": "green", "other_colour": "red"}, {"shape", "other_shape", "motion", "other_motion", "relation"}),
         ({"shape": "square", "other_shape": "circle"}, {"shape", "other_shape"}),
         ({"motion": "up", "other_motion": "left"}, {"motion", "other_motion"}),
         ({"relation": "above"}, {"relation"}),
-        ({"other_colour": "green"}, {"other_colour"}),
+        ({"other_colour": "blue"}, {"other_colour"}),
         ({"background": "checker"}, {"background"}),
     ],
 )
@@ -187,6 +188,15 @@ def test_reader_tells_who_is_wrong(change: dict[str, str], wrong: set[str]) -> N
     """The prompt asks for PAIR, the video shows something else: of exchanged colours every other word is wrong."""
     seen = read_two(clip(replace(PAIR, **change), 4)).values(PAIR)
     assert {name for name, value in seen.items() if value != getattr(PAIR, name)} == wrong
+
+
+def test_reader_names_the_objects_so_that_most_is_right() -> None:
+    """Where no colour tells which is meant, shapes and motions do."""
+    asked = replace(PAIR, colour="red", other_colour="cyan")
+    for colour, other_colour in (("purple", "green"), ("green", "blue")):
+        shown = replace(PAIR, colour=colour, other_colour=other_colour)
+        seen = read_two(clip(shown, 4)).values(asked)
+        assert {name for name, value in seen.items() if value != getattr(asked, name)} == {"colour", "other_colour"}
 
 
 def test_reader_wants_both_objects_in_every_frame() -> None:
@@ -197,8 +207,10 @@ def test_reader_wants_both_objects_in_every_frame() -> None:
     for other in (alone, clip(replace(PAIR, other_shape="cross"), 5), clip(replace(PAIR, background="black"), 5)):
         assert not read_two(np.concatenate([frames[:9], other[9:]])).consistent
     third = frames.copy()
-    third[:, 50:62, 50:62] = world.COLOURS["green"]
+    third[:, 50:62, 50:62] = world.COLOURS["blue"]
     assert read_two(third).values(PAIR)["shape"] is None
+    with pytest.raises(UserError, match="uint8"):
+        read_two(frames[:, :, :48])
     noise = rng("noise").integers(0, 256, (8, 64, 64, 3)).astype(np.uint8)
     assert set(read_two(noise).values(PAIR).values()) == {None}
 
@@ -217,6 +229,14 @@ def test_shards_of_two_objects_tell_what_they_show(tmp_path: Path) -> None:
     questions.close()
     with pytest.raises(UserError, match="other shards"):
         write_world_shards(tmp_path / "two", 6, 64, 5, 8.0, 3)
+    write_world_shards(tmp_path / "both" / "one", 3, 64, 5, 8.0, 3)
+    shutil.copytree(tmp_path / "two", tmp_path / "both" / "two")
+    with pytest.raises(UserError, match="judge them apart"):
+        ShardQuestions(str(tmp_path / "both" / "*" / "*.tar"), 9, 0)
+    with pytest.raises(UserError, match="1 or 2"):
+        write_world_shards(tmp_path / "no", 6, 64, 5, 8.0, 3, objects=3)
+    with pytest.raises(UserError, match="1 or 2"):
+        WorldQuestions(3, 3, 5, objects=3)
     with pytest.raises(UserError, match="motion alone"):
         write_world_shards(tmp_path / "no", 6, 64, 5, 8.0, 3, motion_captions=2, objects=2)
 
@@ -261,7 +281,7 @@ def test_the_commands_know_two_objects(tmp_path: Path, capsys: pytest.CaptureFix
     assert call("evaluate demo --stage autoencoder --objects 2 --num-prompts 1 --num-held-out 1 --out", out) == 0
     report = json.loads((out / "evaluation.json").read_text())
     assert {*report["rows"][0]["shares"]} == {*TWO_ATTRIBUTES, "all"}
-    assert "other_shape" in (out / "report.html").read_text()
+    assert "other shape" in (out / "report.html").read_text()
     capsys.readouterr()
     assert call("evaluate demo --objects 2 --out", tmp_path / "no", "--data", shards) == 2
     assert "--objects" in capsys.readouterr().err

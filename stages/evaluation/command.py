@@ -232,7 +232,7 @@ def _opened(
 
 def _open(request: Request, subject: Subject, questions: Questions, road: Pipeline) -> Opened:
     model, device = road.model, road.device
-    plan, skipped = plan_for(model, request.stage, request.seed, of_the_world(questions), request.size)
+    plan, skipped = plan_for(model, request.stage, request.seed, of_one_object(questions), request.size)
     scale = classifier_scale_for(plan, request.classifier_scale)
     plan = replace(plan, classifier_scale=scale, batch=request.batch_size)
     gauge, left_out = open_gauge(request.judges, model, plan.size, device, request.stage == "text")
@@ -289,17 +289,17 @@ def _show(subject: Subject, report: dict[str, Any], skipped: dict[str, str]) -> 
         show.print(f"Not judged: {name} ({reason}).", highlight=False, markup=False)
 
 
-def of_the_world(questions: Questions) -> bool:
+def of_one_object(questions: Questions) -> bool:
     """Whether every prompt is of the built-in world with one object."""
     return all(isinstance(prompt.combination, Combination) for prompt in questions.prompts)
 
 
 def plan_for(
-    model: Model, stage: str, seed: int, of_world: bool = True, size: int | None = None
+    model: Model, stage: str, seed: int, of_one: bool = True, size: int | None = None
 ) -> tuple[Plan, dict[str, str]]:
     """What can be judged of a model, and which stages are left out for which reason.
 
-    of_world: the prompts are of the built-in world with one object, which what stands beside the road needs. size: of
+    of_one: the prompts are of the built-in world with one object, which what stands beside the road needs. size: of
     the clips, for a model that has no stage which fixes it. UserError when a stage named outright, or every stage, is
     missing.
     """
@@ -310,7 +310,7 @@ def plan_for(
     # What stands beside the road is judged where there is any, and nobody misses it elsewhere.
     every = [*STAGE_ROWS, *(name for name in EXTRA_STAGES if name in has)]
     for name in every if stage == "all" else (stage,):
-        if (problem := _problem(model, name, stage, has, of_world)) is not None:
+        if (problem := _problem(model, name, stage, has, of_one)) is not None:
             skipped[name] = without(model, problem)
         else:
             judged.append(name)
@@ -338,7 +338,7 @@ def plan_for(
     return Plan(every_row, size or PLAIN_SIZE, frames, fps, factor, seed, sampling, enlarged), skipped
 
 
-def _problem(model: Model, name: str, asked: str, has: Sequence[str], of_world: bool) -> str | None:
+def _problem(model: Model, name: str, asked: str, has: Sequence[str], of_one: bool) -> str | None:
     """Why a stage can't be judged; UserError where it was asked for by name."""
     extra = EXTRA_STAGES.get(name)
     missing = [part for part in {**NEEDS, **EXTRA_NEEDS}[name] if part not in has]
@@ -350,7 +350,7 @@ def _problem(model: Model, name: str, asked: str, has: Sequence[str], of_world: 
     elif extra is not None:
         problem = (
             extra.problem(model)
-            if of_world
+            if of_one
             else "it is judged on one object of the built-in world; leave out --data and --objects"
         )
         if problem is not None and asked != "all":

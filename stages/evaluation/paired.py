@@ -15,6 +15,7 @@ from torch import Tensor
 from stages.evaluation.figures import FIGURES, LEAST, distances, inception_of, of_samples, resamples_for
 from stages.evaluation.measures import MEASURES, labelled
 from stages.evaluation.statistics import right, truth_of
+from stages.evaluation.worlds import attribute_label
 from videodiff.metrics.intervals import Comparison, compare, compare_sets
 
 SICK = "videos that are not finite, %"
@@ -63,7 +64,7 @@ def sample_lines(
     known = [(a.right, b.right) for a, b in zip(first, second, strict=True) if a.right and b.right]
     for name in known[0][0] if len(known) > 1 else ():
         sides = [np.array([float(pair[side][name]) for pair in known]) for side in (0, 1)]
-        yield _line(f"{name} right, %", sides, 100.0, True, *key, "share", is_share=True) | failed
+        yield _line(f"{attribute_label(name)} right, %", sides, 100.0, True, *key, "share", is_share=True) | failed
     if failed:
         sides = [*map(np.array, sick)]
         yield _line(SICK, sides, 100.0, False, *key, "sick", is_share=True) | failed

@@ -22,7 +22,7 @@ from data_pipeline.index import fingerprint, open_shards
 from data_pipeline.samples import SampleError, read_texts, try_sample
 from data_pipeline.world import EDITION, Combination, rng
 from data_pipeline.world_two import TwoCombination
-from stages.evaluation.worlds import SPLITS, planned, rendered, told_in
+from stages.evaluation.worlds import WORLD_SPLITS, planned, rendered, told_in
 from videodiff.errors import UserError
 from videodiff.video_io import encode_video, read_video
 
@@ -96,8 +96,10 @@ class WorldQuestions:
     """Prompts on seen and on held-out combinations of the built-in world; no clip of it is among the training data."""
 
     def __init__(self, num: int, num_held_out: int, seed: int, objects: int = 1) -> None:
-        """`num` prompts on seen combinations, `num_held_out` on each held-out split, or one for each it has; of the
-        world with so many objects."""
+        """`num` prompts on seen combinations, `num_held_out` on each held-out split; of one object no more than one for
+        each combination that it has. UserError for a world that isn't there."""
+        if objects not in (1, 2):
+            raise UserError(f"objects is {objects}; the built-in world has clips with 1 or 2")
         self.num, self.num_held_out, self.seed, self.objects = num, num_held_out, seed, objects
         self.prompts = planned_prompts(num, num_held_out, seed, objects)
         self.problems: list[str] = []
@@ -148,6 +150,11 @@ class ShardQuestions:
             )
         self.problems: list[str] = []
         self.prompts = list(self._planned(num, rng("questions", seed).permutation(len(self._places)).tolist()))
+        if len({type(prompt.combination) for prompt in self.prompts if prompt.combination is not None}) > 1:
+            raise UserError(
+                f"--{option} {location}: some samples are of the built-in world with one object, others of that with "
+                "two, which are read otherwise; judge them apart"
+            )
         if not self.prompts:
             reason = self.problems[0] if self.problems else "there is none"
             raise UserError(f"--{option} {location}: no sample can be asked about ({reason}); see data check")
@@ -188,10 +195,11 @@ class ShardQuestions:
 
 
 def planned_prompts(num: int, num_held_out: int, seed: int, objects: int = 1) -> list[Prompt]:
-    """`num` prompts on seen combinations, `num_held_out` on each held-out split, or one for each combination it has."""
+    """`num` prompts on seen combinations, `num_held_out` on each held-out split; of one object no more than one for
+    each combination that it has."""
     return [
         Prompt(which, number, turn, combination, text)
-        for which in SPLITS
+        for which in WORLD_SPLITS
         for number, (turn, combination, text) in enumerate(
             planned(objects, which, num if which == "train" else num_held_out, seed)
         )

@@ -16,7 +16,7 @@ from stages.evaluation.paired import Line, verdict_in_words
 from stages.evaluation.sheets import clip_path, figure_in_words, in_words, percent, picture_path
 from stages.evaluation.statistics import CHIEF, ROWS, STEPS, sick_in_words
 from stages.evaluation.weakest import cost_in_words, weak_rows
-from stages.evaluation.worlds import EVERY_ATTRIBUTE, columns
+from stages.evaluation.worlds import attribute_label, columns
 from videodiff.errors import UserError
 from videodiff.pages import data_url, write_page
 
@@ -60,7 +60,7 @@ def write_report(out: Path) -> Path:
         columns=[judged.name for judged in shown],
         videos=_videos(out, [judged.name for judged in shown]),
         confusions=_confusions(told["rows"]),
-        attributes=attributes,
+        attributes=[attribute_label(name) for name in attributes],
         memorized=told["memorized"],
         neighbours=[data_url(p, "image/png") for p in sorted((out / newest.name / "neighbours").glob("*.png"))],
         protocol=json.dumps(told["protocol"], indent=1),
@@ -149,7 +149,7 @@ def _curves(found: Sequence[Judged]) -> list[dict[str, Any]]:
             row = f"{ROWS[entry['row']]}, {judged.weights}"
             for attribute, value in entry["shares"].items():
                 figures = (100 * value["share"], *(100 * x for x in value["interval"]))
-                series.setdefault((row, f"{attribute} right, %"), []).append((judged, figures))
+                series.setdefault((row, f"{attribute_label(attribute)} right, %"), []).append((judged, figures))
             for measure, value in entry["measures"].items():
                 unit = MEASURES[measure]
                 ends = value["interval"] or (value["mean"], value["mean"])
@@ -209,12 +209,13 @@ def _confusions(rows: Sequence[Entry]) -> list[dict[str, Any]]:
         if entry["split"] not in CHIEF or entry["row"].startswith("real"):
             continue
         for attribute, counts in entry["confusions"].items():
-            seen = [*EVERY_ATTRIBUTE[attribute], "none"]
+            others = {value for told in counts.values() for value in told} - {*counts, "none"}
+            seen = [*counts, *sorted(others), "none"]
             lines = []
             for asked, told in counts.items():
                 total = sum(told.values()) or 1
                 lines.append((asked, [(told.get(value, 0), told.get(value, 0) / total) for value in seen]))
             wrong = sum(n for asked, told in counts.items() for value, n in told.items() if value != asked)
-            told = {"stage": ROWS[entry["row"]], "attribute": attribute, "seen": seen}
+            told = {"stage": ROWS[entry["row"]], "attribute": attribute_label(attribute), "seen": seen}
             found.append({**told, "lines": lines, "wrong": wrong})
     return found

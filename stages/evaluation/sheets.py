@@ -14,7 +14,7 @@ from stages.evaluation.figures import FIGURES, Figure
 from stages.evaluation.measures import MEASURES, labelled
 from stages.evaluation.questions import Prompt
 from stages.evaluation.statistics import CHIEF, ROWS, SPLITS, right, truth_of
-from stages.evaluation.worlds import columns
+from stages.evaluation.worlds import attribute_label, columns
 from videodiff.video_io import read_image, save_sheet
 
 # Prompts of each split that are shown.
@@ -31,7 +31,7 @@ def table(entries: Sequence[dict[str, Any]]) -> Table:
     drawn = Table(title="Read right, % (95 % interval below)", show_lines=True)
     attributes = columns(entries)
     for column in ("stage", "prompts", "N", *attributes):
-        drawn.add_column(column.replace("_", " "), justify="left" if column in ("stage", "prompts") else "right")
+        drawn.add_column(attribute_label(column), justify="left" if column in ("stage", "prompts") else "right")
     for entry in entries:
         shares = ["\n".join(percent(entry["shares"].get(name))) for name in attributes]
         drawn.add_row(ROWS[entry["row"]], entry["split"].replace("_", " "), str(entry["n"]), *shares)
@@ -132,7 +132,8 @@ def _mark(result: dict[str, Any], truth: dict[str, str] | None) -> str:
     verdict = right(result, truth)
     if verdict["all"]:
         return "RIGHT"
-    wrong = [f"{name} {value or 'unclear'}" for name, value in result["read"].items() if not verdict[name]]
+    read = result["read"].items()
+    wrong = [f"{attribute_label(name)} {value or 'unclear'}" for name, value in read if not verdict[name]]
     if not result["consistent"]:
         wrong.append("changes between frames")
     return f"WRONG ({', '.join(wrong)})"

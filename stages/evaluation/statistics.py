@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from stages.evaluation.measures import MEASURES
-from stages.evaluation.worlds import EVERY_ATTRIBUTE
+from stages.evaluation.worlds import attributes_of
 from videodiff.metrics import intervals
 
 MEAN, DEVIATION = "latent_mean", "latent_deviation"  # how measures of the latents begin
@@ -122,11 +122,12 @@ def _entry(
 ) -> dict[str, Any]:
     known = [(result, truth) for result, truth in chosen if truth is not None]
     verdicts = [right(result, truth) for result, truth in known]
-    attributes = [name for name in EVERY_ATTRIBUTE if verdicts and name in verdicts[0]]
+    attributes = [name for name in (verdicts[0] if verdicts else ()) if name != "all"]
+    values = attributes_of(known[0][1] if known else ())
     confusions = {
         name: {
             value: dict(sorted(Counter(str(r["read"][name] or "none") for r, t in known if t[name] == value).items()))
-            for value in EVERY_ATTRIBUTE[name]
+            for value in values[name]
         }
         for name in attributes
     }

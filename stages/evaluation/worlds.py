@@ -16,17 +16,24 @@ from data_pipeline.world_two_reader import read_two
 from videodiff.errors import UserError
 
 WorldSplit = Literal["train", "held_out", "held_out_pair"]
-SPLITS: tuple[WorldSplit, ...] = ("train", "held_out", "held_out_pair")
-EVERY_ATTRIBUTE = {**TWO_ATTRIBUTES, **ATTRIBUTES}
+WORLD_SPLITS: tuple[WorldSplit, ...] = ("train", "held_out", "held_out_pair")
 IMAGE_ATTRIBUTES = tuple(name for name in ATTRIBUTES if name != "motion")
-MOTIONS = {"motion", "other_motion"}  # what a picture can't show
+MOVING_ATTRIBUTES = {"motion", "other_motion"}  # what a picture can't show
+
+
+def attributes_of(names: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """The attributes and values of the world that has attributes `names`; without any, of one object's."""
+    return TWO_ATTRIBUTES if not {*names} <= {*ATTRIBUTES, "all"} else ATTRIBUTES
 
 
 def columns(entries: Iterable[Mapping[str, Any]]) -> list[str]:
-    """The attributes that entries of a report have shares of, and "all"."""
-    told = {name for entry in entries for name in entry["shares"]} or {*ATTRIBUTES}
-    order = ATTRIBUTES if told <= {*ATTRIBUTES, "all"} else EVERY_ATTRIBUTE
-    return [*(name for name in order if name in told), "all"]
+    """The attributes of the world that entries of a report are about, and "all"."""
+    return [*attributes_of(name for entry in entries for name in entry["shares"]), "all"]
+
+
+def attribute_label(attribute: str) -> str:
+    """An attribute's name as people read it."""
+    return attribute.replace("_", " ")
 
 
 def planned(
@@ -68,7 +75,7 @@ def seen_in(combination: Combination | TwoCombination, clip: np.ndarray) -> tupl
     else:
         reading = read(clip)
         values, consistent = reading.values(), bool(reading.consistent)
-    return {name: value for name, value in values.items() if len(clip) > 1 or name not in MOTIONS}, consistent
+    return {name: value for name, value in values.items() if len(clip) > 1 or name not in MOVING_ATTRIBUTES}, consistent
 
 
 def told_in(scene: Any) -> Combination | TwoCombination | None:
