@@ -86,15 +86,6 @@ def test_a_recipe_for_clusters_loads_and_stands_on_what_is_there(path: Path, tmp
         assert known_slots(config.data.frames, config.factor, config.offset) == tuple(range(4, 33, 4))
 
 
-def test_the_recipe_of_two_objects_stands_on_the_bundled_model() -> None:
-    before = "demo"
-    for stage in ("autoencoder", "text", "image", "video"):
-        config = load_stage(ROOT / "configs" / "two" / f"{stage}.yaml")
-        assert config.model == before
-        before = config.run.dir
-    assert load_stage(ROOT / "configs" / "two" / "image.yaml").init_from == "demo"
-
-
 @pytest.mark.parametrize("path", DATA, ids=name)
 def test_a_yaml_of_prepare_loads_and_survives_being_saved(path: Path, tmp_path: Path) -> None:
     config = configs.load(PrepareConfig, path)

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks import two_objects
 from data_pipeline.data_config import DataConfig
 from data_pipeline.shards import open_shards, write_world_shards
 from stages.assemble import load_stage
@@ -135,13 +136,19 @@ def test_the_nearest_pairs_become_one_picture(tmp_path: Path) -> None:
     assert [int((found == grey).all(-1).sum()) for grey in (40, 200)] == [16 * 64, 16 * 64]
 
 
-def test_the_recipe_is_what_is_trained() -> None:
+@pytest.mark.parametrize(
+    ("recipe", "every_run", "every_set", "begins_with"),
+    [("demo", RUNS, SHARDS, None), ("two", two_objects.RUNS, two_objects.SHARDS, "demo")],
+)
+def test_the_recipe_is_what_is_trained(
+    recipe: str, every_run: dict[str, str], every_set: dict[str, dict[str, int]], begins_with: str | None
+) -> None:
     """Of each run, its shards and what it stands on."""
-    before = None
-    for run, shards in RUNS.items():
-        config = load_stage(resource(f"configs/demo/{run}.yaml"))
-        made = SHARDS[shards]
-        assert config.data.shards == f"runs/demo/shards/{shards}"
+    before = begins_with
+    for run, shards in every_run.items():
+        config = load_stage(resource(f"configs/{recipe}/{run}.yaml"))
+        made = every_set[shards]
+        assert config.data.shards == f"runs/{recipe}/shards/{shards}"
         assert config.data.size == made["size"]
         assert (config.data.frames - 1) / config.data.fps <= (made["frames"] - 1) / made["fps"]  # long enough
         assert config.model == before
