@@ -2,7 +2,7 @@
 how many evaluations of its networks it takes.
 
     python -m benchmarks.model [--model demo] [--cases swap diversity steps] [--prompts 64] [--seeds 50] [--steps N ...]
-                               [--out FILE]
+                               [--split held_out] [--out FILE]
 
 swap: the first image of one prompt with the text of another. Colour and shape should follow the image, the motion the
 text. diversity: where the object starts over many seeds of one prompt, against where the data's does. steps: the share
@@ -24,7 +24,7 @@ from rich.console import Console
 from torch import Tensor
 
 from data_pipeline.progress import bar
-from data_pipeline.world import ATTRIBUTES, Combination, render, rng, sample_scene, split
+from data_pipeline.world import ATTRIBUTES, Combination, Split, render, rng, sample_scene, split
 from data_pipeline.world_captions import prompts
 from data_pipeline.world_reader import read, read_image
 from stages.evaluation.questions import stored
@@ -40,6 +40,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 CASES = ("swap", "diversity", "steps")
+SPLITS: dict[Split, str] = {
+    "train": "seen combinations", "held_out": "held-out combinations", "held_out_pair": "held-out pairs",
+}  # fmt: skip
 STEPS = (2, 4, 6, 8, 12, 20, 32)
 # What is told of a way -> the noisier share of the times in which it is guided.
 GUIDED = {"": 1.0, ", guided in the noisier half": 1 / 2, ", guided in the noisiest eighth": 1 / 8}
@@ -178,9 +181,9 @@ def ways(sampling: Sampling, schedule: NoiseSchedule) -> dict[str, Callable[[int
     return {**ddim, "DPM-Solver++": way("dpm_solver", 1.0)}
 
 
-def steps(subject: Subject, count: int, budgets: Sequence[int], out: Path | None) -> list[str]:
-    """Tables of both stages: the share of prompts whose attributes are all right, over the steps."""
-    asked = prompts(count, SEED + 3, "train")
+def steps(subject: Subject, count: int, budgets: Sequence[int], which: Split, out: Path | None) -> list[str]:
+    """Tables of both stages: the share of prompts of a split whose attributes are all right, over the steps."""
+    asked = prompts(count, SEED + 3, which)
     lines = []
     for stage, sampling in (("image", subject.image), ("video", subject.video)):
         schedule = subject.schedules[stage]
@@ -196,7 +199,7 @@ def steps(subject: Subject, count: int, budgets: Sequence[int], out: Path | None
         lines.append("")
         if out is not None:
             lines += [_plot(curves, stage, sampling, out), ""]
-    told = f"{count} prompts on seen combinations; the video stage from real first images, judged by all attributes."
+    told = f"{count} prompts on {SPLITS[which]}; the video stage from real first images, judged by all attributes."
     return [told, "", *lines[:-1]]
 
 
@@ -250,19 +253,21 @@ def percent(interval: Interval) -> str:
     return f"{100 * interval.value:.1f} ({100 * interval.low:.1f}-{100 * interval.high:.1f})"
 
 
-def main(name: str, cases: Sequence[str], count: int, seeds: int, budgets: Sequence[int], out: Path | None) -> None:
+def main(
+    name: str, cases: Sequence[str], count: int, seeds: int, budgets: Sequence[int], which: Split, out: Path | None
+) -> None:
     """Run the cases, print the report, and write it to `out`, its pictures beside it."""
     subject = Subject(Model.load(name))
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
     command = f"python -m benchmarks.model --model {name} --cases {' '.join(cases)} --prompts {count} --seeds {seeds}"
     if "steps" in cases:
-        command = " ".join([command, "--steps", *map(str, budgets)])
+        command = " ".join([command, "--split", which, "--steps", *map(str, budgets)])
     lines = ["# What the model has learned", "", f"`{command}`; shares with 95 % intervals."]
     made: dict[str, tuple[str, Callable[[], list[str]]]] = {
         "swap": ("The image of one, the text of another", lambda: swap(subject, count)),
         "diversity": ("Many seeds of one prompt", lambda: diversity(subject, seeds)),
-        "steps": ("Fewer steps", lambda: steps(subject, count, budgets, out)),
+        "steps": ("Fewer steps", lambda: steps(subject, count, budgets, which, out)),
     }
     for case in cases:
         title, run = made[case]
@@ -280,9 +285,10 @@ if __name__ == "__main__":
     parser.add_argument("--prompts", type=int, default=64, help="of swap and steps")
     parser.add_argument("--seeds", type=int, default=50, help="of each prompt of diversity")
     parser.add_argument("--steps", nargs="+", type=int, default=STEPS, help="of the curves")
+    parser.add_argument("--split", default="train", choices=SPLITS, help="the prompts of the curves")
     parser.add_argument("--out", type=Path, help="Markdown file to write")
     given = parser.parse_args()
     try:
-        main(given.model, given.cases, given.prompts, given.seeds, given.steps, given.out)
+        main(given.model, given.cases, given.prompts, given.seeds, given.steps, given.split, given.out)
     except UserError as error:
         raise SystemExit(f"error: {error}") from None

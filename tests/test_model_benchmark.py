@@ -52,8 +52,8 @@ def test_a_perfect_model_is_told_as_one(subject: bench.Subject, monkeypatch: pyt
 
 
 def test_every_case_gives_its_tables(toy_model: Path, tmp_path: Path) -> None:
-    bench.main(str(toy_model), bench.CASES, 2, 3, [1, 2], tmp_path / "model.md")
+    bench.main(str(toy_model), bench.CASES, 2, 3, [1, 2], "held_out", tmp_path / "model.md")
     text = (tmp_path / "model.md").read_text()
-    for words in ("follows the text", "of the data's deviation", "DPM-Solver++", "2 steps"):
+    for words in ("follows the text", "of the data's deviation", "DPM-Solver++", "2 steps", "held-out combinations"):
         assert words in text
     assert (tmp_path / "model-steps-video.png").stat().st_size > 1000
