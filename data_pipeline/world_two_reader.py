@@ -70,7 +70,7 @@ class TwoReading:
 def _nearest_hue(frame: np.ndarray) -> np.ndarray:
     """Of each pixel of [3,S,S] the index of the named colour whose hue is near; -1 where none is."""
     r, g, b = frame
-    # The angle around the grey axis; for the six corners of the colour cube it is that of HSV, between them nearly.
+    # HSV's hue, in sixths of a turn.
     strongest, chroma = frame.argmax(0), np.maximum(chroma_of(frame), 1e-6)
     sixth = np.choose(strongest, [((g - b) / chroma) % 6, (b - r) / chroma + 2, (r - g) / chroma + 4])
     away = np.abs((60 * sixth[..., None] - HUES + 180) % 360 - 180)

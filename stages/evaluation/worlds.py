@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from data_pipeline import world, world_captions, world_two, world_two_captions
-from data_pipeline.world import ATTRIBUTES, Combination
+from data_pipeline.world import ATTRIBUTES, Combination, Split
 from data_pipeline.world_reader import read, read_image
 from data_pipeline.world_two import TWO_ATTRIBUTES, TwoCombination
 from data_pipeline.world_two_reader import read_two
 from videodiff.errors import UserError
 
-WorldSplit = Literal["train", "held_out", "held_out_pair"]
-WORLD_SPLITS: tuple[WorldSplit, ...] = ("train", "held_out", "held_out_pair")
+WORLD_SPLITS: tuple[Split, ...] = ("train", "held_out", "held_out_pair")
 IMAGE_ATTRIBUTES = tuple(name for name in ATTRIBUTES if name != "motion")
 MOVING_ATTRIBUTES = {"motion", "other_motion"}  # what a picture can't show
 
@@ -36,9 +35,7 @@ def attribute_label(attribute: str) -> str:
     return attribute.replace("_", " ")
 
 
-def planned(
-    objects: int, which: WorldSplit, num: int, seed: int
-) -> list[tuple[int, Combination | TwoCombination, str]]:
+def planned(objects: int, which: Split, num: int, seed: int) -> list[tuple[int, Combination | TwoCombination, str]]:
     """(how often the prompt's words, or its combination, came before; combination; prompt) of `num` prompts of a split;
     of one object no more of a held-out one than it has combinations."""
     if objects == 2:
