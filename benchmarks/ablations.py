@@ -21,15 +21,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from rich.console import Console
-
+from benchmarks.ending import mistakes_in_one_line, publish
 from data_pipeline.index import INDEX
 from stages.demo_model import RUNS, SHARDS, call_videodiff, render_world
 from stages.evaluation.kept import read_samples
 from stages.evaluation.statistics import SPLITS, right, truth_of
 from videodiff import config as configs
 from videodiff import resources
-from videodiff.errors import UserError
 from videodiff.metrics.intervals import compare, mean_interval, wilson
 from videodiff.model import Model
 from videodiff.model_folder import export
@@ -204,10 +202,7 @@ def main(given: argparse.Namespace, command: str) -> None:
     ]
     if given.at_once > 1:
         lines += ["", f"Seconds a step are those of {given.at_once} trainings side by side."]
-    text = "\n".join(lines) + "\n"
-    Console().print(text, markup=False, soft_wrap=True)
-    if given.out is not None:
-        given.out.write_text(text, encoding="utf-8")
+    publish(lines, given.out)
 
 
 if __name__ == "__main__":
@@ -225,7 +220,5 @@ if __name__ == "__main__":
     options = parser.parse_args()
     told = {name: value if isinstance(value, list) else [value] for name, value in vars(options).items()}
     said = [f"--{name.replace('_', '-')} {' '.join(map(str, told[name]))}" for name in told if name != "out"]
-    try:
+    with mistakes_in_one_line():
         main(options, f"python -m benchmarks.ablations {' '.join(said)}")
-    except UserError as error:
-        raise SystemExit(f"error: {error}") from None

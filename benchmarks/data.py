@@ -23,9 +23,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
 
 from benchmarks.data_peers import BATCH, DECODERS, FPS, FRAMES, SIZE, Bare, missing, plain_webdataset
+from benchmarks.ending import publish
 from benchmarks.timing import MIB, paired
 from data_pipeline.data_config import DataConfig
 from data_pipeline.features import Features, pack
@@ -230,10 +230,7 @@ def main(
             lines += ["", "## Time to the first batch", "", *start(folder / "start", workers, samples)]
         if "memory" in cases:
             lines += ["", "## Memory", "", *memory(folder / "memory", workers, clips)]
-    text = "\n".join(lines) + "\n"
-    Console().print(text, markup=False, soft_wrap=True)
-    if out is not None:
-        out.write_text(text, encoding="utf-8")
+    publish(lines, out)
 
 
 if __name__ == "__main__":

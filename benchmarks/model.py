@@ -20,9 +20,9 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import torch
-from rich.console import Console
 from torch import Tensor
 
+from benchmarks.ending import mistakes_in_one_line, publish
 from data_pipeline.progress import bar
 from data_pipeline.world import ATTRIBUTES, Combination, Split, render, rng, sample_scene, split
 from data_pipeline.world_captions import prompts
@@ -30,7 +30,6 @@ from data_pipeline.world_reader import read, read_image
 from stages.evaluation.questions import stored
 from stages.pipeline import Pipeline, SampleKey, adjusted
 from videodiff.diffusion.schedule import NoiseSchedule
-from videodiff.errors import UserError
 from videodiff.metrics.intervals import Interval, wilson
 from videodiff.metrics.pictures import clip_psnr
 from videodiff.model import Model
@@ -272,10 +271,7 @@ def main(
     for case in cases:
         title, run = made[case]
         lines += ["", f"## {title}", "", *run()]
-    text = "\n".join(lines) + "\n"
-    Console().print(text, markup=False, soft_wrap=True)
-    if out is not None:
-        out.write_text(text, encoding="utf-8")
+    publish(lines, out)
 
 
 if __name__ == "__main__":
@@ -288,7 +284,5 @@ if __name__ == "__main__":
     parser.add_argument("--split", default="train", choices=SPLITS, help="the prompts of the curves")
     parser.add_argument("--out", type=Path, help="Markdown file to write")
     given = parser.parse_args()
-    try:
+    with mistakes_in_one_line():
         main(given.model, given.cases, given.prompts, given.seeds, given.steps, given.split, given.out)
-    except UserError as error:
-        raise SystemExit(f"error: {error}") from None

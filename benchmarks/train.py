@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from benchmarks.ending import publish
 from data_pipeline.data_config import DataConfig
 from data_pipeline.shards import write_world_shards
 from stages import image
@@ -285,10 +286,7 @@ def main() -> None:
         f"Two processes of one thread each against one, the same work for each: {two:.3f} s a step against {one:.3f}, "
         f"{100 * one / two:.0f} % of perfect scaling.",
     ]
-    text = "\n".join(lines) + "\n"
-    print(text)
-    if arguments.out is not None:
-        arguments.out.write_text(text, encoding="utf-8")
+    publish(lines, arguments.out)
 
 
 if __name__ == "__main__":

@@ -13,10 +13,8 @@ import json
 import shutil
 from pathlib import Path
 
-from rich.console import Console
-
+from benchmarks.ending import mistakes_in_one_line, publish
 from stages.demo_model import call_videodiff, machines_and_runs, table, train_all
-from videodiff.errors import UserError
 from videodiff.model import Model
 from videodiff.model_folder import export
 from videodiff.parts import DESCRIPTION, sha256
@@ -58,10 +56,7 @@ def main(num_prompts: int, num_held_out: int, runs: Path, out: Path | None, comm
         picture = out.with_suffix(".png")
         shutil.copyfile(judged / f"{ROW}.png", picture)
         lines += ["", f"![videos of seen and held-out looks]({picture.name})"]
-    text = "\n".join(lines) + "\n"
-    Console().print(text, markup=False, soft_wrap=True)
-    if out is not None:
-        out.write_text(text, encoding="utf-8")
+    publish(lines, out)
 
 
 if __name__ == "__main__":
@@ -72,7 +67,5 @@ if __name__ == "__main__":
     parser.add_argument("--out", type=Path, help="Markdown file to write")
     given = parser.parse_args()
     told = f"python -m benchmarks.two_objects --prompts {given.prompts} --held-out {given.held_out} --runs {given.runs}"
-    try:
+    with mistakes_in_one_line():
         main(given.prompts, given.held_out, given.runs, given.out, told)
-    except UserError as error:
-        raise SystemExit(f"error: {error}") from None

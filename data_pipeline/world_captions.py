@@ -11,7 +11,7 @@ from typing import Literal
 
 import numpy as np
 
-from data_pipeline.world import ATTRIBUTES, Combination, combinations, rng, split
+from data_pipeline.world import ATTRIBUTES, Combination, Split, combinations, rng, split
 from videodiff.errors import UserError
 
 Words = dict[str, tuple[str, ...]]
@@ -177,7 +177,7 @@ def training_captions(combination: Combination, generator: np.random.Generator, 
     return [*draw("train", CAPTIONS_PER_CLIP - motion_alone), *draw("motion", motion_alone)]
 
 
-def prompts(num: int, seed: int, which: Literal["train", "held_out", "held_out_pair"]) -> list[tuple[Combination, str]]:
+def prompts(num: int, seed: int, which: Split) -> list[tuple[Combination, str]]:
     """`num` evaluation prompts in test wordings, over the combinations of that split in a random order, none twice
     before each came once. Prompt i depends on (i, seed, which) alone."""
     if num < 1:
