@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -30,7 +30,7 @@ from data_pipeline.features import blank, check_encoding, check_finite, same_sha
 from data_pipeline.index import fingerprint, open_shards
 from data_pipeline.mixture import Mixture
 from data_pipeline.prefetch import mapped, prefetched
-from data_pipeline.samples import RawSample, SampleError, label_of, read_sample
+from data_pipeline.samples import RawSample, SampleError, label_of, negatives_in, read_sample
 from videodiff.batch import Encoded, VideoBatch
 from videodiff.errors import UserError
 from videodiff.seeding import uniform
@@ -48,6 +48,7 @@ class _Slot:
     bucket: Bucket
     key: str = ""
     captions: tuple[str, ...] = ()
+    negatives: tuple[str, ...] = ()
     label: str = ""
     encoded: Encoded | None = None
     error: ClipError | None = None
@@ -63,16 +64,16 @@ class ShardSource:
         bad_samples: Path | None = None,
         decoder: str = DECODER,
         encoder: Callable[[], str] | None = None,
-        paraphrases: bool = True,
+        contrast: bool = True,
     ) -> None:
         """``bad_samples`` is the run's list of bad clips: appended to, and believed, so that a resumed run is the same.
 
         ``decoder`` names the function "module:name" that decodes, in place of ``data_pipeline.clips:decode_clip``.
         ``encoder`` tells the hash of the encoders whose features may stand in encoded shards; without it there may be
-        none. ``paraphrases``: whether batches have them.
+        none. ``contrast``: whether batches have paraphrases and negatives.
         """
         self._config, self._seed, self._decoder = config, seed, decoder
-        self._paraphrases = paraphrases
+        self._contrast = contrast
         named = config.data_sets()
         opened = [open_shards(data_set.shards) for data_set in named]
         self._encoding = check_encoding([shard for shards in opened for shard in shards], config, encoder)
@@ -150,7 +151,7 @@ class ShardSource:
         try:
             raw = read_sample(shard, place)
             label = label_of(shard, raw.key, raw.meta, self._config.label) if self._config.label else ""
-            slot = replace(slot, key=raw.key, captions=raw.captions, label=label)
+            slot = replace(slot, key=raw.key, captions=raw.captions, negatives=negatives_in(raw.meta), label=label)
             if self._encoding is None:
                 return slot, raw
             return replace(slot, encoded=self._encoded(raw, slot.number)), None
@@ -178,7 +179,7 @@ class ShardSource:
         bucket = slots[0].bucket
         shape = (0, 0) if self._encoding else (bucket.height, bucket.width)
         frames = np.empty((len(slots), bucket.frames, *shape, 3), np.uint8)
-        keys, captions, paraphrases, labels, weight = [], [], [], [], []
+        keys, captions, paraphrases, negatives, labels, weight = [], [], [], [], [], []
         encoded = []
         for row, (slot, clip) in enumerate(zip(slots, clips, strict=True)):
             told = slot
@@ -193,17 +194,19 @@ class ShardSource:
                 first = self._first(len(told.captions), slot.number)
                 caption = told.captions[first]
                 paraphrase = told.captions[self._other(len(told.captions), first, slot.number)]
+                negative = self._negative(told.negatives, slot.number)
                 key, label = told.key, told.label
             else:
                 assert not isinstance(clip, Clip)
                 shard = self._mixture.place(slot.sample)[0].path
                 key, caption, paraphrase = self._bad.take(slot.number, slot.key, shard, clip or slot.error), "", ""
-                label = ""
+                negative = label = ""
                 frames[row] = 0
             keys.append(key)
             labels.append(label)
             captions.append(caption)
             paraphrases.append(paraphrase)
+            negatives.append(negative)
             weight.append(float(good))
             if self._encoding:
                 encoded.append(slot.encoded or self._blank)
@@ -214,7 +217,8 @@ class ShardSource:
             numbers=torch.tensor([slot.number for slot in slots], dtype=torch.int64),
             keys=tuple(keys),
             weight=torch.tensor(weight),
-            paraphrases=tuple(paraphrases) if self._paraphrases else (),
+            paraphrases=tuple(paraphrases) if self._contrast else (),
+            negatives=tuple(negatives) if self._contrast else (),
             labels=tuple(labels) if self._config.label else (),
             encoded=stack(encoded) if encoded else None,
         )
@@ -254,10 +258,14 @@ class ShardSource:
 
     def _other(self, choices: int, first: int, number: int) -> int:
         """Another one of its captions, the same again where it has only one."""
-        if not self._paraphrases or choices == 1:
+        if not self._contrast or choices == 1:
             return first
         others = [index for index in range(choices) if index != first]
         return others[int(uniform(self._seed, "paraphrase", number) * len(others))]
+
+    def _negative(self, negatives: Sequence[str], number: int) -> str:
+        """One of the captions that are wrong about a sample, "" where it has none."""
+        return negatives[int(uniform(self._seed, "negative", number) * len(negatives))] if negatives else ""
 
     def _keep(self, clip: Clip, told: _Slot) -> None:
         whole = len(clip.frames) == clip.total

@@ -193,6 +193,13 @@ def captions_in(said: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(text for text in texts if isinstance(text, str))
 
 
+def negatives_in(said: Mapping[str, Any]) -> tuple[str, ...]:
+    """The "negatives" in the JSON of a clip: a list of captions that are wrong about it, rivals for a text tower."""
+    given = said.get("negatives")
+    texts = given if isinstance(given, list) else []
+    return tuple(text.strip() for text in texts if isinstance(text, str) and text.strip())
+
+
 def _is_utf8(content: bytes) -> bool:
     try:
         content.decode("utf-8")

@@ -162,7 +162,7 @@ def write_world_shards(
     if objects == 2:
         if motion_captions:
             raise UserError("world shards: captions of the motion alone can't tell two objects apart; leave one out")
-        plan["source"] = "world of two objects"
+        plan["source"] = "world of two objects, with captions that are wrong about them"
     if not fps < 1000:
         raise UserError(f"world shards: fps is {fps:g}; an mp4 holds rates below 1000")
     if size < 16:

@@ -165,11 +165,15 @@ def render(scene: TwoScene, size: int, num_frames: int, fps: float) -> np.ndarra
 
 def render_clip(seed: int, number: int, size: int, num_frames: int, fps: float) -> RenderedClip:
     """Training clip `number` of the world `seed`: depends on nothing else."""
-    from data_pipeline.world_two_captions import training_captions  # here, as that module builds on this one
+    from data_pipeline.world_two_captions import (  # here, as that module builds on this one
+        training_captions,
+        wrong_captions,
+    )
 
     generator = rng("two objects, clip", seed, number)
     scene = sample_scene(draw_of("train", generator), seed, number)
     told = asdict(scene)
     meta = {"scene": {**told.pop("combination"), **told}, "seed": seed, "number": number, "fps": fps}
     captions = training_captions(scene.combination, generator)
+    meta["negatives"] = wrong_captions(scene.combination, rng("two objects, negatives", seed, number))
     return RenderedClip(f"two-{seed}-{number:08d}", render(scene, size, num_frames, fps), captions, meta)

@@ -6,6 +6,7 @@ alone.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -22,7 +23,7 @@ from data_pipeline.world_captions import (
     draw_phrase,
     with_articles,
 )
-from data_pipeline.world_two import TwoCombination, draw_of
+from data_pipeline.world_two import RELATIONS, TwoCombination, draw_of
 from videodiff.errors import UserError
 
 TRAIN_WORDINGS = (
@@ -96,6 +97,32 @@ def training_captions(combination: TwoCombination, generator: np.random.Generato
     chosen = generator.permutation(len(TRAIN_WORDINGS))[:CAPTIONS_PER_CLIP]
     named = [combination if generator.random() < 0.5 else combination.turned() for _ in chosen]
     return [caption(each, generator, "train", int(number)) for each, number in zip(named, chosen, strict=True)]
+
+
+def wrong_captions(combination: TwoCombination, generator: np.random.Generator) -> list[str]:
+    """Captions in the words of a true one that are wrong about the scene: the relation is turned round, or the objects
+    have each other's colour, shape or motion, where these differ.
+
+    Random rivals differ in some word, so that a text tower need not learn which word belongs to which (Yuksekgonul et
+    al. 2023, "When and why vision-language models behave like bags-of-words": its remedy are such captions).
+    """
+    c = combination
+    wrong = [replace(c, relation=RELATIONS[c.relation])]
+    for name in ("colour", "shape", "motion"):
+        one, other = getattr(c, name), getattr(c, f"other_{name}")
+        if one != other:
+            wrong.append(replace(c, **{name: other, f"other_{name}": one}))
+    told = []
+    for scene in wrong:
+        named = scene if generator.random() < 0.5 else scene.turned()
+        # Where motions alone are wrong the wording has to tell them.
+        fit = [
+            n
+            for n, words in enumerate(TRAIN_WORDINGS)
+            if scene.motion == c.motion or "{doing}" in words or "{does}" in words
+        ]
+        told.append(caption(named, generator, "train", fit[int(generator.integers(len(fit)))]))
+    return told
 
 
 def prompts(num: int, seed: int, which: Split) -> list[tuple[TwoCombination, str]]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -55,7 +57,7 @@ class TextStage(StageConfig):
 
 class TextTask:
     """Symmetric cross-entropy between the captions of a global batch and their film strips, and between the captions
-    and second captions of the same clips."""
+    and second captions of the same clips; captions that the data calls wrong about a clip are further rivals."""
 
     def __init__(
         self, config: TextStage, base: Model, vocabulary: Path, words: Path, further: tuple[FurtherPart, ...] = ()
@@ -79,15 +81,23 @@ class TextTask:
         strips = film_strip(batch.frames, self.config.network.image_size) / 127.5 - 1  # four frames can show a motion
         images, count = strips.to(parameter), len(batch)
         weight = self.config.paraphrase_weight if batch.paraphrases else 0.0
-        captions = [*batch.captions, *(batch.paraphrases if weight else ())]
+        wrong = torch.tensor([bool(text) for text in batch.negatives] or [False] * count, device=images.device)
+        further = [batch.paraphrases] if weight else []
+        if told := bool(gather_rows(wrong.float()).any()):  # by the global batch: all ranks go the same way
+            further.append(batch.negatives or ("",) * count)
+        captions = [*batch.captions, *itertools.chain(*further)]
         image_features, text_features, scale = module(images, self.module.tokenize(captions).to(parameter.device))
-        pictures, texts, scale = image_features.float(), text_features[:count].float(), scale.float()
+        pictures, scale = image_features.float(), scale.float()
+        texts, *others = text_features.float().split(count)
+        negatives = Negatives(others.pop(), wrong) if told else None
         usable = gather_rows(batch.weight.to(images.device)) > 0
-        loss, hits = contrast(texts, pictures, scale, usable)
+        loss, hits = contrast(texts, pictures, scale, usable, negatives)
         metrics = {"retrieval": hits}
+        if negatives is not None:
+            metrics["negative"] = negatives.beaten(texts, pictures)
         if weight:
             # Of motions and shapes a film strip says little; that two captions mean the same says it outright.
-            paraphrased, metrics["paraphrase"] = contrast(texts, text_features[count:].float(), scale, usable)
+            paraphrased, metrics["paraphrase"] = contrast(texts, others[0], scale, usable, negatives, of_texts=True)
             loss = loss + weight * paraphrased
         return LossOutput(per_sample=loss, metrics=metrics)
 
@@ -112,11 +122,33 @@ class TextTask:
         )
 
 
-def contrast(texts: Tensor, others: Tensor, scale: Tensor, usable: Tensor) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True)
+class Negatives:
+    """Captions that are wrong about this rank's samples: rivals that in-batch ones leave out (NegCLIP, Yuksekgonul et
+    al. 2023)."""
+
+    texts: Tensor  # float32 [B,E] of length 1
+    told: Tensor  # bool [B], whether the sample has one
+
+    def beaten(self, texts: Tensor, others: Tensor) -> Tensor:
+        """The share [] of `others` [B,E] that lie nearer to their texts [B,E] than to the wrong ones."""
+        nearer = ((others * (texts - self.texts)).sum(1) > 0) & self.told
+        return (nearer.sum() / self.told.sum().clamp(min=1)).detach()
+
+
+def contrast(
+    texts: Tensor,
+    others: Tensor,
+    scale: Tensor,
+    usable: Tensor,
+    negatives: Negatives | None = None,
+    of_texts: bool = False,
+) -> tuple[Tensor, Tensor]:
     """Symmetric cross-entropy [B] of telling each row's partner among the global batch, and the share of texts [] that
     find theirs.
 
     texts, others: this rank's float32 rows [B,E] of length 1. usable: bool [world * B] of the global batch.
+    negatives: further rivals where a text is to be told; of_texts: `others` are texts too.
     """
     # Every rank compares its rows with the whole global batch, so that the loss does not depend on the ranks.
     all_texts, all_others = gather_rows(texts), gather_rows(others)
@@ -126,6 +158,11 @@ def contrast(texts: Tensor, others: Tensor, scale: Tensor, usable: Tensor) -> tu
     closed = ~usable & (torch.arange(len(usable), device=texts.device) != target[:, None])
     by_other = (scale * others @ all_texts.T).masked_fill(closed, -torch.inf)
     by_text = (scale * texts @ all_others.T).masked_fill(closed, -torch.inf)
+    if negatives is not None:
+        wrong, told = gather_rows(negatives.texts), (gather_rows(negatives.told.float()) > 0) & usable
+        by_other = torch.cat([by_other, (scale * others @ wrong.T).masked_fill(~told, -torch.inf)], dim=1)
+        if of_texts:
+            by_text = torch.cat([by_text, (scale * texts @ wrong.T).masked_fill(~told, -torch.inf)], dim=1)
     loss = F.cross_entropy(by_other, target, reduction="none") + F.cross_entropy(by_text, target, reduction="none")
     own = usable[target]
     hits = ((by_text.argmax(1) == target) & own).sum() / own.sum().clamp(min=1)

@@ -183,6 +183,21 @@ def test_a_paraphrase_is_another_caption_of_the_same_clip(world: Path) -> None:
     assert len(drawn) > 60  # of 11 x 12 pairs
 
 
+def test_wrong_captions_are_drawn_where_a_sample_tells_some(tmp_path: Path) -> None:
+    told = {"a": ["no", " not so "], "b": [], "c": "one text", "d": [3, ""]}
+    video = encode_video(np.zeros((4, 32, 32, 3), np.uint8), 8)
+    samples = [(key, video, {"captions": ["yes"], "negatives": wrong}) for key, wrong in told.items()]
+    write_shard(tmp_path / "wrong.tar", samples)
+    config = DataConfig(shards=str(tmp_path / "wrong.tar"), batch_size=4, frames=4, fps=8, size=32, workers=0)
+    drawn = {key: set() for key in told}
+    for batch in take(ShardSource(config, 0).batches(0, 0, 1, 4), 10):
+        for key, negative in zip(batch.keys, batch.negatives, strict=True):
+            drawn[key].add(negative)
+    assert drawn == {"a": {"no", "not so"}, "b": {""}, "c": {""}, "d": {""}}
+    (batch,) = take(ShardSource(config, 0, contrast=False).batches(0, 0, 1, 4), 1)
+    assert batch.negatives == batch.paraphrases == ()
+
+
 def test_another_data_set_has_another_fingerprint(world: Path, tmp_path: Path) -> None:
     other = write_world_shards(tmp_path, 11, size=32, frames=8, fps=16, seed=1, samples_per_shard=4).parent
     assert source(world).fingerprint == source(world / "index.json", batch_size=2).fingerprint

@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,6 @@ from stages.image import ImageStage
 from stages.interpolation import InterpolationStage
 from stages.pipeline import Pipeline, SampleKey
 from stages.posteriors import PosteriorCache
-from stages.text import TextStage, TextTask
 from stages.video import VideoStage
 from videodiff import config as configs
 from videodiff.batch import Condition
@@ -34,10 +32,8 @@ from videodiff.errors import UserError
 from videodiff.model import Model
 from videodiff.model_folder import export, write_weights
 from videodiff.networks.autoencoder import Autoencoder, AutoencoderConfig
-from videodiff.networks.features.extractor import film_strip
-from videodiff.networks.text import build_vocabulary
 from videodiff.networks.unet import is_temporal
-from videodiff.parts import DESCRIPTION, VOCABULARY, WORDS
+from videodiff.parts import DESCRIPTION
 from videodiff.training.trainer import RunConfig, train
 
 
@@ -600,70 +596,6 @@ def test_an_autoencoder_that_goes_on_trains_its_decoder_alone(toy_model: Path, t
     assert new.keys() == old.keys()
     changed = {name.partition(".")[0] for name in new if not torch.equal(new[name], old[name])}
     assert changed == {"decoder"}  # the encoder and what latents are divided by stay
-
-
-def test_the_text_stage_learns_to_tell_clips_apart(toy_model: Path, tmp_path: Path) -> None:
-    base, source = Model.load(toy_model), Clips(4, 8.0)
-    build_vocabulary(source.batch(list(range(6))).captions, tmp_path / VOCABULARY, tmp_path / WORDS, 100)
-    network = {"width": 16, "layers": 1, "heads": 2, "image_size": 32, "image_width": 16, "image_layers": 1}
-    config = stage_config(TextStage, tmp_path, frames=4, network={**network, "image_heads": 2, "embed_dim": 16})
-    torch.manual_seed(1)  # of the network
-    task = TextTask(config, base, tmp_path / VOCABULARY, tmp_path / WORDS)
-    batch = source.batch(list(range(6)))
-    before = task.loss(task.module, batch, seed=0)
-    assert before.per_sample.shape == (6,)
-    assert abs(float(before.per_sample.detach().mean()) - np.log(6)) < 1  # knows nothing yet
-    model = trained(config, task, source)
-    after = task.loss(task.module, batch, seed=0)
-    assert float(after.per_sample.detach().mean()) < float(before.per_sample.detach().mean())
-    assert model.config.stages() == ["autoencoder", "text"]
-    assert model.text.encode(["a red circle"]).tokens.shape == (1, 32, 16)
-    assert model.text.unknown_words("a zebra") == ["zebra"]
-
-
-def test_second_captions_alone_tell_a_tower_what_means_the_same(toy_model: Path, tmp_path: Path) -> None:
-    """Where pictures say nothing, the second captions still bring wordings of one motion together."""
-    base, source = Model.load(toy_model), Clips(4, 8.0)
-    batch = source.batch(list(range(6)))
-    clips = [render_clip(0, number, 32, 4, 8.0) for number in range(6)]
-    captions = [caption for clip in clips for caption in clip.captions]
-    build_vocabulary(captions, tmp_path / VOCABULARY, tmp_path / WORDS, 100)
-    network = {"width": 16, "layers": 1, "heads": 2, "image_size": 32, "image_width": 16, "image_layers": 1}
-    network |= {"image_heads": 2, "embed_dim": 16}
-    blank = replace(batch, frames=torch.zeros_like(batch.frames))
-    second = replace(blank, paraphrases=tuple(clip.captions[1] for clip in clips))
-    share = {}
-    for weight in (0.0, 1.0):
-        torch.manual_seed(0)
-        config = stage_config(TextStage, tmp_path, frames=4, network=network, paraphrase_weight=weight)
-        task = TextTask(config, base, tmp_path / VOCABULARY, tmp_path / WORDS)
-        optimizer = torch.optim.Adam(task.module.parameters(), lr=3e-3)
-        for _ in range(30):
-            optimizer.zero_grad()
-            output = task.loss(task.module, second, seed=0)
-            output.per_sample.mean().backward()
-            optimizer.step()
-        with torch.no_grad():
-            whole = task.loss(task.module, second, seed=0)
-            alone = task.loss(task.module, blank, seed=0)
-        assert ("paraphrase" in whole.metrics) == (weight > 0)
-        assert "paraphrase" not in alone.metrics
-        tower = task.module.clip
-        with torch.no_grad():
-            pairs = [tower.encode_text(task.module.tokenize(list(texts)), normalize=True)
-                     for texts in (second.captions, second.paraphrases)]  # fmt: skip
-        found = (pairs[0] @ pairs[1].T).argmax(1) == torch.arange(6)
-        share[weight] = float(found.double().mean())
-    assert share[1.0] == 1.0
-    assert share[0.0] < 1.0
-
-
-def test_a_film_strip_shows_four_moments_in_reading_order() -> None:
-    frames = torch.arange(7, dtype=torch.uint8).view(1, 7, 1, 1, 1).expand(1, 7, 8, 8, 3) * 30
-    strip = film_strip(frames, 8)
-    assert strip.shape == (1, 3, 8, 8)
-    corners = [strip[0, 0, y, x].item() for y in (0, 7) for x in (0, 7)]
-    assert corners == pytest.approx([0, 60, 120, 180], abs=1e-3)
 
 
 def test_run_config_is_the_one_that_others_rely_on() -> None:

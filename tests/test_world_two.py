@@ -15,12 +15,26 @@ from rich.console import Console
 
 from data_pipeline import world, world_two
 from data_pipeline.index import open_shards
-from data_pipeline.samples import read_sample
+from data_pipeline.samples import negatives_in, read_sample
 from data_pipeline.shards import write_world_shards
 from data_pipeline.world import rng
-from data_pipeline.world_captions import COLOUR_WORDS, SHAPE_WORDS
+from data_pipeline.world_captions import (
+    COLOUR_WORDS,
+    DOES_WORDS,
+    DOING_WORDS,
+    GROUND_WORDS,
+    RELATION_WORDS,
+    SHAPE_WORDS,
+)
 from data_pipeline.world_two import RELATIONS, TWO_ATTRIBUTES, TwoCombination, split
-from data_pipeline.world_two_captions import TEST_WORDINGS, TRAIN_WORDINGS, caption, prompts
+from data_pipeline.world_two_captions import (
+    TEST_WORDINGS,
+    TRAIN_WORDINGS,
+    caption,
+    prompts,
+    training_captions,
+    wrong_captions,
+)
 from data_pipeline.world_two_reader import read_two
 from stages.cli import main
 from stages.evaluation.judging import Job, evaluate
@@ -150,6 +164,51 @@ def test_training_captions_tell_the_scene_from_either_side() -> None:
     assert any("right of" in text for text in told)
 
 
+TABLES = {"colour": COLOUR_WORDS, "shape": SHAPE_WORDS, "doing": DOING_WORDS, "does": DOES_WORDS}
+TABLES |= {f"other_{name}": words for name, words in TABLES.items()}
+TABLES |= {"relation": RELATION_WORDS, "ground": GROUND_WORDS}
+ATTRIBUTE = {"ground": "background", "doing": "motion", "does": "motion"}
+ATTRIBUTE |= {"other_doing": "other_motion", "other_does": "other_motion"}
+
+
+def said_by(text: str) -> dict[str, str]:
+    """What a training caption says of which attribute: the wordings read backwards."""
+    for wording in TRAIN_WORDINGS:
+        pattern, seen = "", set()
+        for fixed, name in re.findall(r"([^{]*)(?:\{(\w+)\})?", wording):
+            pattern += re.sub(r"\ba\b", "an?", fixed.replace(".", "[.]"))
+            if name:
+                said = "|".join(phrase for phrases in TABLES[name].values() for phrase in phrases)
+                pattern += f"(?P={name})" if name in seen else f"(?P<{name}>{said})"
+                seen.add(name)
+        if match := re.fullmatch(pattern, text):
+            return {
+                ATTRIBUTE.get(name, name): next(value for value, words in TABLES[name].items() if phrase in words)
+                for name, phrase in match.groupdict().items()
+            }
+    raise AssertionError(text)
+
+
+def is_true(said: dict[str, str], scene: TwoCombination) -> bool:
+    return any(said.items() <= asdict(named).items() for named in (scene, scene.turned()))
+
+
+def test_wrong_captions_have_the_words_of_a_true_one_and_are_wrong() -> None:
+    kinds: Counter[str] = Counter()
+    for number, scene in enumerate(drawn(100, "wrong")):
+        assert all(is_true(said_by(text), scene) for text in training_captions(scene, rng("right", number)))
+        for said in map(said_by, wrong_captions(scene, rng("wrong", number))):
+            assert not is_true(said, scene)
+            for name in ("colour", "shape", "motion"):
+                values = {getattr(scene, name), getattr(scene, f"other_{name}")}
+                assert {said.get(name, scene.motion), said.get(f"other_{name}", scene.other_motion)} == values
+            nearest = min(
+                ({n for n in said if said[n] != getattr(named, n)} for named in (scene, scene.turned())), key=len
+            )
+            kinds[min(nearest).removeprefix("other_")] += 1
+    assert set(kinds) == {"relation", "colour", "shape", "motion"}
+
+
 # -- reader ------------------------------------------------------------------------------------------------------------
 
 
@@ -223,6 +282,7 @@ def test_shards_of_two_objects_tell_what_they_show(tmp_path: Path) -> None:
     (shard,) = open_shards(str(index))
     scene = read_sample(shard, 2).meta["scene"]
     combination = TwoCombination(**{name: scene[name] for name in TWO_ATTRIBUTES})
+    assert not any(is_true(said_by(text), combination) for text in negatives_in(read_sample(shard, 2).meta))
     assert split(combination) == "train"
     questions = ShardQuestions(str(tmp_path / "two"), 6, 0)
     assert all(isinstance(prompt.combination, TwoCombination) for prompt in questions.prompts)

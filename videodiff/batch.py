@@ -50,6 +50,7 @@ class VideoBatch:
     keys: tuple[str, ...]  # names of the samples in their shards
     weight: Tensor  # float32 [B]
     paraphrases: tuple[str, ...] = ()  # of each sample another of its captions, or its only one again
+    negatives: tuple[str, ...] = ()  # of each sample a caption that is wrong about it, "" where none is told
     labels: tuple[str, ...] = ()  # of each sample what its JSON says at `data.label`, where the data names one
     encoded: Encoded | None = None  # of encoded shards, whose frames are not known: [B, T, 0, 0, 3]
 
