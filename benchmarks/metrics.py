@@ -26,7 +26,7 @@ from videodiff.metrics.gaussian import frechet_distance
 from videodiff.metrics.kernels import kid
 from videodiff.metrics.manifold import support
 from videodiff.metrics.pictures import ssim
-from videodiff.networks.text import declare_torchvision_ops
+from videodiff.networks.tokenizer import declare_torchvision_ops
 
 declare_torchvision_ops()
 from torchmetrics.functional.image import structural_similarity_index_measure  # noqa: E402

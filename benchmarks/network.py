@@ -31,7 +31,7 @@ from videodiff.diffusion.denoiser import Denoiser
 from videodiff.diffusion.guidance import ClassifierFree
 from videodiff.diffusion.samplers import DDIM, DDPM, DPMSolver, Heun, Langevin, PredictorCorrector, SamplerConfig
 from videodiff.diffusion.schedule import NoiseSchedule
-from videodiff.networks.text import declare_torchvision_ops
+from videodiff.networks.tokenizer import declare_torchvision_ops
 from videodiff.networks.unet import TemporalConfig, UNet, UNetConfig
 from videodiff.networks.weights import unet_names
 

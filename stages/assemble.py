@@ -31,7 +31,7 @@ from videodiff.config import Config
 from videodiff.errors import UserError
 from videodiff.model import Model
 from videodiff.model_folder import export
-from videodiff.networks.text import build_vocabulary
+from videodiff.networks.tokenizer import build_vocabulary
 from videodiff.parts import VOCABULARY, WORDS
 from videodiff.training import distributed
 from videodiff.training.checkpoint import Checkpoints

@@ -20,15 +20,8 @@ from videodiff.errors import UserError
 from videodiff.model import Model
 from videodiff.model_folder import new_folder, place, write_weights
 from videodiff.networks.autoencoder import Autoencoder
-from videodiff.networks.text import (
-    PretrainedText,
-    TextConfig,
-    TextTower,
-    Tokenizer,
-    public_settings,
-    text_shapes,
-    write_vocabulary,
-)
+from videodiff.networks.text import PretrainedText, TextConfig, TextTower, public_settings, text_shapes
+from videodiff.networks.tokenizer import Tokenizer, write_vocabulary
 from videodiff.networks.unet import UNet, UNetConfig
 from videodiff.networks.weights import autoencoder_state, text_state, unet_state
 from videodiff.parts import (

@@ -25,7 +25,8 @@ def write_toy_model(folder: Path) -> Path:
     from videodiff.diffusion.schedule import NoiseSchedule
     from videodiff.model_folder import write_weights
     from videodiff.networks.autoencoder import Autoencoder, AutoencoderConfig
-    from videodiff.networks.text import ContrastiveTextModel, TextConfig, build_vocabulary
+    from videodiff.networks.text import ContrastiveTextModel, TextConfig
+    from videodiff.networks.tokenizer import build_vocabulary
     from videodiff.networks.unet import TemporalConfig, UNet, UNetConfig
     from videodiff.parts import (
         DESCRIPTION,

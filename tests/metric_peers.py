@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from videodiff.networks.text import declare_torchvision_ops
+from videodiff.networks.tokenizer import declare_torchvision_ops
 
 
 def peer(module: str) -> Any:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
-from videodiff.networks.text import Tokenizer, build_vocabulary, declare_torchvision_ops
+from videodiff.networks.tokenizer import Tokenizer, build_vocabulary, declare_torchvision_ops
 
 WIDTH, LAYERS, HEADS, LENGTH = 24, 2, 2, 12
 CAPTIONS = ["a large red circle moving left on a white background", "a small blue square stands still on black"]

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from videodiff.networks.text import declare_torchvision_ops
+from videodiff.networks.tokenizer import declare_torchvision_ops
 
 WIDTH = 24
 CAPTIONS = [

@@ -16,7 +16,7 @@ from stages.text import TextTask
 from videodiff.batch import VideoBatch
 from videodiff.errors import UserError
 from videodiff.model import Model
-from videodiff.networks import text as texts
+from videodiff.networks import tokenizer
 from videodiff.parts import DESCRIPTION, VOCABULARY, WORDS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -49,7 +49,7 @@ def task(given: list[str]) -> TextTask:
 def public(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Weights of a public architecture, random, the file named by a link as a download cache does."""
     folder = tmp_path_factory.mktemp("public")
-    whole = texts._open_clip().create_model("ViT-S-32-alt")
+    whole = tokenizer.import_open_clip().create_model("ViT-S-32-alt")
     save_file({name: value.contiguous() for name, value in whole.state_dict().items()}, folder / "blob")
     (folder / "public.safetensors").symlink_to("blob")
     return folder / "public.safetensors"

@@ -15,7 +15,7 @@ from tests.test_measures import moving, texture
 from videodiff.config import ConfigError, build
 from videodiff.errors import UserError
 from videodiff.networks.clip_score import ClipScorer
-from videodiff.networks.text import declare_torchvision_ops
+from videodiff.networks.tokenizer import declare_torchvision_ops
 
 NAME = "tiny-for-tests"
 

@@ -17,7 +17,8 @@ from videodiff.errors import UserError
 from videodiff.model import Model
 from videodiff.model_folder import write_weights
 from videodiff.networks.autoencoder import Autoencoder, AutoencoderConfig
-from videodiff.networks.text import ContrastiveTextModel, TextConfig, build_vocabulary
+from videodiff.networks.text import ContrastiveTextModel, TextConfig
+from videodiff.networks.tokenizer import build_vocabulary
 from videodiff.networks.unet import TemporalConfig, UNet, UNetConfig
 from videodiff.parts import (
     VOCABULARY,

@@ -28,7 +28,8 @@ from videodiff.networks.features import (
 )
 from videodiff.networks.features.extractor import resized
 from videodiff.networks.features.inception import make_inception
-from videodiff.networks.text import PretrainedText, declare_torchvision_ops
+from videodiff.networks.text import PretrainedText
+from videodiff.networks.tokenizer import declare_torchvision_ops
 from videodiff.parts import sha256
 
 NAME = "tiny-features"

@@ -20,7 +20,7 @@ from stages.public_export import export_diffusers
 from videodiff.errors import UserError
 from videodiff.model import Model
 from videodiff.model_folder import export
-from videodiff.networks import text as texts
+from videodiff.networks import tokenizer
 from videodiff.networks.towers import TextTowers
 from videodiff.parts import DESCRIPTION, T5Part, sha256
 
@@ -103,7 +103,7 @@ def test_from_two_towers_to_a_picture(
 
 def test_public_towers_alone_are_taken_over(toy_model: Path, folder: Path, shards: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    whole = texts._open_clip().create_model("ViT-S-32-alt").eval()
+    whole = tokenizer.import_open_clip().create_model("ViT-S-32-alt").eval()
     clip = tmp_path / "clip" / "w.safetensors"
     clip.parent.mkdir()
     save_file({name: value.contiguous() for name, value in whole.state_dict().items()}, clip)

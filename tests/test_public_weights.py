@@ -40,6 +40,7 @@ from videodiff.model import Model
 from videodiff.networks import text as texts
 from videodiff.networks.autoencoder import Autoencoder, AutoencoderConfig
 from videodiff.networks.quantizer import QuantizerConfig
+from videodiff.networks.tokenizer import import_open_clip
 from videodiff.networks.unet import UNet, temporal_parameter_names
 from videodiff.networks.weights import autoencoder_state, unet_state
 
@@ -472,7 +473,7 @@ def test_an_open_clip_tower_reads_as_stable_diffusions_own(
     pipelines: dict[int, Path], width: int, name: str, tmp_path: Path
 ) -> None:
     transformers = pytest.importorskip("transformers")
-    (settings, quick_gelu), open_clip = texts.public_settings(name), texts._open_clip().transformer
+    (settings, quick_gelu), open_clip = texts.public_settings(name), import_open_clip().transformer
     torch.manual_seed(0)
     whole = open_clip.TextTransformer(
         vocab_size=settings["vocab_size"],

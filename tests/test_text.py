@@ -11,7 +11,9 @@ from safetensors.torch import save_file
 
 from videodiff.errors import UserError
 from videodiff.networks import text as texts
-from videodiff.networks.text import ContrastiveTextModel, PretrainedText, TextConfig, TextTower, build_vocabulary
+from videodiff.networks import tokenizer
+from videodiff.networks.text import ContrastiveTextModel, PretrainedText, TextConfig, TextTower
+from videodiff.networks.tokenizer import build_vocabulary
 
 CAPTIONS = [
     "a large red circle moving left on a white background",
@@ -176,7 +178,7 @@ def test_missing_and_broken_files_are_named(config: TextConfig, tmp_path: Path) 
 
 
 def test_a_public_model_reads_a_local_file(tmp_path: Path) -> None:
-    open_clip = texts._open_clip()
+    open_clip = tokenizer.import_open_clip()
     torch.manual_seed(0)
     whole = open_clip.create_model("ViT-S-32-alt").eval()
     save_file({name: value.contiguous() for name, value in whole.state_dict().items()}, tmp_path / "w.safetensors")
@@ -192,6 +194,6 @@ def test_a_public_model_reads_a_local_file(tmp_path: Path) -> None:
 
 
 def test_the_torchvision_shim_may_be_called_again() -> None:
-    texts.declare_torchvision_ops()
-    texts.declare_torchvision_ops()
+    tokenizer.declare_torchvision_ops()
+    tokenizer.declare_torchvision_ops()
     import torchvision  # noqa: F401

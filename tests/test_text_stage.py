@@ -15,7 +15,7 @@ from stages.text import Negatives, TextStage, TextTask, contrast
 from videodiff.batch import VideoBatch
 from videodiff.model import Model
 from videodiff.networks.features.extractor import film_strip
-from videodiff.networks.text import build_vocabulary
+from videodiff.networks.tokenizer import build_vocabulary
 from videodiff.parts import VOCABULARY, WORDS
 
 TINY = {"width": 16, "layers": 1, "heads": 2, "image_size": 32, "image_width": 16, "image_layers": 1}

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from videodiff.batch import Condition
 from videodiff.config import ConfigError, build
-from videodiff.networks import layers
-from videodiff.networks import text as texts
+from videodiff.networks import layers, tokenizer
 from videodiff.networks.image_prompt import ImagePromptConfig
 from videodiff.networks.unet import TemporalConfig, UNet, UNetConfig, temporal_parameter_names
 
@@ -502,7 +501,7 @@ def test_a_projection_of_convolutions_is_the_linear_one() -> None:
 
 def test_adm_gives_what_diffusers_gives() -> None:
     # Dhariwal & Nichol 2021: scale and shift, residual blocks that resample, attention at several sizes.
-    texts.declare_torchvision_ops()
+    tokenizer.declare_torchvision_ops()
     diffusers = pytest.importorskip("diffusers")
     torch.manual_seed(0)
     peer = diffusers.UNet2DModel(

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from videodiff.errors import UserError
-from videodiff.networks.text import TextFeatures, declare_torchvision_ops
+from videodiff.networks.text import TextFeatures
+from videodiff.networks.tokenizer import declare_torchvision_ops
 
 # What config.json says of the network; all else in it (versions, generation, code to run) says nothing to an encoder.
 ARCHITECTURE = (
