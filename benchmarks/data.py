@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from benchmarks.data_peers import BATCH, DECODERS, FPS, FRAMES, SIZE, Bare, missing, plain_webdataset
-from benchmarks.ending import publish
+from benchmarks.ending import mistakes_in_one_line, publish
 from benchmarks.timing import MIB, paired
 from data_pipeline.data_config import DataConfig
 from data_pipeline.features import Features, pack
@@ -243,4 +243,5 @@ if __name__ == "__main__":
     parser.add_argument("--clips", type=int, default=10_000, help="that memory is watched over")
     parser.add_argument("--out", type=Path, help="Markdown file to write")
     given = parser.parse_args()
-    main(given.cases, given.workers, given.pairs, given.batches, given.samples, given.clips, given.out)
+    with mistakes_in_one_line():
+        main(given.cases, given.workers, given.pairs, given.batches, given.samples, given.clips, given.out)

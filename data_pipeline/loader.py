@@ -64,16 +64,16 @@ class ShardSource:
         bad_samples: Path | None = None,
         decoder: str = DECODER,
         encoder: Callable[[], str] | None = None,
-        contrast: bool = True,
+        more_texts: bool = True,
     ) -> None:
         """``bad_samples`` is the run's list of bad clips: appended to, and believed, so that a resumed run is the same.
 
         ``decoder`` names the function "module:name" that decodes, in place of ``data_pipeline.clips:decode_clip``.
         ``encoder`` tells the hash of the encoders whose features may stand in encoded shards; without it there may be
-        none. ``contrast``: whether batches have paraphrases and negatives.
+        none. ``more_texts``: whether batches have paraphrases and negatives.
         """
         self._config, self._seed, self._decoder = config, seed, decoder
-        self._contrast = contrast
+        self._more_texts = more_texts
         named = config.data_sets()
         opened = [open_shards(data_set.shards) for data_set in named]
         self._encoding = check_encoding([shard for shards in opened for shard in shards], config, encoder)
@@ -151,7 +151,8 @@ class ShardSource:
         try:
             raw = read_sample(shard, place)
             label = label_of(shard, raw.key, raw.meta, self._config.label) if self._config.label else ""
-            slot = replace(slot, key=raw.key, captions=raw.captions, negatives=negatives_in(raw.meta), label=label)
+            negatives = negatives_in(raw.meta, raw.captions)
+            slot = replace(slot, key=raw.key, captions=raw.captions, negatives=negatives, label=label)
             if self._encoding is None:
                 return slot, raw
             return replace(slot, encoded=self._encoded(raw, slot.number)), None
@@ -217,8 +218,8 @@ class ShardSource:
             numbers=torch.tensor([slot.number for slot in slots], dtype=torch.int64),
             keys=tuple(keys),
             weight=torch.tensor(weight),
-            paraphrases=tuple(paraphrases) if self._contrast else (),
-            negatives=tuple(negatives) if self._contrast else (),
+            paraphrases=tuple(paraphrases) if self._more_texts else (),
+            negatives=tuple(negatives) if self._more_texts else (),
             labels=tuple(labels) if self._config.label else (),
             encoded=stack(encoded) if encoded else None,
         )
@@ -258,7 +259,7 @@ class ShardSource:
 
     def _other(self, choices: int, first: int, number: int) -> int:
         """Another one of its captions, the same again where it has only one."""
-        if not self._contrast or choices == 1:
+        if not self._more_texts or choices == 1:
             return first
         others = [index for index in range(choices) if index != first]
         return others[int(uniform(self._seed, "paraphrase", number) * len(others))]

@@ -188,16 +188,17 @@ def _texts(sample: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
 
 def captions_in(said: Mapping[str, Any]) -> tuple[str, ...]:
     """The captions in the JSON of a clip, ours or anybody's: "captions", "caption" or "text", one or a list."""
-    given = said.get("captions") or said.get("caption") or said.get("text")
-    texts = given if isinstance(given, list) else [given]
-    return tuple(text for text in texts if isinstance(text, str))
+    return _texts_of(said.get("captions") or said.get("caption") or said.get("text"))
 
 
-def negatives_in(said: Mapping[str, Any]) -> tuple[str, ...]:
-    """The "negatives" in the JSON of a clip: a list of captions that are wrong about it, rivals for a text tower."""
-    given = said.get("negatives")
-    texts = given if isinstance(given, list) else []
-    return tuple(text.strip() for text in texts if isinstance(text, str) and text.strip())
+def negatives_in(said: Mapping[str, Any], captions: Sequence[str]) -> tuple[str, ...]:
+    """The "negatives" in the JSON of a clip, one or a list: texts that are wrong about it, and none of its captions."""
+    texts = _texts_of(said.get("negatives"))
+    return tuple(text for text in (text.strip() for text in texts) if text and text not in captions)
+
+
+def _texts_of(given: Any) -> tuple[str, ...]:
+    return tuple(text for text in (given if isinstance(given, list) else [given]) if isinstance(text, str))
 
 
 def _is_utf8(content: bytes) -> bool:

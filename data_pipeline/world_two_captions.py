@@ -23,7 +23,7 @@ from data_pipeline.world_captions import (
     draw_phrase,
     with_articles,
 )
-from data_pipeline.world_two import RELATIONS, TwoCombination, draw_of
+from data_pipeline.world_two import RELATIONS, TwoCombination, draw_of, split
 from videodiff.errors import UserError
 
 TRAIN_WORDINGS = (
@@ -101,7 +101,8 @@ def training_captions(combination: TwoCombination, generator: np.random.Generato
 
 def wrong_captions(combination: TwoCombination, generator: np.random.Generator) -> list[str]:
     """Captions in the words of a true one that are wrong about the scene: the relation is turned round, or the objects
-    have each other's colour, shape or motion, where these differ.
+    have each other's colour, shape or motion, where these differ. Of what is held out none is told, not even as wrong:
+    a tower would learn that such words are never true.
 
     Random rivals differ in some word, so that a text tower need not learn which word belongs to which (Yuksekgonul et
     al. 2023, "When and why vision-language models behave like bags-of-words": its remedy are such captions).
@@ -113,7 +114,7 @@ def wrong_captions(combination: TwoCombination, generator: np.random.Generator) 
         if one != other:
             wrong.append(replace(c, **{name: other, f"other_{name}": one}))
     told = []
-    for scene in wrong:
+    for scene in (scene for scene in wrong if split(scene) == "train"):
         named = scene if generator.random() < 0.5 else scene.turned()
         # Where motions alone are wrong the wording has to tell them.
         fit = [

@@ -193,7 +193,7 @@ def train_stage(path: str | Path, overrides: Sequence[str] = ()) -> None:
                 config.run.seed,
                 bad_samples,
                 encoder=_encoder(standing),
-                contrast=isinstance(config, TextStage),
+                more_texts=isinstance(config, TextStage),
             )
             task = make_task(standing)
             if isinstance(config, DiffusionStageConfig) and config.init_from is not None and not begun:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +37,9 @@ class TextStage(StageConfig):
     further: tuple[FurtherTower, ...] = ()
     paraphrase_weight: float = Field(
         1.0, ge=0, description="of telling a clip's second caption from those of other clips, beside its film strip"
+    )
+    hard_negatives: bool = Field(
+        True, description="captions that the data's JSON calls wrong about a clip (`negatives`) are rivals of its own"
     )
     num_merges: int = Field(2000, ge=0, description="merges of the byte-pair vocabulary built from the captions")
 
@@ -81,25 +83,39 @@ class TextTask:
         strips = film_strip(batch.frames, self.config.network.image_size) / 127.5 - 1  # four frames can show a motion
         images, count = strips.to(parameter), len(batch)
         weight = self.config.paraphrase_weight if batch.paraphrases else 0.0
-        wrong = torch.tensor([bool(text) for text in batch.negatives] or [False] * count, device=images.device)
-        further = [batch.paraphrases] if weight else []
-        if told := bool(gather_rows(wrong.float()).any()):  # by the global batch: all ranks go the same way
-            further.append(batch.negatives or ("",) * count)
-        captions = [*batch.captions, *itertools.chain(*further)]
-        image_features, text_features, scale = module(images, self.module.tokenize(captions).to(parameter.device))
+        own = self.module.tokenize(batch.captions)
+        second = self.module.tokenize(batch.paraphrases if weight else ())
+        wrong, told = self._negatives(batch, own, second)
+        ids = torch.cat([own, second, wrong]).to(parameter.device)
+        image_features, text_features, scale = module(images, ids)
         pictures, scale = image_features.float(), scale.float()
         texts, *others = text_features.float().split(count)
-        negatives = Negatives(others.pop(), wrong) if told else None
+        negatives = Negatives(others.pop(), told.to(images.device)) if len(wrong) else None
         usable = gather_rows(batch.weight.to(images.device)) > 0
         loss, hits = contrast(texts, pictures, scale, usable, negatives)
         metrics = {"retrieval": hits}
-        if negatives is not None:
-            metrics["negative"] = negatives.beaten(texts, pictures)
         if weight:
             # Of motions and shapes a film strip says little; that two captions mean the same says it outright.
             paraphrased, metrics["paraphrase"] = contrast(texts, others[0], scale, usable, negatives, of_texts=True)
             loss = loss + weight * paraphrased
-        return LossOutput(per_sample=loss, metrics=metrics)
+        tallies = {} if negatives is None else {"negative": negatives.beaten(texts, pictures)}
+        return LossOutput(per_sample=loss, metrics=metrics, tallies=tallies)
+
+    def _negatives(self, batch: VideoBatch, own: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+        """Ids [B,L] of a wrong caption of each sample, none [0,L] where no rank has any, and which samples have one:
+        bool [B]."""
+        wrong = self.module.tokenize(batch.negatives if self.config.hard_negatives else ())
+        if not len(wrong):
+            wrong = torch.zeros_like(own)
+            told = torch.zeros(len(own), dtype=torch.bool)
+        else:
+            told = torch.tensor([bool(text) for text in batch.negatives])
+            for right in (own, second):  # what a caption's cut end alone would tell apart can't be learned
+                if len(right):
+                    told &= (wrong != right).any(1)
+        device = next(self.module.parameters()).device
+        # By the global batch: all ranks go the same way.
+        return (wrong if (gather_rows(told.float().to(device)) > 0).any() else wrong[:0]), told
 
     def sample(self, module: nn.Module, batch: VideoBatch, folder: Path, step: int) -> None:
         """Nothing to look at: the retrieval rate in metrics.jsonl says how the tower does."""
@@ -131,9 +147,9 @@ class Negatives:
     told: Tensor  # bool [B], whether the sample has one
 
     def beaten(self, texts: Tensor, others: Tensor) -> Tensor:
-        """The share [] of `others` [B,E] that lie nearer to their texts [B,E] than to the wrong ones."""
+        """How many of `others` [B,E] lie nearer to their texts [B,E] than to wrong ones, of how many: float32 [2]."""
         nearer = ((others * (texts - self.texts)).sum(1) > 0) & self.told
-        return (nearer.sum() / self.told.sum().clamp(min=1)).detach()
+        return torch.stack([nearer.sum(), self.told.sum()]).float()
 
 
 def contrast(
@@ -158,15 +174,14 @@ def contrast(
     closed = ~usable & (torch.arange(len(usable), device=texts.device) != target[:, None])
     by_other = (scale * others @ all_texts.T).masked_fill(closed, -torch.inf)
     by_text = (scale * texts @ all_others.T).masked_fill(closed, -torch.inf)
+    hits = (by_text.argmax(1) == target) & usable[target]
     if negatives is not None:
         wrong, told = gather_rows(negatives.texts), (gather_rows(negatives.told.float()) > 0) & usable
         by_other = torch.cat([by_other, (scale * others @ wrong.T).masked_fill(~told, -torch.inf)], dim=1)
         if of_texts:
             by_text = torch.cat([by_text, (scale * texts @ wrong.T).masked_fill(~told, -torch.inf)], dim=1)
     loss = F.cross_entropy(by_other, target, reduction="none") + F.cross_entropy(by_text, target, reduction="none")
-    own = usable[target]
-    hits = ((by_text.argmax(1) == target) & own).sum() / own.sum().clamp(min=1)
-    return loss / 2, hits.detach()
+    return loss / 2, hits.sum() / usable[target].sum().clamp(min=1)
 
 
 def adopt(config: TextStage, public: PretrainedText, base: Model) -> None:

@@ -13,7 +13,7 @@ ROOMS = ("videodiff", "data_pipeline", "stages")  # an import only points left
 
 OWNERS = {
     "deepspeed": {"videodiff/training/engine.py"},
-    "open_clip": {"videodiff/networks/text.py"},
+    "open_clip": {"videodiff/networks/tokenizer.py"},
     "transformers": {"videodiff/networks/t5.py"},
     "tokenizers": {"videodiff/networks/t5.py"},
     "wandb": {"videodiff/training/metrics.py"},

@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from stages.text import Negatives, contrast
 from videodiff.config import ConfigError, build
 from videodiff.errors import UserError
 from videodiff.training import distributed
@@ -98,6 +100,9 @@ def worker(folder: str) -> None:
         assert rows.grad is not None
         assert rows.grad.flatten().tolist() == [[0, 2], [4, 6]][distributed.rank()]  # both ranks' losses
         poison(engine)
+    lost = distributed.gather_rows(told_apart(slice(3 * distributed.rank(), 3 * distributed.rank() + 3)))
+    if distributed.rank() == 0:
+        save_file({"lost": lost}, f"{folder}/contrast.safetensors")
     for stage in (1, 2, 3):  # offloaded, the same gradients add up over micro-steps, in fp32
         both = []
         for offload in (False, True):
@@ -108,6 +113,15 @@ def worker(folder: str) -> None:
             poison(engine)
         assert both[1] == pytest.approx(both[0], rel=1e-5)
     distributed.cleanup()
+
+
+def told_apart(rows: slice) -> Tensor:
+    """The text stage's loss of some of six samples, of which the first three alone have wrong captions."""
+    torch.manual_seed(3)
+    texts, others, wrong = (F.normalize(torch.randn(6, 5), dim=1) for _ in range(3))
+    negatives = Negatives(wrong[rows], torch.tensor([True, False, True, False, False, False])[rows])
+    usable = torch.tensor([True, True, True, True, False, True])
+    return contrast(texts[rows], others[rows], torch.tensor(5.0), usable, negatives, of_texts=True)[0]
 
 
 def poison(engine: Engine) -> None:
@@ -180,6 +194,8 @@ def test_two_processes_follow_them_too(tmp_path: Path) -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert not (tmp_path / "extensions").exists()  # nothing was compiled
+    lost = load_file(tmp_path / "contrast.safetensors")["lost"]
+    torch.testing.assert_close(lost, told_apart(slice(0, 6)))
     for stage in (0, 1, 2, 3):
         raw, average = (load_file(tmp_path / f"{name}-{stage}.safetensors") for name in ("raw", "ema"))
         norms = json.loads((tmp_path / f"norms-{stage}.json").read_text())

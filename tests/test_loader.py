@@ -184,7 +184,7 @@ def test_a_paraphrase_is_another_caption_of_the_same_clip(world: Path) -> None:
 
 
 def test_wrong_captions_are_drawn_where_a_sample_tells_some(tmp_path: Path) -> None:
-    told = {"a": ["no", " not so "], "b": [], "c": "one text", "d": [3, ""]}
+    told = {"a": ["no", " not so ", "yes"], "b": [], "c": "one text", "d": [3, ""]}
     video = encode_video(np.zeros((4, 32, 32, 3), np.uint8), 8)
     samples = [(key, video, {"captions": ["yes"], "negatives": wrong}) for key, wrong in told.items()]
     write_shard(tmp_path / "wrong.tar", samples)
@@ -193,8 +193,8 @@ def test_wrong_captions_are_drawn_where_a_sample_tells_some(tmp_path: Path) -> N
     for batch in take(ShardSource(config, 0).batches(0, 0, 1, 4), 10):
         for key, negative in zip(batch.keys, batch.negatives, strict=True):
             drawn[key].add(negative)
-    assert drawn == {"a": {"no", "not so"}, "b": {""}, "c": {""}, "d": {""}}
-    (batch,) = take(ShardSource(config, 0, contrast=False).batches(0, 0, 1, 4), 1)
+    assert drawn == {"a": {"no", "not so"}, "b": {""}, "c": {"one text"}, "d": {""}}
+    (batch,) = take(ShardSource(config, 0, more_texts=False).batches(0, 0, 1, 4), 1)
     assert batch.negatives == batch.paraphrases == ()
 
 

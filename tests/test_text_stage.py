@@ -94,8 +94,8 @@ def test_wrong_captions_are_rivals_of_the_right_ones() -> None:
             assert loss[row].item() == pytest.approx(-(by_picture + by_text).item() / 2, rel=1e-5)
     untold, _ = contrast(texts, pictures, scale, usable, Negatives(wrong, torch.zeros(4, dtype=torch.bool)))
     torch.testing.assert_close(untold[:3], contrast(texts, pictures, scale, usable)[0][:3])
-    assert Negatives(pictures, told).beaten(texts, pictures) == 0
-    assert Negatives(-pictures, told).beaten(pictures, pictures) == 1
+    assert Negatives(pictures, told).beaten(texts, pictures).tolist() == [0, 3]
+    assert Negatives(-pictures, told).beaten(pictures, pictures).tolist() == [3, 3]
 
 
 def test_a_batch_with_wrong_captions_has_them_for_rivals(toy_model: Path, tmp_path: Path) -> None:
@@ -129,10 +129,18 @@ def test_a_batch_with_wrong_captions_has_them_for_rivals(toy_model: Path, tmp_pa
         parts.append(contrast(texts, seconds, scale, usable, negatives, of_texts=True)[0])
         torch.testing.assert_close(output.per_sample, sum(parts), rtol=1e-4, atol=1e-5)
         nearer = (pictures[1:] * (texts - wrong)[1:]).sum(1) > 0
-        assert output.metrics["negative"].item() == pytest.approx(nearer.float().mean().item())
+        assert output.tallies["negative"].tolist() == [nearer.sum().item(), 5]
         plain = task.loss(task.module, replace(batch, negatives=("",) * 6), seed=0)
         assert (plain.per_sample < output.per_sample).all()
-        assert "negative" not in plain.metrics
+        assert plain.tallies == {}
+        # One that is the caption again, or differs behind what the tower reads, is no rival.
+        long = "a red square " * 30
+        plain = replace(batch, captions=(long, *batch.captions[1:]), negatives=())
+        same = replace(plain, negatives=(long + "above", *plain.captions[1:]))
+        told = [task.loss(task.module, each, seed=0).per_sample for each in (same, plain)]
+        assert torch.equal(*told)
+        task.config = config.model_copy(update={"hard_negatives": False})
+        assert task.loss(task.module, batch, seed=0).tallies == {}
 
 
 def test_a_film_strip_shows_four_moments_in_reading_order() -> None:

@@ -199,6 +199,7 @@ def test_wrong_captions_have_the_words_of_a_true_one_and_are_wrong() -> None:
         assert all(is_true(said_by(text), scene) for text in training_captions(scene, rng("right", number)))
         for said in map(said_by, wrong_captions(scene, rng("wrong", number))):
             assert not is_true(said, scene)
+            assert split(replace(scene, **said)) == "train"
             for name in ("colour", "shape", "motion"):
                 values = {getattr(scene, name), getattr(scene, f"other_{name}")}
                 assert {said.get(name, scene.motion), said.get(f"other_{name}", scene.other_motion)} == values
@@ -282,7 +283,9 @@ def test_shards_of_two_objects_tell_what_they_show(tmp_path: Path) -> None:
     (shard,) = open_shards(str(index))
     scene = read_sample(shard, 2).meta["scene"]
     combination = TwoCombination(**{name: scene[name] for name in TWO_ATTRIBUTES})
-    assert not any(is_true(said_by(text), combination) for text in negatives_in(read_sample(shard, 2).meta))
+    raw = read_sample(shard, 2)
+    assert 1 <= len(wrong := negatives_in(raw.meta, raw.captions)) <= 4
+    assert not any(is_true(said_by(text), combination) for text in wrong)
     assert split(combination) == "train"
     questions = ShardQuestions(str(tmp_path / "two"), 6, 0)
     assert all(isinstance(prompt.combination, TwoCombination) for prompt in questions.prompts)

@@ -230,16 +230,15 @@ def _is_text(name: str) -> bool:
 
 def _make_text(settings: dict[str, Any], vocabulary_size: int, quick_gelu: bool, embed_dim: int | None) -> Any:
     """open_clip's TextTransformer, which has the names of the text half of its CLIP; without projection for None."""
-    from open_clip.transformer import QuickGELU, TextTransformer
-
-    return TextTransformer(
+    transformer = import_open_clip().transformer
+    return transformer.TextTransformer(
         context_length=settings["context_length"],
         vocab_size=vocabulary_size,
         width=settings["width"],
         heads=settings["heads"],
         layers=settings["layers"],
         output_dim=embed_dim,
-        act_layer=QuickGELU if quick_gelu else nn.GELU,
+        act_layer=transformer.QuickGELU if quick_gelu else nn.GELU,
     )
 
 
