@@ -21,13 +21,14 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.ending import mistakes_in_one_line, publish
+from benchmarks.report import publish
 from data_pipeline.index import INDEX
 from stages.demo_model import RUNS, SHARDS, call_videodiff, render_world
 from stages.evaluation.kept import read_samples
 from stages.evaluation.statistics import SPLITS, right, truth_of
 from videodiff import config as configs
 from videodiff import resources
+from videodiff.errors import mistakes_in_one_line
 from videodiff.metrics.intervals import compare, mean_interval, wilson
 from videodiff.model import Model
 from videodiff.model_folder import export

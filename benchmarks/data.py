@@ -25,13 +25,14 @@ import numpy as np
 import torch
 
 from benchmarks.data_peers import BATCH, DECODERS, FPS, FRAMES, SIZE, Bare, missing, plain_webdataset
-from benchmarks.ending import mistakes_in_one_line, publish
+from benchmarks.report import publish
 from benchmarks.timing import MIB, paired
 from data_pipeline.data_config import DataConfig
 from data_pipeline.features import Features, pack
 from data_pipeline.loader import ShardSource
 from data_pipeline.shards import open_shards, read_sample, write_index, write_shard
 from data_pipeline.world import render_clip
+from videodiff.errors import mistakes_in_one_line
 from videodiff.video_io import encode_video
 
 CASES = ("decode", "encoded", "start", "memory")

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.ending import mistakes_in_one_line, publish
+from benchmarks.report import publish
 from data_pipeline.progress import bar
 from data_pipeline.world import ATTRIBUTES, Combination, Split, render, rng, sample_scene, split
 from data_pipeline.world_captions import prompts
@@ -30,6 +30,7 @@ from data_pipeline.world_reader import read, read_image
 from stages.evaluation.questions import stored
 from stages.pipeline import Pipeline, SampleKey, adjusted
 from videodiff.diffusion.schedule import NoiseSchedule
+from videodiff.errors import mistakes_in_one_line
 from videodiff.metrics.intervals import Interval, wilson
 from videodiff.metrics.pictures import clip_psnr
 from videodiff.model import Model

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from benchmarks.ending import publish
+from benchmarks.report import publish
 from data_pipeline.data_config import DataConfig
 from data_pipeline.shards import write_world_shards
 from stages import image

@@ -13,8 +13,9 @@ import json
 import shutil
 from pathlib import Path
 
-from benchmarks.ending import mistakes_in_one_line, publish
+from benchmarks.report import publish
 from stages.demo_model import call_videodiff, machines_and_runs, table, train_all
+from videodiff.errors import mistakes_in_one_line
 from videodiff.model import Model
 from videodiff.model_folder import export
 from videodiff.parts import DESCRIPTION, sha256

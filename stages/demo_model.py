@@ -27,7 +27,7 @@ from stages.evaluation.statistics import ROWS
 from stages.evaluation.worlds import attribute_label, columns
 from stages.pipeline import Pipeline, SampleKey
 from videodiff import resources
-from videodiff.errors import UserError
+from videodiff.errors import mistakes_in_one_line
 from videodiff.metrics.intervals import wilson
 from videodiff.model import Model
 from videodiff.model_folder import export
@@ -321,10 +321,8 @@ if __name__ == "__main__":
     parser.add_argument("--install", action="store_true", help="replace the bundled model by the result")
     parser.add_argument("--pictures", type=Path, help="only draw the README's pictures of the bundled model, to there")
     given = parser.parse_args()
-    try:
+    with mistakes_in_one_line():
         if given.pictures is not None:
             pictures(Model.load("demo"), given.pictures)
-            raise SystemExit
-        main(given.out, given.num_prompts, given.num_held_out, given.install)
-    except UserError as error:
-        raise SystemExit(f"error: {error}") from None
+        else:
+            main(given.out, given.num_prompts, given.num_held_out, given.install)

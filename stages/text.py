@@ -104,15 +104,12 @@ class TextTask:
     def _negatives(self, batch: VideoBatch, own: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
         """Ids [B,L] of a wrong caption of each sample, none [0,L] where no rank has any, and which samples have one:
         bool [B]."""
-        wrong = self.module.tokenize(batch.negatives if self.config.hard_negatives else ())
-        if not len(wrong):
-            wrong = torch.zeros_like(own)
-            told = torch.zeros(len(own), dtype=torch.bool)
-        else:
-            told = torch.tensor([bool(text) for text in batch.negatives])
-            for right in (own, second):  # what a caption's cut end alone would tell apart can't be learned
-                if len(right):
-                    told &= (wrong != right).any(1)
+        texts = batch.negatives if self.config.hard_negatives and batch.negatives else ("",) * len(batch)
+        wrong = self.module.tokenize(texts)
+        told = torch.tensor([bool(text) for text in texts])
+        for right in (own, second):  # what a caption's cut end alone would tell apart can't be learned
+            if len(right):
+                told &= (wrong != right).any(1)
         device = next(self.module.parameters()).device
         # By the global batch: all ranks go the same way.
         return (wrong if (gather_rows(told.float().to(device)) > 0).any() else wrong[:0]), told

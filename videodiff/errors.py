@@ -1,6 +1,8 @@
 """The errors that end in one line: a mistake that is the user's to mend, and a loss that a new start mends."""
 
 import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 USERS_TO_MEND = (
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS,
@@ -30,3 +32,12 @@ class LostError(UserError):
 def disk_error(error: OSError, message: str) -> UserError:
     """What to raise for an error of a disk: the user's to mend (it is full), or a loss (it was away)."""
     return UserError(message) if error.errno in USERS_TO_MEND else LostError(message)
+
+
+@contextmanager
+def mistakes_in_one_line() -> Iterator[None]:
+    """End the program with the one line of a UserError in place of a traceback."""
+    try:
+        yield
+    except UserError as error:
+        raise SystemExit(f"error: {error}") from None

@@ -244,7 +244,7 @@ def _make_text(settings: dict[str, Any], vocabulary_size: int, quick_gelu: bool,
 
 def text_shapes(config: TextConfig, vocabulary_size: int) -> nn.Module:
     """The text half that a TextTower of this configuration has, on the meta device: names and shapes alone."""
-    import_open_clip()
+    import_open_clip()  # before the device is meta: what its import makes is real
     with torch.device("meta"):
         text: nn.Module = _make_text(config.model_dump(), vocabulary_size, config.quick_gelu, None)
     return text
